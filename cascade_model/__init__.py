@@ -1,0 +1,7 @@
+"""The science of CASCADE in plain PyTorch; it never imports ray.
+
+Reading order, which is the order of the data: config, schema, noise, tokenizer, commit, shards,
+corpus (these load no torch), batch, attention, kv_cache, model, weights, families, loss,
+distillation, optim, parallel, checkpoint, trainer, evaluation, unmasking, sampler, engine.
+This package imports nothing here, so that data workers stay light.
+"""

@@ -1,0 +1,158 @@
+"""The order of a draw, the mask rates and the mask bits, as pure functions of the recipe.
+
+A *draw* is one pass over a corpus of N sequences. Draw d fixes an order (a keyed permutation of
+0..N-1) and the noise of every sequence; the *rank* of a sequence is its place in that order. All
+arithmetic is on integers, so any machine, worker count and batch size gives the same bits.
+
+Sources: Philox4x32-10 is Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011),
+with the test vectors of Random123. The format-preserving permutation is a balanced Feistel network
+with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
+Stratified mask rates lower the variance of the bound as in BD3-LM (arXiv 2503.09573); here the
+strata are permuted, so that no row is tied to one part of the range.
+"""
+
+import numpy as np
+
+from cascade_model.config import NoiseConfig
+
+# What a random word is for; it stands in the counter, so no two uses share a word.
+ORDER, STRATUM, JITTER, BIT, TOKEN = 1, 2, 3, 4, 5
+FULL = 2**32 - 1
+_LOW = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+
+def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Philox4x32-10: uint32 counters [..., 4] and two uint32 key words -> uint32 [..., 4]."""
+    c0, c1, c2, c3 = (np.asarray(counter[..., i], dtype=np.uint64) for i in range(4))
+    k0, k1 = (int(word) & FULL for word in key)
+    for _ in range(10):
+        left, right = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0 = (right >> _SHIFT) ^ c1 ^ np.uint64(k0)
+        c2 = (left >> _SHIFT) ^ c3 ^ np.uint64(k1)
+        c1, c3 = right & _LOW, left & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & FULL, (k1 + 0xBB67AE85) & FULL
+    return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
+
+
+def key_of(seed: int) -> tuple[int, int]:
+    """A 64-bit seed as the two words of a Philox key."""
+    return seed & FULL, (seed >> 32) & FULL
+
+
+def counters(w0, w1, w2, w3) -> np.ndarray:
+    """Four broadcastable words -> uint64 counters [..., 4]."""
+    words = np.broadcast_arrays(*(np.asarray(word, dtype=np.uint64) for word in (w0, w1, w2, w3)))
+    return np.stack(words, axis=-1)
+
+
+def permute(
+    index: np.ndarray,
+    size: int,
+    key: tuple[int, int],
+    tweak: int | np.ndarray,
+    purpose: int = ORDER,
+) -> np.ndarray:
+    """A keyed permutation of range(size) at the given indices (uint64, any shape).
+
+    `tweak` (a scalar or an array like `index`) chooses one of 2^32 permutations of the same key.
+    """
+    return _walk(index, size, key, tweak, purpose, forward=True)
+
+
+def unpermute(
+    index: np.ndarray,
+    size: int,
+    key: tuple[int, int],
+    tweak: int | np.ndarray,
+    purpose: int = ORDER,
+) -> np.ndarray:
+    """The inverse of `permute`."""
+    return _walk(index, size, key, tweak, purpose, forward=False)
+
+
+def _walk(index, size, key, tweak, purpose, *, forward: bool) -> np.ndarray:
+    """Apply the Feistel network again to whatever still lies outside range(size)."""
+    value = np.array(index, dtype=np.uint64)
+    word = key[0] | key[1] << 32
+    keyed = _mix(_mix(np.uint64(word)) + np.asarray(tweak, dtype=np.uint64)) + np.uint64(purpose)
+    keyed = np.broadcast_to(keyed, value.shape)
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    outside = np.ones(value.shape, dtype=bool)
+    while outside.any():
+        value[outside] = _feistel(value[outside], half, keyed[outside], forward)
+        outside = value >= np.uint64(size)
+    return value
+
+
+def _feistel(value: np.ndarray, half: int, keyed: np.ndarray, forward: bool) -> np.ndarray:
+    """Six balanced rounds on 2 * half bits."""
+    mask, width = np.uint64((1 << half) - 1), np.uint64(half)
+    left, right = value >> width, value & mask
+    for number in range(6) if forward else reversed(range(6)):
+        source, target = (right, left) if forward else (left, right)
+        turn = np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)
+        mixed = target ^ (_mix(_mix(source + turn) ^ keyed) & mask)
+        left, right = (right, mixed) if forward else (mixed, left)
+    return (left << width) | right
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser on uint64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    value = np.atleast_1d(value)  # array arithmetic wraps; a scalar would warn
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def sequence_at(ranks: np.ndarray, num_sequences: int, noise: NoiseConfig, draw: int) -> np.ndarray:
+    """The sequence ids (uint64) that stand at these ranks of the draw's order."""
+    return permute(ranks, num_sequences, key_of(noise.seed), draw)
+
+
+def rank_of(
+    sequence_ids: np.ndarray, num_sequences: int, noise: NoiseConfig, draw: int
+) -> np.ndarray:
+    """The ranks (uint64) of these sequences in the draw's order: the inverse of `sequence_at`."""
+    return unpermute(sequence_ids, num_sequences, key_of(noise.seed), draw)
+
+
+def thresholds(noise: NoiseConfig, draw: int, ranks: np.ndarray, num_blocks: int) -> np.ndarray:
+    """Mask rates of sequences at these ranks, as uint32 thresholds [n, num_blocks].
+
+    A position is masked when its random word lies below the threshold, so the mask rate is
+    threshold / 2^32 and the loss weight 1/t is 2^32 / threshold. `noise.strata` consecutive ranks
+    form a group; the group's cells (rank x block) take one stratum each of [0, 1), permuted by a
+    permutation of the group, with a jitter inside the stratum. The affine map to
+    [min_rate, max_rate] comes last; the top saturates at 2^32 - 1.
+    """
+    ranks = np.asarray(ranks, dtype=np.uint64)
+    per_rank = num_blocks if noise.per == "block" else 1
+    strata, cells = np.uint64(noise.strata), noise.strata * per_rank
+    group = (ranks // strata)[:, None]
+    cell = (ranks % strata)[:, None] * np.uint64(per_rank) + np.arange(per_rank, dtype=np.uint64)
+    tweak = np.broadcast_to((group * np.uint64(0x9E3779B1) + np.uint64(draw)) & _LOW, cell.shape)
+    key = key_of(noise.seed)
+    stratum = permute(cell, cells, key, tweak, STRATUM)
+    words = counters(cell, group & _LOW, (group >> _SHIFT) + np.uint64(JITTER << 24), draw)
+    jitter = philox4x32(words, key)[..., 0].astype(np.uint64)
+    uniform = ((stratum << _SHIFT) + jitter) // np.uint64(cells)
+    low = int(noise.min_rate * 2**32)
+    high = min(FULL, int(noise.max_rate * 2**32))
+    result = np.uint64(min(low, FULL)) + ((uniform * np.uint64(max(high - low, 0))) >> _SHIFT)
+    return np.broadcast_to(result, (len(ranks), num_blocks)).astype(np.uint32)
+
+
+def mask_bits(
+    noise: NoiseConfig,
+    draw: int,
+    sequence_ids: np.ndarray,
+    thresholds: np.ndarray,
+    sequence_length: int,
+) -> np.ndarray:
+    """Which places the noise masks, bool [n, sequence_length]; the caller ANDs `is_maskable`."""
+    ids = np.asarray(sequence_ids, dtype=np.uint64)[:, None]
+    quads = np.arange((sequence_length + 3) // 4, dtype=np.uint64)[None, :]
+    words = counters(quads, ids & _LOW, (ids >> _SHIFT) + np.uint64(BIT << 24), draw)
+    bits = philox4x32(words, key_of(noise.seed)).reshape(len(ids), -1)[:, :sequence_length]
+    return bits < np.repeat(thresholds, sequence_length // thresholds.shape[1], axis=1)

@@ -1,0 +1,221 @@
+"""Settings of a job: defaults < YAML files in order (`--config a.yaml`) < flags.
+
+A YAML file is a list of flags written down: its mapping is checked against the dataclass, flattened
+to `--model.num_layers 6` and put before the user's own flags, so there is one parser and the last
+word wins. A user's mistake ends in one box on stderr and exit code 2 (settings) or 3 (damaged or
+foreign data), never in a traceback.
+"""
+
+import dataclasses
+import difflib
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from cascade_model.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def command(config_class: type[Config], run: Callable[[Config], Any]) -> Callable[..., int]:
+    """The `main` of a job: parse the arguments, run, turn a user's mistake into a box."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        try:
+            run(parse(config_class, sys.argv[1:] if argv is None else argv))
+        except InputError as error:
+            show_error(error)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print(
+                "interrupted; what was committed stays, run the same command to go on",
+                file=sys.stderr,
+            )
+            return 130
+        return 0
+
+    return main
+
+
+def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
+    """Build the config from `--config FILE` (repeatable) and flags."""
+    import tyro
+
+    flags, files = _split_config_files(argv)
+    written = [flag for file in files for flag in _file_flags(config_class, file)]
+    return tyro.cli(
+        config_class,
+        args=[*written, *flags],
+        prog=f"cascade {config_class.__module__.rsplit('.', 1)[-1]} [--config FILE.yaml]...",
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+
+
+def parse_mapping(config_class: type[Config], mapping: dict[str, Any], source: str) -> Config:
+    """Build the config from a mapping, such as the `args` of a Serve application."""
+    return build(config_class, mapping, source)
+
+
+def dump(config: Any) -> str:
+    """The config as YAML that parses back to an equal object."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def show_error(error: Exception) -> None:
+    """One box on stderr."""
+    lines = textwrap.wrap(str(error), 92, break_long_words=False, break_on_hyphens=False)
+    width = max(len(line) for line in lines or [""])
+    body = "\n".join(f"│ {line.ljust(width)} │" for line in lines)
+    print(f"╭─ error {'─' * max(width - 6, 1)}╮\n{body}\n╰{'─' * (width + 2)}╯", file=sys.stderr)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that safe YAML can hold them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take `--config FILE` and `--config=FILE` out of the arguments."""
+    flags, files, rest = [], [], iter(argv)
+    for word in rest:
+        if word == "--config":
+            file = next(rest, None)
+            if file is None:
+                raise InputError("--config needs a file; write --config settings.yaml")
+            files.append(file)
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        else:
+            flags.append(word)
+    return flags, files
+
+
+def _file_flags(config_class: type, file: str) -> list[str]:
+    """A YAML file as flags, after its keys and types were checked against the dataclass."""
+    mapping = read_yaml(file)
+    _check_mapping(config_class, mapping, file)
+    return _flatten(mapping)
+
+
+def read_yaml(file: str) -> dict[str, Any]:
+    """The mapping in a YAML file; a missing or broken file is an `InputError`."""
+    try:
+        mapping = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"--config {file}: cannot be read ({error.strerror}); check the path"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise InputError(f"--config {file}: not valid YAML{line}; mend the file") from None
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, dict):
+        raise InputError(
+            f"--config {file}: holds no mapping of settings; write `name: value` lines"
+        )
+    return mapping
+
+
+def _flatten(mapping: dict[str, Any], prefix: str = "") -> list[str]:
+    """{model: {num_layers: 6}} -> ["--model.num_layers", "6"]."""
+    flags: list[str] = []
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            flags += _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):
+            flags += [f"--{prefix}{key}", *map(str, value)]
+        else:
+            flags += [f"--{prefix}{key}", str(value)]
+    return flags
+
+
+def _check_mapping(
+    config_class: type, mapping: dict[str, Any], source: str, prefix: str = ""
+) -> None:
+    """Refuse unknown keys, with the nearest right name, and values of a wrong type."""
+    hints = typing.get_type_hints(config_class)
+    names = {field.name for field in dataclasses.fields(config_class)}
+    for key, value in mapping.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), sorted(names), n=1, cutoff=0.4)
+            cure = f"did you mean `{prefix}{near[0]}`?" if near else f"known are {sorted(names)}"
+            raise InputError(f"{source}: no setting `{prefix}{key}`; {cure}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise InputError(
+                    f"{source}: `{prefix}{key}` is a group of settings, not {value!r}; "
+                    "indent its settings below it"
+                )
+            _check_mapping(typing.cast(type, hint), value, source, f"{prefix}{key}.")
+        elif not _fits(value, hint):
+            raise InputError(f"{source}: `{prefix}{key}` is {value!r}; it must be {_spoken(hint)}")
+
+
+def build(
+    config_class: type[Config], mapping: dict[str, Any], source: str, prefix: str = ""
+) -> Config:
+    """The dataclass from a checked mapping; a missing required setting is named."""
+    if not prefix:
+        _check_mapping(config_class, mapping, source)
+    hints = typing.get_type_hints(config_class)
+    values = {}
+    for field in dataclasses.fields(typing.cast(Any, config_class)):
+        if field.name in mapping:
+            value, hint = mapping[field.name], hints[field.name]
+            nested = dataclasses.is_dataclass(hint)
+            if nested:
+                value = build(typing.cast(type, hint), value, source, f"{prefix}{field.name}.")
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise InputError(f"{source}: the setting `{prefix}{field.name}` is missing; add it")
+    return config_class(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value can stand for a setting of this type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin in (tuple, list):
+        return isinstance(value, (list, tuple)) and all(_fits(v, args[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is type(None):
+        return value is None
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _spoken(hint: Any) -> str:
+    """A type in the words of a user."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_spoken(arg) for arg in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (tuple, list):
+        return f"a list, each {_spoken(args[0])}"
+    words = {
+        int: "a whole number",
+        float: "a number (write 1.0e-3, not 1e-3)",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
+    return words.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,0 +1,117 @@
+"""Laws of the recipe: published vectors, permutations, strata, statistics."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from cascade_model.config import NoiseConfig
+from cascade_model.errors import InputError
+from cascade_model.noise import (
+    FULL,
+    counters,
+    mask_bits,
+    philox4x32,
+    rank_of,
+    sequence_at,
+    thresholds,
+)
+
+NOISE = NoiseConfig(seed=7, block_size=8, strata=32)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((FULL,) * 4, (FULL, FULL), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_vectors_of_random123(counter, key, expected):
+    assert tuple(philox4x32(counters(*counter), key)) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000])
+def test_each_draw_is_a_permutation_and_rank_of_is_its_inverse(size):
+    ranks = np.arange(size, dtype=np.uint64)
+    for draw in (0, 1, 2**31):
+        order = sequence_at(ranks, size, NOISE, draw)
+        assert sorted(order) == list(range(size))
+        assert (rank_of(order, size, NOISE, draw) == ranks).all()
+
+
+def test_draws_and_seeds_differ():
+    ranks = np.arange(100, dtype=np.uint64)
+    other = NoiseConfig(seed=8)
+    orders = [sequence_at(ranks, 100, NOISE, 0), sequence_at(ranks, 100, NOISE, 1)]
+    orders.append(sequence_at(ranks, 100, other, 0))
+    assert not any((a == b).all() for a, b in itertools.pairwise(orders))
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3, 16, 64])
+@pytest.mark.parametrize("draw", [0, 5])
+def test_a_group_of_ranks_takes_every_stratum_once(num_blocks, draw):
+    noise = NoiseConfig(min_rate=2**-32, max_rate=1.0)
+    table = thresholds(noise, draw, np.arange(64, 96), num_blocks)
+    cells = 32 * num_blocks
+    strata = np.sort((table.astype(np.uint64) * cells >> np.uint64(32)).ravel())
+    assert (np.abs(strata.astype(int) - np.arange(cells)) <= 1).all()
+
+
+def test_strata_are_permuted_over_rows():
+    means = thresholds(NOISE, 0, np.arange(32), 16).mean(axis=1)
+    assert not (np.diff(means.astype(float)) > 0).all()
+
+
+def test_one_rate_per_sequence_when_asked():
+    noise = NoiseConfig(per="sequence")
+    table = thresholds(noise, 0, np.arange(32), 16)
+    assert (table == table[:, :1]).all()
+    assert len(np.unique(table[:, 0])) == 32
+
+
+def test_thresholds_saturate_and_respect_the_window():
+    top = thresholds(NoiseConfig(min_rate=1.0, max_rate=1.0), 0, np.arange(4), 2)
+    assert (top == FULL).all()
+    table = thresholds(NoiseConfig(min_rate=0.3, max_rate=0.8), 0, np.arange(320), 4) / 2**32
+    assert table.min() >= 0.3 - 1e-6
+    assert table.max() <= 0.8
+
+
+def test_mask_bits_follow_the_rates_and_are_independent_between_places():
+    ids = np.arange(4000, dtype=np.uint64)
+    table = np.full((4000, 2), int(0.3 * 2**32), dtype=np.uint32)
+    bits = mask_bits(NOISE, 0, ids, table, 16)
+    error = (0.3 * 0.7 / bits.size) ** 0.5
+    assert abs(bits.mean() - 0.3) < 4 * error
+    correlation = np.corrcoef(bits.T.astype(float)) - np.eye(16)
+    assert np.abs(correlation).max() < 5 / 4000**0.5
+
+
+def test_noise_of_a_sequence_does_not_depend_on_its_company():
+    ranks = np.array([3, 99, 41], dtype=np.uint64)
+    alone = [thresholds(NOISE, 2, ranks[i : i + 1], 4)[0] for i in range(3)]
+    assert (thresholds(NOISE, 2, ranks, 4) == np.stack(alone)).all()
+    table = thresholds(NOISE, 2, ranks, 4)
+    together = mask_bits(NOISE, 2, ranks, table, 32)
+    assert (mask_bits(NOISE, 2, ranks[1:2], table[1:2], 32)[0] == together[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"block_size": 3}, "noise.block_size=3"),
+        ({"min_rate": 0.0}, "noise.min_rate=0.0"),
+        ({"min_rate": 0.9, "max_rate": 0.1}, "noise.max_rate=0.1"),
+        ({"strata": 0}, "noise.strata=0"),
+        ({"seed": -1}, "noise.seed=-1"),
+    ],
+)
+def test_bad_recipes_are_refused_by_name(values, named):
+    with pytest.raises(InputError, match=named):
+        NoiseConfig(**values)

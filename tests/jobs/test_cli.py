@@ -1,0 +1,106 @@
+"""Precedence, refusals and the round trip of the configuration scheme."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from cascade_model.config import NoiseConfig
+from cascade_model.errors import InputError
+from jobs.cli import build, command, dump, parse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToyConfig:
+    """A job for these tests."""
+
+    output: str
+    """Where to."""
+    num_steps: int = 3
+    rate: float = 0.5
+    paths: tuple[str, ...] = ()
+    name: str | None = None
+    quick: bool = False
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+
+
+def write(folder, text, name="a.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_then_files_in_order_then_flags(tmp_path):
+    first = write(tmp_path, "output: a\nnum_steps: 5\nrate: 0.25\nnoise: {seed: 4}\n")
+    second = write(tmp_path, "num_steps: 6\nquick: true\npaths: [x, y]\n", "b.yaml")
+    config = parse(ToyConfig, ["--config", first, f"--config={second}", "--noise.block-size", "16"])
+    assert config == ToyConfig(
+        output="a", num_steps=6, rate=0.25, quick=True, paths=("x", "y"),
+        noise=NoiseConfig(seed=4, block_size=16),
+    )  # fmt: skip
+
+
+def test_the_resolved_config_parses_back_to_an_equal_object(tmp_path):
+    config = ToyConfig(output="o", paths=("p",), name=None, noise=NoiseConfig(min_rate=0.25))
+    file = write(tmp_path, dump(config))
+    assert parse(ToyConfig, ["--config", file]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("outptu: a", "no setting `outptu`; did you mean `output`"),
+        ("output: a\nnoise: {sede: 1}", "no setting `noise.sede`; did you mean `noise.seed`"),
+        ("output: a\nnum_steps: many", "`num_steps` is 'many'; it must be a whole number"),
+        ("output: a\nrate: [1]", "`rate` is .*must be a number"),
+        ("output: a\nnoise: 3", "`noise` is a group of settings"),
+        ("output: a\nnoise: {per: word}", "one of block, sequence"),
+        ("- a", "holds no mapping"),
+        ("output: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_file_and_setting(tmp_path, text, sentence):
+    with pytest.raises(InputError, match=sentence) as caught:
+        parse(ToyConfig, ["--config", write(tmp_path, text)])
+    assert "a.yaml" in str(caught.value)
+
+
+def test_a_users_mistake_ends_in_a_box_and_code_2(tmp_path, capsys):
+    main = command(ToyConfig, lambda config: None)
+    assert main(["--config", str(tmp_path / "none.yaml")]) == 2
+    assert main(["--output", "x", "--noise.block-size", "3"]) == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "cannot be read" in shown
+    assert "noise.block_size=3" in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("argv", [[], ["--output", "x", "--rate", "much"], ["--outptu", "x"]])
+def test_wrong_flags_end_with_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command(ToyConfig, lambda config: None)(argv)
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_mapping_builds_the_same_config_and_names_what_is_missing():
+    assert build(ToyConfig, {"output": "a", "noise": {"seed": 3}}, "args") == ToyConfig(
+        output="a", noise=NoiseConfig(seed=3)
+    )
+    with pytest.raises(InputError, match="args: the setting `output` is missing"):
+        build(ToyConfig, {}, "args")
+
+
+@pytest.mark.parametrize(
+    "stage", ["prepare", "pretrain", "convert", "distil", "evaluate", "generate", "serve", "demo"]
+)
+def test_help_is_quick_and_loads_neither_torch_nor_ray(stage):
+    program = (
+        f"import sys, jobs.{stage} as job\n"
+        "try:\n    job.main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'torch', 'ray'} & set(sys.modules), 'help loads torch or ray'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "usage" in result.stdout
