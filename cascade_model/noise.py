@@ -66,6 +66,16 @@ def counters(w0, w1, w2, w3) -> np.ndarray:
     return np.stack(words, axis=-1)
 
 
+def random_words(
+    key: tuple[int, int], purpose: int, draw: int, ids: np.ndarray, count: int
+) -> np.ndarray:
+    """`count` words for each id, uint32 [n, count]: word j is word j % 4 of counter j // 4."""
+    ids = np.asarray(ids, dtype=np.uint64)[:, None]
+    quads = np.arange((count + 3) // 4, dtype=np.uint64)[None, :]
+    table = counters(quads, ids & _LOW, (ids >> _SHIFT) + np.uint64(purpose << 24), draw)
+    return philox4x32(table, key).reshape(len(ids), -1)[:, :count]
+
+
 def permute(
     index: np.ndarray,
     size: int,
@@ -154,8 +164,7 @@ def thresholds(noise: NoiseConfig, draw: int, ranks: np.ndarray, num_blocks: int
     tweak = np.broadcast_to((group * np.uint64(0x9E3779B1) + np.uint64(draw)) & _LOW, cell.shape)
     key = key_of(noise.seed)
     stratum = permute(cell, cells, key, tweak, STRATUM)
-    words = counters(cell, group & _LOW, (group >> _SHIFT) + np.uint64(JITTER << 24), draw)
-    jitter = philox4x32(words, key)[..., 0].astype(np.uint64)
+    jitter = random_words(key, JITTER, draw, ranks, per_rank).astype(np.uint64)
     uniform = ((stratum << _SHIFT) + jitter) // np.uint64(cells)
     low = int(noise.min_rate * 2**32)
     high = min(FULL, int(noise.max_rate * 2**32))
@@ -171,8 +180,5 @@ def mask_bits(
     sequence_length: int,
 ) -> np.ndarray:
     """Which places the noise masks, bool [n, sequence_length]; the caller ANDs `is_maskable`."""
-    ids = np.asarray(sequence_ids, dtype=np.uint64)[:, None]
-    quads = np.arange((sequence_length + 3) // 4, dtype=np.uint64)[None, :]
-    words = counters(quads, ids & _LOW, (ids >> _SHIFT) + np.uint64(BIT << 24), draw)
-    bits = philox4x32(words, key_of(noise.seed)).reshape(len(ids), -1)[:, :sequence_length]
+    bits = random_words(key_of(noise.seed), BIT, draw, sequence_ids, sequence_length)
     return bits < np.repeat(thresholds, sequence_length // thresholds.shape[1], axis=1)
