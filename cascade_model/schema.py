@@ -1,0 +1,308 @@
+"""The data contract: the row of a shard, the manifest, and nothing that reads or writes files.
+
+A sequence is L tokens cut from packed documents. Each document is its tokens plus one EOS, padded
+with PAD to a multiple of the block size B, so that the block grid restarts at every document. The
+bitmaps are bits in little order (numpy `packbits(bitorder="little")`), one bit per token.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cascade_model.config import NoiseConfig, digest
+from cascade_model.errors import CorpusMismatch
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+SPLITS: tuple[str, ...] = ("train", "held_out")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """What every row of a corpus has in common."""
+
+    sequence_length: int
+    block_size: int
+    vocab_size: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in a sequence."""
+        return self.sequence_length // self.block_size
+
+    @property
+    def bitmap_bytes(self) -> int:
+        """Bytes of a bitmap over a sequence."""
+        return (self.sequence_length + 7) // 8
+
+    @property
+    def token_dtype(self) -> np.dtype:
+        """uint16 where the vocabulary fits, else uint32."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+
+def packed_schema(geometry: Geometry, metadata: dict[str, str] | None = None) -> pa.Schema:
+    """Columns of packed sequences before they are numbered and masked."""
+    return pa.schema(
+        [
+            ("tokens", _fixed(pa.from_numpy_dtype(geometry.token_dtype), geometry.sequence_length)),
+            ("document_starts", _ragged(pa.uint32())),
+            ("document_ids", _ragged(pa.uint64())),
+            pa.field("is_maskable", pa.binary(geometry.bitmap_bytes), nullable=False),
+        ],
+        metadata=metadata,
+    )
+
+
+def shard_schema(geometry: Geometry, metadata: dict[str, str] | None = None) -> pa.Schema:
+    """Columns of a pre-masked shard: sequence_id, the packed columns, draw 0 of the recipe."""
+    return pa.schema(
+        [
+            pa.field("sequence_id", pa.uint64(), nullable=False),
+            *packed_schema(geometry),
+            pa.field("thresholds", _fixed(pa.uint32(), geometry.num_blocks), nullable=False),
+            pa.field("is_masked", pa.binary(geometry.bitmap_bytes), nullable=False),
+        ],
+        metadata=metadata,
+    )
+
+
+def _fixed(kind: pa.DataType, length: int) -> pa.DataType:
+    return pa.list_(pa.field("item", kind, nullable=False), length)
+
+
+def _ragged(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("item", kind, nullable=False))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """n packed sequences as arrays."""
+
+    tokens: np.ndarray
+    """uint16 or uint32 [n, L]; PAD places hold pad_id."""
+    start_offsets: np.ndarray
+    """int32 [n + 1]: row i's starts are document_starts[start_offsets[i]:start_offsets[i + 1]]."""
+    document_starts: np.ndarray
+    """uint32: places where a document starts or goes on; each row's first is 0."""
+    document_ids: np.ndarray
+    """uint64, one per start: part index << 32 | row of the document within its part."""
+    is_maskable: np.ndarray
+    """bool [n, L]: false at PAD."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def slice(self, start: int, stop: int) -> "Packed":
+        """Rows start..stop."""
+        offsets = self.start_offsets[start : stop + 1]
+        ragged = slice(int(offsets[0]), int(offsets[-1]))
+        return Packed(
+            tokens=self.tokens[start:stop],
+            start_offsets=offsets - offsets[0],
+            document_starts=self.document_starts[ragged],
+            document_ids=self.document_ids[ragged],
+            is_maskable=self.is_maskable[start:stop],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows(Packed):
+    """n sequences of a shard: packed, numbered, and masked by draw 0."""
+
+    sequence_ids: np.ndarray
+    """uint64 [n]."""
+    thresholds: np.ndarray
+    """uint32 [n, L / B]: mask rate times 2^32 of each block in draw 0."""
+    is_masked: np.ndarray
+    """bool [n, L]: draw 0's masked places; false wherever is_maskable is."""
+
+
+def packed_columns(packed: Packed) -> list[pa.Array]:
+    """The columns of `packed_schema`."""
+    offsets = pa.array(packed.start_offsets.astype(np.int32))
+    return [
+        _fixed_column(packed.tokens),
+        _ragged_column(offsets, packed.document_starts.astype(np.uint32)),
+        _ragged_column(offsets, packed.document_ids.astype(np.uint64)),
+        _bitmap_column(packed.is_maskable),
+    ]
+
+
+def rows_columns(rows: Rows) -> list[pa.Array]:
+    """The columns of `shard_schema`."""
+    return [
+        pa.array(rows.sequence_ids.astype(np.uint64)),
+        *packed_columns(rows),
+        _fixed_column(rows.thresholds.astype(np.uint32)),
+        _bitmap_column(rows.is_masked),
+    ]
+
+
+def _fixed_column(values: np.ndarray) -> pa.Array:
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    kind = _fixed(flat.type, values.shape[1])
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+
+
+def _ragged_column(offsets: pa.Array, values: np.ndarray) -> pa.Array:
+    flat = pa.array(values)
+    return pa.ListArray.from_arrays(offsets, flat, type=_ragged(flat.type))
+
+
+def _bitmap_column(bits: np.ndarray) -> pa.Array:
+    packed = np.packbits(bits, axis=1, bitorder="little")
+    buffers = [None, pa.py_buffer(packed.tobytes())]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(packed.shape[1]), len(bits), buffers)
+
+
+def packed_of(batch: pa.RecordBatch, geometry: Geometry) -> Packed:
+    """The arrays of one record batch (tokens are views, bitmaps are unpacked)."""
+    return Packed(**_packed_fields(batch, geometry))
+
+
+def rows_of(batch: pa.RecordBatch, geometry: Geometry) -> Rows:
+    """The arrays of one record batch of a shard."""
+    return Rows(
+        **_packed_fields(batch, geometry),
+        sequence_ids=batch.column("sequence_id").to_numpy(zero_copy_only=True),
+        thresholds=_flat(batch, "thresholds").reshape(-1, geometry.num_blocks),
+        is_masked=_bits(batch, "is_masked", geometry),
+    )
+
+
+def _packed_fields(batch: pa.RecordBatch, geometry: Geometry) -> dict[str, np.ndarray]:
+    starts = batch.column("document_starts")
+    offsets = starts.offsets.to_numpy(zero_copy_only=True)
+    return {
+        "tokens": _flat(batch, "tokens").reshape(-1, geometry.sequence_length),
+        "start_offsets": offsets - offsets[0],
+        "document_starts": _flat(batch, "document_starts"),
+        "document_ids": _flat(batch, "document_ids"),
+        "is_maskable": _bits(batch, "is_maskable", geometry),
+    }
+
+
+def _flat(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    return batch.column(name).flatten().to_numpy(zero_copy_only=True)
+
+
+def _bits(batch: pa.RecordBatch, name: str, geometry: Geometry) -> np.ndarray:
+    column = batch.column(name)
+    width = geometry.bitmap_bytes
+    raw = np.frombuffer(column.buffers()[1], dtype=np.uint8)
+    raw = raw[column.offset * width : (column.offset + len(column)) * width].reshape(-1, width)
+    bits = np.unpackbits(raw, axis=1, bitorder="little", count=geometry.sequence_length)
+    return bits.view(np.bool_)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardEntry:
+    """A shard as the manifest vouches for it."""
+
+    name: str
+    object: str
+    """File that holds it; the same as the name in a local folder."""
+    rows: int
+    tokens: int
+    """Maskable tokens."""
+    bytes: int
+    sha256: str
+    first_sequence: int
+    """Sequence id of its first row; ids go up by one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitEntry:
+    """One split of the corpus."""
+
+    num_sequences: int
+    num_tokens: int
+    """Maskable tokens, EOS included, PAD not."""
+    num_bytes: int
+    """UTF-8 bytes of the text of those tokens."""
+    num_documents: int
+    shards: tuple[ShardEntry, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Everything a reader trusts; written last."""
+
+    format_version: int = FORMAT_VERSION
+    sequence_length: int
+    block_size: int
+    vocab_size: int
+    mask_id: int
+    pad_id: int
+    eos_id: int
+    tokenizer_sha256: str
+    noise: NoiseConfig
+    prepare: dict[str, Any]
+    """Settings of the job that change its result."""
+    sources: tuple[dict[str, Any], ...]
+    """Files read: path, bytes, sha256."""
+    counts: dict[str, Any]
+    """documents in and out, dropped and dead by reason, characters, bytes, tokens."""
+    splits: dict[str, SplitEntry] = field(default_factory=dict)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The row's shape."""
+        return Geometry(
+            sequence_length=self.sequence_length,
+            block_size=self.block_size,
+            vocab_size=self.vocab_size,
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the whole manifest: the identity of the corpus."""
+        return digest(asdict(self))
+
+    def to_json(self) -> bytes:
+        """The manifest's one spelling, its digest included."""
+        values = {**asdict(self), "digest": self.digest}
+        return (json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "Manifest":
+        """Read a manifest; `CorpusMismatch` when it is damaged or of another format version."""
+        try:
+            values = json.loads(data)
+            written = values.pop("digest")
+            version = values["format_version"]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise CorpusMismatch(f"{where} is damaged; prepare the corpus again") from None
+        if version != FORMAT_VERSION:
+            raise CorpusMismatch(
+                f"{where} has format version {version} but this program reads {FORMAT_VERSION}; "
+                "prepare the corpus again"
+            )
+        try:
+            manifest = cls(**{**values, **_parsed(values)})
+        except (TypeError, KeyError, ValueError):
+            raise CorpusMismatch(f"{where} is damaged; prepare the corpus again") from None
+        if manifest.digest != written or set(values) != {f.name for f in fields(cls)}:
+            raise CorpusMismatch(
+                f"{where} has digest {manifest.digest[:12]} but says {str(written)[:12]}; "
+                "it was edited or damaged, prepare the corpus again"
+            )
+        return manifest
+
+
+def _parsed(values: dict[str, Any]) -> dict[str, Any]:
+    """The nested parts of a manifest as their dataclasses."""
+    splits = {
+        name: SplitEntry(**{**entry, "shards": tuple(ShardEntry(**s) for s in entry["shards"])})
+        for name, entry in values["splits"].items()
+    }
+    return {
+        "noise": NoiseConfig(**values["noise"]),
+        "sources": tuple(values["sources"]),
+        "splits": splits,
+    }

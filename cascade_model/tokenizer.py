@@ -1,0 +1,210 @@
+"""Text to token ids and back, on Hugging Face's `tokenizers`.
+
+The text of a special token inside a document is ordinary text: only the pipeline itself sets
+EOS, PAD and MASK. A tokenizer is known by the SHA-256 of its tokenizer.json.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from cascade_model.errors import InputError
+
+EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
+# Ours come first, so that a file written by `with_specials` is read back with the same ids.
+EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
+PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+MASK_NAMES = (MASK, "<|mdm_mask|>", "<|MASK|>", "[MASK]", "<mask>")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The tokens of several texts, one after the other."""
+
+    tokens: np.ndarray
+    """uint32 [total]."""
+    lengths: np.ndarray
+    """int64 [number of texts]."""
+
+
+class Tokenizer:
+    """A tokenizer.json whose EOS, PAD and MASK are known; `vocab_size` counts them."""
+
+    def __init__(self, data: bytes, where: str = "tokenizer.json") -> None:
+        """Read the bytes of a tokenizer.json; `InputError` when they are none."""
+        try:
+            self._engine = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as error:  # the engine raises bare Exception
+            raise InputError(
+                f"tokenizer {where} is not a tokenizer.json ({error}); give a file in the format "
+                "of Hugging Face tokenizers, `train` or `bytes`"
+            ) from None
+        self._engine.no_truncation()
+        self._engine.no_padding()
+        self._engine.encode_special_tokens = True
+        self._data, self._where = data, where
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        vocabulary = self._engine.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._ids = {
+            role: next((vocabulary[name] for name in names if name in vocabulary), None)
+            for role, names in (("eos", EOS_NAMES), ("pad", PAD_NAMES), ("mask", MASK_NAMES))
+        }
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Tokenizer":
+        """Read a tokenizer.json, or the one in a folder."""
+        file = Path(path)
+        file = file / "tokenizer.json" if file.is_dir() else file
+        try:
+            return cls(file.read_bytes(), str(file))
+        except OSError as error:
+            raise InputError(
+                f"tokenizer={path} cannot be read ({error.strerror}); give a tokenizer.json, "
+                "`train` or `bytes`"
+            ) from None
+
+    @classmethod
+    def from_url(cls, url: str) -> "Tokenizer":
+        """Read a tokenizer.json from a local path or any fsspec URL."""
+        if "://" not in url:
+            return cls.from_file(url)
+        import fsspec
+
+        try:
+            with fsspec.open(url, "rb") as file:
+                return cls(file.read(), url)  # pyright: ignore[reportAttributeAccessIssue]
+        except OSError as error:
+            raise InputError(
+                f"tokenizer={url} cannot be read ({type(error).__name__}); check the URL"
+            ) from None
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token."""
+        return self._special("mask")
+
+    @property
+    def pad_id(self) -> int:
+        """Id of the padding token."""
+        return self._special("pad")
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends a document."""
+        return self._special("eos")
+
+    def _special(self, role: str) -> int:
+        value = self._ids[role]
+        if value is None:
+            raise InputError(f"tokenizer {self._where} has no {role} token; call with_specials()")
+        return value
+
+    def with_specials(self) -> "Tokenizer":
+        """This tokenizer with the missing ones of EOS, PAD and MASK added at the end."""
+        missing = [n for r, n in (("eos", EOS), ("pad", PAD), ("mask", MASK)) if not self.has(r)]
+        if not missing:
+            return self
+        engine = tokenizers.Tokenizer.from_str(self._data.decode("utf-8"))
+        engine.add_special_tokens([AddedToken(name, special=True) for name in missing])
+        return Tokenizer(engine.to_str(pretty=True).encode(), self._where)
+
+    def has(self, role: str) -> bool:
+        """Whether the tokenizer knows its "eos", "pad" or "mask" token."""
+        return self._ids[role] is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; nothing is added."""
+        return self._engine.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts."""
+        return [e.ids for e in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> Encoded:
+        """Token ids of several texts in one array."""
+        ids = [np.array(each, dtype=np.uint32) for each in self.encode_batch(texts)]
+        lengths = np.array([len(each) for each in ids], dtype=np.int64)
+        tokens = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint32)
+        return Encoded(tokens, lengths)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._engine.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def to_bytes(self) -> bytes:
+        """The tokenizer.json that `sha256` is the digest of."""
+        return self._data
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer.json."""
+        Path(path).write_bytes(self._data)
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], template: str | None = None
+    ) -> str:
+        """The prompt of a conversation, open for the assistant's answer.
+
+        `template` is Jinja in the convention of Hugging Face (variables `messages`,
+        `add_generation_prompt`) and runs in a sandbox; without one, each message is a paragraph
+        `Role: content`.
+        """
+        if template is None:
+            turns = [f"{m['role'].capitalize()}: {m['content'].strip()}\n\n" for m in messages]
+            return "".join(turns) + "Assistant:"
+        from jinja2.exceptions import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        try:
+            compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            return compiled.from_string(template).render(
+                messages=list(messages), add_generation_prompt=True, bos_token="", eos_token=""
+            )
+        except TemplateError as error:
+            raise InputError(f"the chat template fails ({error}); mend the template") from None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE with the three specials; the same texts give the same bytes."""
+    smallest = 256 + 3
+    if vocab_size < smallest:
+        raise InputError(
+            f"vocab_size={vocab_size} is below the {smallest} of all bytes and specials; use 4096"
+        )
+    engine = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD, MASK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    engine.train_from_iterator(texts, trainer)
+    return Tokenizer(engine.to_str(pretty=True).encode(), "trained here")
+
+
+def byte_tokenizer() -> Tokenizer:
+    """256 bytes and the three specials: a byte is its own id, then EOS 256, PAD 257, MASK 258."""
+    vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+    engine = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
+    engine.add_special_tokens([AddedToken(name, special=True) for name in (EOS, PAD, MASK)])
+    return Tokenizer(engine.to_str(pretty=True).encode(), "bytes")
+
+
+def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    engine = tokenizers.Tokenizer(model)
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    engine.decoder = decoders.ByteLevel()  # pyright: ignore
+    return engine
+
+
+def _byte_symbols() -> list[str]:
+    """The character that byte-level BPE writes for each byte: printable Latin-1 stays itself,
+    every other byte is the next character from U+0100 on (the table of GPT-2)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

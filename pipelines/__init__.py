@@ -1,0 +1,1 @@
+"""Dataflow over Ray Data: corpus to pre-masked shards, prompts to completions."""

@@ -1,0 +1,250 @@
+"""Prompts -> completions: a plan of small parts, each decoded and committed by one actor.
+
+A part is a run of rows of one input file, and the unit of retry: its output is a pure function of
+(weights, settings, rows), committed under a fixed name, so a part that is done twice gives the same
+bytes and a part that is done is never done again. The manifest comes last. A row that cannot be
+answered goes to a dead-letter shard with its reason: rows in = rows out + dead rows.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cascade_model.commit import Folder, Record
+from cascade_model.config import SamplingParams, digest
+from cascade_model.errors import InputError
+from pipelines.prompts import Columns, DeadRow, Part, Prompt, read_part
+
+FORMAT_VERSION = 1
+JOB, MANIFEST = "job.json", "manifest.json"
+Format = Literal["jsonl", "parquet"]
+
+COMPLETIONS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("completion", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int64(), nullable=False),
+        pa.field("passes", pa.int64(), nullable=False),
+        pa.field("tokens_per_forward", pa.float64(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+    ]
+)
+DEAD = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("input", pa.string(), nullable=False),
+    ]
+)
+
+
+def row_seed(job_seed: int, row: int) -> int:
+    """The seed (63 bits) of one row: a function of the job's seed and the row's number alone."""
+    hashed = hashlib.sha256(f"cascade generate {job_seed} {row}".encode()).digest()
+    return int.from_bytes(hashed[:8], "little") >> 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartRecord:
+    """What the manifest says about one finished part."""
+
+    index: int
+    rows: int
+    dead: dict[str, int]
+    """Dead rows by reason."""
+    num_tokens: int
+    passes: int
+    file: dict[str, Any]
+    """Name, object (where the bytes lie), bytes and SHA-256 of the completions."""
+    dead_file: dict[str, Any] | None
+    """The same of the dead letters, where there are any."""
+
+
+def file_of(record: Record) -> dict[str, Any]:
+    """A commit record as the manifest names it."""
+    return {key: getattr(record, key) for key in ("name", "object", "bytes", "sha256")}
+
+
+def record_of(record: Record) -> PartRecord:
+    """A part's record from the commit record of its completions."""
+    return PartRecord(file=file_of(record), **record.facts)
+
+
+def shard_name(part: Part, format: Format) -> str:
+    """Name of a part's completions."""
+    return f"completions-{part.index:06d}.{format}"
+
+
+def dead_name(part: Part) -> str:
+    """Name of a part's dead letters."""
+    return f"dead-{part.index:06d}.jsonl"
+
+
+def encode_rows(rows: list[dict[str, Any]], schema: pa.Schema, format: Format) -> bytes:
+    """Rows as the bytes of a file; equal rows give equal bytes."""
+    if format == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+class PartWorker:
+    """Holds the model once and answers parts; the actor class of the Ray Data plan."""
+
+    def __init__(
+        self,
+        model: str,
+        output: str,
+        params: SamplingParams,
+        columns: Columns,
+        format: Format,
+        threads: int,
+        stop: Sequence[str] = (),
+    ) -> None:
+        import torch
+
+        from cascade_model.engine import LLM
+
+        torch.set_num_threads(threads)
+        self._llm = LLM.load(model)
+        self._folder = Folder(output)
+        self._params, self._columns = params, columns
+        self._format: Format = format
+        self._stop = tuple(stop)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Ray Data's face: a batch of parts (as JSON) to their records (as JSON)."""
+        records = [self.answer(Part(**json.loads(text))) for text in batch["part"]]
+        return {"record": [json.dumps(dataclasses.asdict(record)) for record in records]}
+
+    def answer(self, part: Part) -> PartRecord:
+        """Decode a part and commit its files, the record last."""
+        done: list[dict[str, Any]] = []
+        dead: list[DeadRow] = []
+        for item in read_part(part, self._columns, self._llm.tokenizer.apply_chat_template):
+            result = item if isinstance(item, DeadRow) else self._row(item)
+            if isinstance(result, DeadRow):
+                dead.append(result)
+            else:
+                done.append(result)
+        if len(done) + len(dead) != part.num_rows:
+            raise InputError(f"input={part.url} changed while the job ran; start a new output")
+        return self._commit(part, done, dead)
+
+    def _row(self, prompt: Prompt) -> dict[str, Any] | DeadRow:
+        seed = row_seed(self._params.seed, prompt.row)
+        params = dataclasses.replace(self._params, seed=seed)
+        try:
+            [completion] = self._llm.generate([prompt.text], params, self._stop)
+        except InputError as error:
+            return DeadRow(row=prompt.row, reason="refused", input=f"{error}: {prompt.text}"[:400])
+        num_tokens = len(completion.token_ids)
+        return {
+            "id": prompt.id,
+            "prompt": prompt.text,
+            "completion": completion.text,
+            "num_tokens": num_tokens,
+            "passes": completion.passes,
+            "tokens_per_forward": num_tokens / max(completion.passes, 1),
+            "finish_reason": completion.finish_reason,
+            "seed": seed,
+        }
+
+    def _commit(self, part: Part, done: list[dict[str, Any]], dead: list[DeadRow]) -> PartRecord:
+        """Dead letters first: where the completions are committed, both are there."""
+        reasons = [row.reason for row in dead]
+        letters = None
+        if dead:
+            data = encode_rows([dataclasses.asdict(row) for row in dead], DEAD, "jsonl")
+            letters = file_of(self._folder.commit(dead_name(part), data))
+        facts = {
+            "index": part.index,
+            "rows": len(done),
+            "dead": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+            "num_tokens": sum(row["num_tokens"] for row in done),
+            "passes": sum(row["passes"] for row in done),
+            "dead_file": letters,
+        }
+        shard = encode_rows(done, COMPLETIONS, self._format)
+        name = shard_name(part, self._format)
+        return record_of(self._folder.commit(name, shard, facts=facts))
+
+
+def claim(folder: Folder, job: dict[str, Any]) -> bool:
+    """Bind the output folder to one job; True if that job is finished already.
+
+    `InputError` names the first setting in which an earlier job in this folder differs.
+    """
+    if folder.exists(JOB):
+        earlier = json.loads(folder.read_bytes(JOB))
+        for key in sorted({*earlier, *job}):
+            if earlier.get(key) != job.get(key):
+                raise InputError(
+                    f"output={folder.url} holds a job with {key}={earlier.get(key)!r}, this one "
+                    f"has {key}={job.get(key)!r}; give another output folder"
+                )
+        return folder.exists(MANIFEST)
+    if folder.list():
+        raise InputError(
+            f"output={folder.url} is not empty and holds no generate job; give another folder"
+        )
+    folder.publish(JOB, json.dumps(job, sort_keys=True, indent=1).encode())
+    return False
+
+
+def read_record(folder: Folder, part: Part, format: Format) -> PartRecord | None:
+    """The record of a finished part, or None."""
+    record = folder.record(shard_name(part, format))
+    return None if record is None else record_of(record)
+
+
+def manifest_of(job: dict[str, Any], parts: Sequence[Part], records: Sequence[PartRecord]) -> dict:
+    """The manifest; every part must have its record, and every row must be accounted for."""
+    by_index = {record.index: record for record in records}
+    dead: dict[str, int] = {}
+    for part in parts:
+        record = by_index[part.index]
+        if record.rows + sum(record.dead.values()) != part.num_rows:
+            raise RuntimeError(f"part {part.index} lost rows: {record} of {part.num_rows}")
+        for reason, count in record.dead.items():
+            dead[reason] = dead.get(reason, 0) + count
+    ordered = [by_index[part.index] for part in parts]
+    counts = {
+        "rows_in": sum(part.num_rows for part in parts),
+        "rows_out": sum(record.rows for record in ordered),
+        "rows_dead": sum(dead.values()),
+        "dead_by_reason": dict(sorted(dead.items())),
+        "num_tokens": sum(record.num_tokens for record in ordered),
+        "passes": sum(record.passes for record in ordered),
+    }
+    files = [file for r in ordered for file in (r.dead_file, r.file) if file]
+    body = {"format_version": FORMAT_VERSION, "job": job, "counts": counts, "files": files}
+    return {**body, "digest": digest(body)}
+
+
+def run_on_ray(
+    parts: Sequence[Part], worker: dict[str, Any], num_workers: int
+) -> Iterator[PartRecord]:
+    """The Ray Data plan: parts -> pool of model-holding actors -> records, as they come."""
+    import ray
+
+    rows = [{"part": json.dumps(dataclasses.asdict(part))} for part in parts]
+    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        PartWorker,
+        fn_constructor_kwargs=worker,
+        batch_size=1,
+        num_cpus=worker["threads"],
+        compute=ray.data.ActorPoolStrategy(size=min(num_workers, len(parts))),
+    )
+    for row in data.iter_rows():
+        yield PartRecord(**json.loads(row["record"]))

@@ -1,0 +1,87 @@
+"""Run many small tasks, in this process or as Ray Data tasks, with the same results.
+
+A task's order and result travel as JSON. A user's mistake comes back as a sentence, not as an
+exception, so that Ray neither retries it nor wraps it in a traceback.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, cast
+
+from cascade_model.errors import InputError
+
+Step = Callable[[dict[str, Any]], dict[str, Any]]
+log = logging.getLogger(__name__)
+
+
+def run_tasks(
+    step: Step,
+    orders: Sequence[dict[str, Any]],
+    *,
+    runner: Literal["ray", "local"],
+    num_workers: int,
+) -> list[dict[str, Any]]:
+    """The results in the order of `orders`; raises the first task's `InputError` as it was."""
+    lines = [json.dumps(order) for order in orders]
+    if not lines:
+        return []
+    run = _on_ray(step, lines, num_workers) if runner == "ray" else _here(step, lines)
+    results: dict[int, dict[str, Any]] = {}
+    for index, line in run:
+        result = json.loads(line)
+        if "error" in result:
+            raise InputError(result["error"])
+        results[index] = result
+        log.info("%d of %d parts done", len(results), len(lines))
+    return [results[index] for index in range(len(lines))]
+
+
+def _attempt(step: Step, line: str) -> str:
+    """One task, its user's mistakes turned into a result."""
+    try:
+        return json.dumps(step(json.loads(line)))
+    except InputError as error:
+        return json.dumps({"error": str(error)})
+
+
+def _here(step: Step, lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    for index, line in enumerate(lines):
+        yield index, _attempt(step, line)
+
+
+def _on_ray(step: Step, lines: list[str], num_workers: int) -> Iterator[tuple[int, str]]:
+    """One Ray Data task per order: the task is the unit of retry."""
+    start_ray()
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = [{"index": index, "order": line} for index, line in enumerate(lines)]
+    done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        cast(Any, _batch),
+        fn_kwargs={"step": step},
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.TaskPoolStrategy(size=num_workers),
+    )
+    for row in done.iter_rows():
+        yield int(row["index"]), str(row["result"])
+
+
+def _batch(batch: dict[str, Any], step: Step) -> dict[str, Any]:
+    """What a Ray task does: its worker is one of many, so the tokenizer keeps to one thread."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    results = [_attempt(step, str(line)) for line in batch["order"]]
+    return {"index": batch["index"], "result": results}
+
+
+def start_ray() -> None:
+    """Join the cluster named by RAY_ADDRESS, or start Ray on this machine."""
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
