@@ -1,0 +1,313 @@
+"""Checkpoints that are either whole or not there.
+
+    checkpoints/step_00000100/
+        state/          weights and AdamW moments, written by all ranks (torch DCP, reshardable)
+        config.json     facts: step, samples consumed, model, corpus digest, noise, resolved settings
+        manifest.json   size and SHA-256 of every file above
+        COMMIT          SHA-256 of the manifest; written last, by the project's commit protocol
+
+A checkpoint is written under a temporary name and renamed before COMMIT is written. DCP's own
+index is a pickle, so every hash is verified before DCP opens anything.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.optim import Optimizer
+
+from cascade_model.commit import Folder
+from cascade_model.errors import CheckpointMismatch
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A verified checkpoint: where it lies and the facts in its config.json."""
+
+    path: Path
+    facts: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+        return self.facts["step"]
+
+    @property
+    def samples(self) -> int:
+        """Samples consumed: the whole data position."""
+        return self.facts["samples"]
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer: Optimizer, facts: dict[str, Any], keep_last: int
+) -> Path:
+    """Write a checkpoint of all ranks and commit it; every rank must call this.
+
+    `facts` holds at least `step` and `samples` and must be JSON. Returns the checkpoint's folder.
+    """
+    target = folder / f"step_{facts['step']:08d}"
+    work = Path(_from_first_rank(f"{target}.tmp-{secrets.token_hex(4)}"))
+    if _is_first_rank():
+        work.mkdir(parents=True)
+    _barrier()
+    with _quiet():
+        dcp.save(
+            _state(model, optimizer),
+            checkpoint_id=work / "state",
+            no_dist=not dist.is_initialized(),
+        )
+    _barrier()
+    if _is_first_rank():
+        _seal(work, target, facts)
+        for old in _folders(folder)[:-keep_last]:
+            _discard(old)
+    _barrier()
+    return target
+
+
+def newest(folder: Path, tell: Callable[[str], None]) -> Checkpoint | None:
+    """The newest complete checkpoint; damaged ones are told and passed over."""
+    for path in reversed(_folders(folder)):
+        try:
+            return verify(path)
+        except CheckpointMismatch as error:
+            tell(f"{error}; falling back to the checkpoint before it")
+    return None
+
+
+def newest_on_all_ranks(folder: Path, tell: Callable[[str], None]) -> Checkpoint | None:
+    """`newest`, decided by the first rank for all; leftovers of dead writers are removed."""
+    found = None
+    if _is_first_rank():
+        for leftover in folder.glob("step_*.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        found = newest(folder, tell)
+    return _from_first_rank(found)
+
+
+def verify(path: Path) -> Checkpoint:
+    """Check COMMIT, the manifest and the hash of every file; nothing is unpickled.
+
+    Raises `CheckpointMismatch` naming the file, what was recorded and what was found.
+    """
+    if not (path / "COMMIT").is_file():
+        raise CheckpointMismatch(
+            f"checkpoint {path} has no COMMIT, so its writing never finished; choose another step"
+        )
+    commit, manifest_bytes = _json(path / "COMMIT"), _bytes(path / "manifest.json")
+    _compare(
+        path / "manifest.json",
+        commit.get("manifest_sha256"),
+        hashlib.sha256(manifest_bytes).hexdigest(),
+    )
+    recorded = _json(path / "manifest.json").get("files", {})
+    found = _file_names(path)
+    if set(recorded) != found:
+        different = sorted(set(recorded) ^ found)
+        raise CheckpointMismatch(
+            f"checkpoint {path} should hold {len(recorded)} files and holds {len(found)}; "
+            f"missing or surplus: {different[:5]}; restore it or choose another step"
+        )
+    for name, entry in sorted(recorded.items()):
+        _compare(path / name, entry["sha256"], _sha256(path / name))
+    facts = _json(path / "config.json")
+    if facts.get("format") != FORMAT:
+        raise CheckpointMismatch(
+            f"checkpoint {path} has format {facts.get('format')} and this program reads {FORMAT}; "
+            "use the version that wrote it"
+        )
+    return Checkpoint(path=path, facts=facts)
+
+
+def load(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Put a verified checkpoint into a model and its optimiser, in place, on any number of ranks.
+
+    Every rank must call this, with the model already sharded.
+    """
+    state = _state(model, optimizer)
+    with _quiet():
+        dcp.load(
+            state, checkpoint_id=checkpoint.path / "state", no_dist=not dist.is_initialized()
+        )
+    adam_step = state["adam_step"]
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = {
+            "step": adam_step.clone(),
+            "exp_avg": state["exp_avg"][name],
+            "exp_avg_sq": state["exp_avg_sq"][name],
+        }
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Only the weights, in this process alone, without any process group."""
+    state = {"model": _weights(model)}
+    with _quiet():
+        dcp.load(state, checkpoint_id=checkpoint.path / "state", no_dist=True)
+
+
+def require_same(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
+    """Refuse to resume when a fact differs; the sentence shows both values.
+
+    Raises `CheckpointMismatch` for the first differing fact, nested settings by their full name.
+    """
+    for name, want in expected.items():
+        have = checkpoint.facts.get(name)
+        if have == want:
+            continue
+        if isinstance(have, dict) and isinstance(want, dict):
+            key = next(k for k in sorted({*have, *want}) if have.get(k) != want.get(k))
+            name, have, want = f"{name}.{key}", have.get(key), want.get(key)
+        raise CheckpointMismatch(
+            f"checkpoint {checkpoint.path} was made with {name}={have!r} and this run has "
+            f"{name}={want!r}; set it back or choose a new output folder"
+        )
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Named parameters, a tied one once; the tensors share memory with the model."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Tensors only, so that nothing but tensor shards is in the files that DCP writes."""
+    state: dict[str, Any] = {"model": _weights(model), "exp_avg": {}, "exp_avg_sq": {}}
+    state["adam_step"] = torch.zeros((), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state.get(parameter, {})
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key][name] = moments[key] if moments else torch.zeros_like(parameter).detach()
+        if moments:
+            state["adam_step"] = moments["step"].detach().cpu()
+    return state
+
+
+def _seal(work: Path, target: Path, facts: dict[str, Any]) -> None:
+    """Facts, manifest, rename, COMMIT: in this order, each on disk before the next."""
+    _write(work / "config.json", {"format": FORMAT, **facts})
+    files = {
+        name: {"bytes": (work / name).stat().st_size, "sha256": _sha256(work / name)}
+        for name in sorted(_file_names(work))
+    }
+    for name in files:
+        _sync(work / name)
+    _write(work / "manifest.json", {"files": files})
+    _sync(work / "state")
+    _sync(work)
+    if target.exists():
+        _discard(target)
+    work.rename(target)
+    _sync(target.parent)
+    digest = _sha256(target / "manifest.json")
+    text = json.dumps({"step": facts["step"], "manifest_sha256": digest}) + "\n"
+    Folder(target).publish("COMMIT", text.encode())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's warning that one process saves alone, which is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint so that a half-removed one is never taken for complete."""
+    (path / "COMMIT").unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Checkpoints under their final names, oldest first, complete or not."""
+    found = [p for p in folder.glob("step_*") if _NAME.match(p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def _file_names(path: Path) -> set[str]:
+    """What the manifest vouches for: every file but the manifest and COMMIT themselves."""
+    names = {str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir()}
+    return names - {"manifest.json", "COMMIT"}
+
+
+def _compare(path: Path, recorded: str | None, found: str) -> None:
+    if recorded != found:
+        raise CheckpointMismatch(
+            f"checkpoint file {path} is damaged: sha256 recorded {recorded}, found {found}; "
+            "restore it or choose another step"
+        )
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointMismatch(
+            f"checkpoint file {path} cannot be read ({error.strerror}); choose another step"
+        ) from None
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointMismatch(
+            f"checkpoint file {path} cannot be read ({error.strerror}); choose another step"
+        ) from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_bytes(path))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointMismatch(f"checkpoint file {path} is not JSON; choose another step")
+    return value
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _from_first_rank(value: Any) -> Any:
+    """The first rank's value on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,237 @@
+"""The decode engine: a loaded model that turns prompts into text, block by block.
+
+It has two halves, so that a server can hold them on two machines. `LLM.blocks` yields blocks of
+token ids and needs the weights. `TextStream` turns those ids into text and needs the tokenizer
+alone: it owns detokenisation and stop strings, and holds back whatever may still change. Torch is
+imported when weights are loaded, never before.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+from cascade_model.config import ModelConfig, SamplingParams, check
+from cascade_model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from cascade_model.model import Transformer
+    from cascade_model.sampler import DecodedBlock
+
+FinishReason = Literal["stop", "length"]
+UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """What one block added to a completion."""
+
+    text: str
+    """Text that is now certain; an unfinished character or a possible stop stays back."""
+    token_ids: tuple[int, ...]
+    """The block's tokens, up to and including the one that ends a stop string."""
+    passes: int
+    """Forward passes that this block took, the pass before it that wrote the cache included."""
+    steps: int
+    """K_b: its denoising steps."""
+    finish_reason: FinishReason | None
+    """Set on the last chunk only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """A finished answer to one prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    passes: int
+    """Forward passes of the whole answer."""
+    steps_per_block: tuple[int, ...]
+    """K_b, the denoising steps of each block."""
+
+
+class TextStream:
+    """Turns tokens into text that is never taken back, and cuts it at the first stop string.
+
+    The text depends on the tokens alone, not on how they were cut into blocks. The stop that is
+    completed first wins; of two that end together, the longer one. Stop text is not returned.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
+        self._decode = decode
+        self._stop = [text for text in stop if text]
+        self._context: list[int] = []  # the last whole characters: some decoders look behind
+        self._pending: list[int] = []  # tokens since then
+        self._taken = ""  # text of `_pending` that `_held` already got
+        self._held = ""  # decoded, but perhaps the beginning of a stop
+
+    def push(
+        self, tokens: Sequence[int], *, passes: int, steps: int, finish_reason: FinishReason | None
+    ) -> Chunk:
+        """Add one block; the chunk's `finish_reason` is "stop" once a stop string is complete."""
+        text, taken = "", tuple(tokens)
+        for count, token in enumerate(tokens, start=1):
+            self._held += self._decode_next(token)
+            before = self._cut_at_stop()
+            if before is not None:
+                text, taken, finish_reason = text + before, taken[:count], "stop"
+                break
+            text += self._release()
+        else:
+            text += self._rest() if finish_reason is not None else ""
+        return Chunk(
+            text=text, token_ids=taken, passes=passes, steps=steps, finish_reason=finish_reason
+        )
+
+    def _decode_next(self, token: int) -> str:
+        """Certain new text after one more token: all but a last character that may be cut."""
+        self._pending.append(token)
+        whole = self._decode_pending()
+        certain = whole.removesuffix(UNFINISHED_CHARACTER)
+        new = certain[len(self._taken) :]
+        if certain == whole:
+            if whole:  # a special token has no text to look behind at
+                self._context = self._pending
+            self._pending, self._taken = [], ""
+        else:
+            self._taken = certain
+        return new
+
+    def _decode_pending(self) -> str:
+        before = self._decode(self._context) if self._context else ""
+        return self._decode(self._context + self._pending)[len(before) :]
+
+    def _cut_at_stop(self) -> str | None:
+        """The held text before the first completed stop, or None."""
+        hits = [
+            (start + len(stop), start)
+            for stop in self._stop
+            if (start := self._held.find(stop)) >= 0
+        ]
+        return self._held[: min(hits)[1]] if hits else None
+
+    def _release(self) -> str:
+        """Take out the held text, less the longest ending that begins a stop."""
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+    def _rest(self) -> str:
+        """At the end nothing can change any more: give out all that was held back."""
+        text = self._held + (self._decode_pending()[len(self._taken) :] if self._pending else "")
+        self._held, self._pending, self._taken = "", [], ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest ending of `text` that is a beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def check_prompt(config: ModelConfig, prompt_tokens: Sequence[int], max_tokens: int) -> None:
+    """Refuse (`InputError`) a prompt that cannot be decoded, before anything is allocated."""
+    check(len(prompt_tokens) > 0, "prompt is empty; give at least one token of text")
+    wrong = [token for token in prompt_tokens if not 0 <= token < config.vocab_size]
+    check(
+        not wrong,
+        f"prompt has the token id {wrong[0] if wrong else ''}, outside the vocabulary of "
+        f"{config.vocab_size}; use the ids of this model's tokenizer",
+    )
+    special = sorted({config.mask_id, config.pad_id} - {config.eos_id})
+    found = [token for token in special if token in prompt_tokens]
+    check(
+        not found,
+        f"prompt has the mask or padding token {found[0] if found else ''}; leave it out, it is "
+        "not text",
+    )
+    total, limit = len(prompt_tokens) + max_tokens, config.max_sequence_length
+    check(
+        total <= limit,
+        f"prompt of {len(prompt_tokens)} tokens plus max_tokens={max_tokens} makes {total}, over "
+        f"the context of {limit}; shorten the prompt or lower max_tokens",
+    )
+
+
+class LLM:
+    """A model, its tokenizer and one lock: safe to call from many threads, one block at a time."""
+
+    def __init__(self, model: "Transformer", tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config: ModelConfig = model.config
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Load a model folder; `CheckpointMismatch` if it is damaged or unfinished."""
+        from cascade_model.weights import load_model
+
+        model, tokenizer = load_model(folder)
+        return cls(model.eval(), tokenizer)
+
+    def blocks(
+        self, prompt_tokens: Sequence[int], params: SamplingParams, choice: int = 0
+    ) -> "Iterator[DecodedBlock]":
+        """Decode block by block; other threads get their turn between two blocks."""
+        import torch
+
+        from cascade_model.sampler import sample
+
+        check_prompt(self.config, prompt_tokens, params.max_tokens)
+        decoding = iter(sample(self.model, list(prompt_tokens), params, choice))
+        while True:
+            with self._lock, torch.inference_mode():
+                block = next(decoding, None)
+            if block is None:
+                return
+            yield block
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        stop: Sequence[str] = (),
+        choice: int = 0,
+    ) -> Iterator[Chunk]:
+        """Chunks of text, one a block; decoding ends as soon as a stop string is complete."""
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        text = TextStream(self.tokenizer.decode, stop)
+        for block in self.blocks(tokens, params, choice):
+            chunk = text.push(
+                block.tokens,
+                passes=block.passes,
+                steps=block.steps,
+                finish_reason=block.finish_reason,
+            )
+            yield chunk
+            if chunk.finish_reason is not None:
+                return
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        stop: Sequence[str] = (),
+    ) -> list[Completion]:
+        """One completion a prompt, in order; `params` is shared or one a prompt."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        pairs = zip(prompts, each, strict=True)
+        return [complete(self.stream(prompt, own, stop)) for prompt, own in pairs]
+
+
+def complete(chunks: Iterator[Chunk]) -> Completion:
+    """Join a stream that ran to its end."""
+    parts = list(chunks)
+    if not parts or parts[-1].finish_reason is None:
+        raise RuntimeError("the decoding stream ended without a finish reason")
+    return Completion(
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        finish_reason=parts[-1].finish_reason,
+        passes=sum(part.passes for part in parts),
+        steps_per_block=tuple(part.steps for part in parts),
+    )

@@ -1,0 +1,254 @@
+"""The one training loop: pretraining, conversion and distillation differ by `loss_fn` only.
+
+Plain Python: it runs alone, under `torchrun`, and in the workers of Ray Train alike. The state of
+the data is one integer, the samples consumed; order and noise are functions of it, so a resumed
+run takes the steps that the uninterrupted one would have taken.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade_model import checkpoint, parallel
+from cascade_model.batch import TrainBatch
+from cascade_model.config import NoiseConfig, OptimizerConfig, TrainerConfig, to_dict
+from cascade_model.corpus import Corpus
+from cascade_model.errors import InputError
+from cascade_model.loss import LossParts
+from cascade_model.metrics import MetricsLog, Window
+from cascade_model.model import Transformer
+from cascade_model.optim import learning_rate, make_optimizer, set_learning_rate
+from cascade_model.weights import save_model
+
+LossFn = Callable[[Transformer, TrainBatch], LossParts]
+
+
+def tell(line: str) -> None:
+    """One line for the person who watches; stderr, so that stdout stays the job's result."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """What to train, on what, with which loss, and where to keep it.
+
+    `model` holds the initial weights, equal on every rank. `objective` describes `loss_fn` and is
+    compared on resume. `settings` is the job's resolved configuration, kept in each checkpoint.
+    """
+
+    model: Transformer
+    corpus: Corpus
+    noise: NoiseConfig
+    loss_fn: LossFn
+    objective: dict[str, Any]
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    folder: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end, from the newest complete checkpoint if there is one.
+
+        Returns the run's summary (on every rank) and leaves `model/` and `summary.json` in the run
+        folder. Raises `InputError` when the loss stops being finite, `CheckpointMismatch` when the
+        folder's checkpoint belongs to another run.
+        """
+        parallel.join_group(self.device)
+        self._local = sequences_per_rank(self.trainer, parallel.world_size())
+        self._shard()
+        self._adam = make_optimizer(self.model, self.optimizer)
+        step, samples, window = self._resume()
+        log = MetricsLog(self.folder, step) if parallel.rank() == 0 else None
+        total = self.trainer.num_steps * self.trainer.sequences_per_step
+        started, first_step = time.perf_counter(), step
+        while samples < total:
+            rate = self._step(step + 1, samples, total, window)
+            step, samples = step + 1, samples + self.trainer.sequences_per_step
+            if step % self.trainer.log_every == 0 or samples >= total:
+                self._log(log, window, rate, step, samples)
+                window = Window()
+            if step % self.trainer.checkpoint_every == 0 or samples >= total:
+                self._save(step, samples, window)
+        return self._finish(log, step, samples, step - first_step, time.perf_counter() - started)
+
+    def _shard(self) -> None:
+        self.model.to(self.device)
+        parallel.shard(self.model, self.model.layers, self.device)
+        self.model.train()
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that resumes it."""
+        return {
+            "model": to_dict(self.model.config),
+            "corpus_digest": self.corpus.digest,
+            "noise": to_dict(self.noise),
+            "objective": self.objective,
+            "sequences_per_step": self.trainer.sequences_per_step,
+        }
+
+    def _resume(self) -> tuple[int, int, Window]:
+        found = checkpoint.newest_on_all_ranks(self.folder / "checkpoints", tell)
+        if found is None:
+            return 0, 0, Window()
+        checkpoint.require_same(found, self._facts())
+        checkpoint.load(found, self.model, self._adam)
+        if parallel.rank() == 0:
+            tell(f"resuming from {found.path} (step {found.step}, {found.samples} samples)")
+        return found.step, found.samples, Window(**found.facts["window"])
+
+    def _save(self, step: int, samples: int, window: Window) -> None:
+        facts = self._facts() | {
+            "step": step,
+            "samples": samples,
+            "world_size": parallel.world_size(),
+            "settings": self.settings,
+            "window": to_dict(window),
+        }
+        folder = self.folder / "checkpoints"
+        checkpoint.save(folder, self.model, self._adam, facts, self.trainer.keep_last)
+
+    def _step(self, step: int, samples: int, total: int, window: Window) -> float:
+        """One optimiser step over `sequences_per_step` samples of all ranks.
+
+        The loss is the sum over all ranks' masked rows divided by the global number of maskable
+        tokens. That number is known only after the last micro-batch, so the gradients are
+        accumulated over a fixed scale and corrected once. FSDP averages over ranks, which the
+        factor `world` undoes. Returns the learning rate.
+        """
+        length, world = self.corpus.sequence_length, parallel.world_size()
+        scale = float(self.trainer.sequences_per_step * length)
+        self._adam.zero_grad(set_to_none=True)
+        started = time.perf_counter()
+        sums, waited = self._accumulate(samples, world / scale)
+        sums = parallel.sum_over_ranks(sums)
+        loss_sum, num_maskable = float(sums[0]), float(sums[1])
+        correction = scale / max(num_maskable, 1.0)
+        norm = float(parallel.gradient_norm(self.model)) * correction
+        if not (torch.isfinite(sums).all() and torch.isfinite(torch.tensor(norm))):
+            self._stop(step, samples, loss_sum, norm)
+        clip = min(1.0, self.optimizer.max_grad_norm / (norm + 1e-12))
+        parallel.scale_gradients(self.model, correction * clip)
+        tokens = samples + self.trainer.sequences_per_step
+        rate = learning_rate(tokens * length, total * length, self.optimizer)
+        set_learning_rate(self._adam, rate)
+        self._adam.step()
+        window.add(sums.tolist(), norm, waited, time.perf_counter() - started)
+        return rate
+
+    def _accumulate(self, samples: int, factor: float) -> tuple[torch.Tensor, float]:
+        """Forward and backward of this rank's share.
+
+        Returns float64 [2 + 2 bands]: loss sum, maskable tokens, then the loss sum and the row
+        count of each mask-rate band; and the seconds spent waiting for data.
+        """
+        totals, waited = None, 0.0
+        first = samples + parallel.rank() * self._local
+        for offset in range(0, self._local, self.trainer.sequences_per_forward):
+            count = min(self.trainer.sequences_per_forward, self._local - offset)
+            asked = time.perf_counter()
+            rows = self.corpus.batch(first + offset, count, self.noise)
+            batch = TrainBatch.from_numpy(rows, self.device)
+            waited += time.perf_counter() - asked
+            with self._precision():
+                parts = self.loss_fn(self.model, batch)
+            (parts.sum * factor).backward()
+            sums = _vector(parts)
+            totals = sums if totals is None else totals + sums
+        assert totals is not None
+        return totals, waited
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        if self.trainer.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _stop(self, step: int, samples: int, loss_sum: float, norm: float) -> None:
+        """Every rank holds the same sums, so all of them come here in the same step."""
+        path = self.folder / f"not_finite_step_{step:08d}.json"
+        if parallel.rank() == 0:
+            rows = self.corpus.batch(samples, self.trainer.sequences_per_step, self.noise)
+            record = {
+                "step": step,
+                "first_sample": samples,
+                "num_samples": self.trainer.sequences_per_step,
+                "sequence_ids": [int(i) for i in rows.sequence_ids],
+                "loss_sum": repr(loss_sum),
+                "grad_norm": repr(norm),
+            }
+            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        parallel.barrier()
+        raise InputError(
+            f"the loss or its gradient is not finite at step {step} (sample ids in {path}); "
+            f"lower optimizer.peak_lr={self.optimizer.peak_lr} and run again"
+        )
+
+    def _log(
+        self, log: MetricsLog | None, window: Window, rate: float, step: int, samples: int
+    ) -> None:
+        if log is None:
+            return
+        length = self.corpus.sequence_length
+        line = {"step": step, "samples": samples, "tokens": samples * length}
+        line |= {"lr": rate, **window.means(self.trainer.sequences_per_step * length)}
+        log.write(line)
+        tell(
+            f"step {step}/{self.trainer.num_steps}  loss {line['loss']:.4f}  "
+            f"lr {line['lr']:.2e}  grad norm {line['grad_norm']:.2f}  "
+            f"{line['tokens_per_second']:,.0f} data tokens/s  "
+            f"data wait {100 * line['data_wait_rate']:.1f} %"
+        )
+
+    def _finish(
+        self, log: MetricsLog | None, step: int, samples: int, steps: int, seconds: float
+    ) -> dict[str, Any]:
+        """Export the whole weights as a model folder and write the summary."""
+        state = parallel.full_state(self.model)
+        tokens = steps * self.trainer.sequences_per_step * self.corpus.sequence_length
+        summary: dict[str, Any] = {
+            "run": str(self.folder),
+            "model": str(self.folder / "model"),
+            "steps": step,
+            "samples": samples,
+            "tokens": samples * self.corpus.sequence_length,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds if steps else 0.0,
+            "world_size": parallel.world_size(),
+        }
+        if log is not None:
+            lines = log.close()
+            summary["first_loss"] = lines[0]["loss"] if lines else None
+            summary["last_loss"] = lines[-1]["loss"] if lines else None
+            whole = Transformer(self.model.config)
+            whole.load_state_dict(state)
+            save_model(self.folder / "model", whole, self.corpus.tokenizer())
+            text = json.dumps(summary, indent=1) + "\n"
+            (self.folder / "summary.json").write_text(text, encoding="utf-8")
+        parallel.barrier()
+        return summary
+
+
+def sequences_per_rank(config: TrainerConfig, world_size: int) -> int:
+    """Each rank's share of a step; the global batch does not depend on the number of ranks."""
+    if config.sequences_per_step % world_size:
+        raise InputError(
+            f"trainer.sequences_per_step={config.sequences_per_step} cannot be shared by "
+            f"num_workers={world_size}; use a multiple of {world_size}"
+        )
+    return config.sequences_per_step // world_size
+
+
+def _vector(parts: LossParts) -> torch.Tensor:
+    """The detached sums of one forward pass, float64 [2 + 2 bands]."""
+    head = torch.stack(
+        [parts.sum.detach().double(), parts.sum.new_tensor(float(parts.num_maskable)).double()]
+    )
+    return torch.cat([head, parts.band_sums.double(), parts.band_counts.double()])
