@@ -1,0 +1,168 @@
+"""Where training meets Ray Train: the only file that knows both.
+
+Ray places the ranks, gives them a process group and restarts them after a death. What is durable is
+decided by our own COMMIT, so nothing is reported to Ray: a restarted rank looks for the newest
+complete checkpoint in the run folder by itself.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cascade_model.errors import CheckpointMismatch, CorpusMismatch, InputError
+
+Train = Callable[[Any, str], dict[str, Any]]
+"""(config, device type) -> summary; runs in every rank, inside its process group."""
+
+_REFUSAL = "refused.json"
+_KINDS = {kind.__name__: kind for kind in (InputError, CorpusMismatch, CheckpointMismatch)}
+
+
+def run_folder(output: str) -> Path:
+    """The run folder as an absolute path, not made yet; all ranks must see the same disk.
+
+    Raises `InputError` for a URL, a file in the way, or a place that cannot be written.
+    """
+    if "://" in output:
+        raise InputError(
+            f"output={output} is a URL; a run folder must be a path on a disk that all workers share"
+        )
+    folder = Path(output).absolute()
+    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(
+            f"output={output} cannot be made: {nearest} is no folder that can be written; "
+            "choose another path"
+        )
+    return folder
+
+
+def require_workers(num_workers: int) -> None:
+    """Raise `InputError` for a number of ranks that cannot be."""
+    if num_workers < 0:
+        raise InputError(f"num_workers={num_workers} must be 0 (no Ray) or more; use 2")
+
+
+def launch(
+    train: Train,
+    config: Any,
+    *,
+    folder: Path,
+    num_workers: int,
+    use_gpu: bool = False,
+    max_failures: int = 2,
+) -> dict[str, Any]:
+    """Run `train(config, device)` on `num_workers` ranks and return the run's summary.
+
+    0 workers: in this process, without Ray. A user's mistake inside a rank comes out here as the
+    same `InputError`, without Ray's traceback.
+    """
+    require_workers(num_workers)
+    device = "cuda" if use_gpu else "cpu"
+    if num_workers == 0:
+        _require_gpu(use_gpu)
+        return train(config, device)
+    refusal = folder / _REFUSAL
+    refusal.unlink(missing_ok=True)
+    _fit(train, config, folder, num_workers, device, max_failures)
+    _raise_refusal(refusal)
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def start_ray(num_cpus: int) -> None:
+    """Join the Ray of this process, of `RAY_ADDRESS` or of the submitted job, or start a local one.
+
+    The local one listens on this machine only and gets at least `num_cpus` logical CPUs.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray's default of 2 s is how long a death goes unseen; it is read when Ray Train starts.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    import ray
+
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", log_to_driver=True)
+        return
+    ray.init(num_cpus=max(num_cpus, cores()), include_dashboard=False)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _fit(
+    train: Train, config: Any, folder: Path, num_workers: int, device: str, max_failures: int
+) -> None:
+    start_ray(num_workers)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    use_gpu = device == "cuda"
+    trainer = TorchTrainer(
+        _rank,
+        train_loop_config={
+            "train": train, "config": config, "folder": str(folder), "device": device
+        },
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            # A name used twice would silently continue Ray's own notes of the earlier run.
+            name=f"launch-{time.time_ns()}",
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(max_failures=max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception:
+        _raise_refusal(folder / _REFUSAL)
+        raise
+
+
+def _rank(settings: dict[str, Any]) -> None:
+    """One rank under Ray Train.
+
+    A user's mistake is written to the run folder before it is raised: the attempt that Ray starts
+    next finds it and ends at once, in place of failing the same way again.
+    """
+    import ray.train
+    import torch
+
+    refusal = Path(settings["folder"]) / _REFUSAL
+    if refusal.exists():
+        return
+    if settings["device"] == "cpu":
+        ranks_here = ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(max(1, cores() // ranks_here))
+    try:
+        settings["train"](settings["config"], settings["device"])
+    except InputError as error:
+        _write_refusal(refusal, error)
+        raise
+
+
+def _write_refusal(path: Path, error: InputError) -> None:
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}))
+    draft.replace(path)
+
+
+def _raise_refusal(path: Path) -> None:
+    if path.exists():
+        refusal = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+        raise _KINDS.get(refusal["kind"], InputError)(refusal["message"])
+
+
+def _require_gpu(use_gpu: bool) -> None:
+    if not use_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("use_gpu=True and this machine has no CUDA device; use use_gpu=False")

@@ -1,0 +1,88 @@
+"""The two tiers of the endpoint as Ray Serve replicas: an ingress over HTTP, samplers by handle."""
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from cascade_model.config import SamplingParams
+
+if TYPE_CHECKING:
+    from jobs.serve import ServeConfig
+
+KEYS_VARIABLE = "CASCADE_API_KEYS"
+
+
+class Sampler:
+    """A replica with the weights. One thread decodes; running requests take turns by the block."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        import torch
+
+        from cascade_model.engine import LLM
+
+        torch.set_num_threads(threads)
+        self._llm = LLM.load(model)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
+
+    async def blocks(
+        self, prompt_tokens: list[int], params: dict[str, Any], choice: int
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Decoded blocks of one completion; a cancelled call decodes no further block."""
+        decoding = self._llm.blocks(prompt_tokens, SamplingParams(**params), choice)
+        loop = asyncio.get_running_loop()
+        while (block := await loop.run_in_executor(self._thread, next, decoding, None)) is not None:
+            yield dataclasses.asdict(block)
+
+
+class Ingress:
+    """The HTTP tier: builds its FastAPI application when the replica starts."""
+
+    def __init__(self, config: "ServeConfig", sampler: Any) -> None:
+        self._config = config
+        self._sampler = sampler
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The application (called by Ray Serve)."""
+        from cascade_model.commit import Folder
+        from cascade_model.tokenizer import Tokenizer
+        from cascade_model.weights import TOKENIZER, read_config, weights_digest
+        from jobs.endpoint import Endpoint, build_api
+        from jobs.gate import load_api_keys
+
+        config, model = self._config, self._config.model
+        keys = load_api_keys(config.api_keys, os.environ.get(KEYS_VARIABLE, ""))
+        endpoint = Endpoint(
+            model_name=config.name,
+            config=read_config(model),
+            tokenizer=Tokenizer(Folder(model).read_bytes(TOKENIZER), f"{model}/{TOKENIZER}"),
+            fingerprint=f"cascade-{weights_digest(model)[:12]}",
+            decode=self._decode,
+            keys=None if config.no_auth else keys,
+            max_choices_in_flight=config.max_in_flight,
+        )
+        return build_api(endpoint)
+
+    async def _decode(
+        self, prompt_tokens: list[int], params: SamplingParams, choice: int
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Blocks from some sampler replica, in the words of the protocol when none can."""
+        from ray.exceptions import RayActorError
+        from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+        from jobs.openai_protocol import ApiError, overloaded
+
+        blocks = self._sampler.options(stream=True).blocks
+        response = blocks.remote(prompt_tokens, dataclasses.asdict(params), choice)
+        try:
+            async for block in response:
+                yield block
+        except BackPressureError:
+            raise overloaded() from None
+        except (RayActorError, DeploymentUnavailableError):
+            message = "The sampler that decoded this request is gone; send the request again."
+            raise ApiError(503, message, type="server_error", code="sampler_lost") from None
+        finally:
+            response.cancel()

@@ -1,0 +1,167 @@
+"""The engine: text that is never taken back, exact stops, and a model behind a lock."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.engine import LLM, TextStream, check_prompt
+from cascade_model.errors import InputError
+from cascade_model.model import Transformer
+from cascade_model.tokenizer import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+CONFIG = ModelConfig(
+    vocab_size=TOKENIZER.vocab_size,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=64,
+    max_sequence_length=128,
+    block_size=4,
+    mask_id=TOKENIZER.mask_id,
+    pad_id=TOKENIZER.pad_id,
+    eos_id=TOKENIZER.eos_id,
+)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    model.init_weights(0)
+    return LLM(model.eval(), TOKENIZER)
+
+
+def pieces(data: bytes, size: int, stop: tuple[str, ...] = ()) -> tuple[list[str], int, str]:
+    """Bytes cut into blocks of `size`, through a text stream: texts, tokens taken, reason."""
+    stream, texts, taken = TextStream(TOKENIZER.decode, stop), [], 0
+    for start in range(0, len(data), size):
+        block = list(data[start : start + size])
+        end = "length" if start + size >= len(data) else None
+        chunk = stream.push(block, passes=1, steps=1, finish_reason=end)
+        texts.append(chunk.text)
+        taken += len(chunk.token_ids)
+        if chunk.finish_reason:
+            return texts, taken, chunk.finish_reason
+    return texts, taken, "length"
+
+
+@settings(deadline=None)
+@given(st.binary(min_size=1, max_size=40), st.integers(1, 9))
+def test_joined_pieces_are_the_decoded_whole_even_for_bytes_that_are_no_text(data, size):
+    texts, taken, reason = pieces(data, size)
+    assert "".join(texts) == data.decode("utf-8", "replace")
+    assert (taken, reason) == (len(data), "length")
+
+
+def test_a_character_cut_by_a_block_border_waits_for_its_rest():
+    texts, *_ = pieces("a€b".encode(), 2)
+    assert texts == ["a", "€", "b"]
+
+
+@settings(deadline=None)
+@given(
+    st.text(alphabet="ab€", min_size=1, max_size=24),
+    st.lists(st.text(alphabet="ab€", min_size=1, max_size=4), min_size=1, max_size=4),
+    st.integers(1, 9),
+)
+def test_the_stop_that_is_complete_first_cuts_the_text_whatever_the_blocks(text, stops, size):
+    texts, taken, reason = pieces(text.encode(), size, tuple(stops))
+    ends = [end for end in range(1, len(text) + 1) if text[:end].endswith(tuple(stops))]
+    if not ends:
+        assert ("".join(texts), reason) == (text, "length")
+        return
+    seen = text[: ends[0]]
+    longest = max(len(stop) for stop in stops if seen.endswith(stop))
+    assert ("".join(texts), reason) == (seen[: len(seen) - longest], "stop")
+    assert taken == len(seen.encode())
+
+
+def test_what_may_become_a_stop_is_held_back_and_released_when_it_does_not():
+    texts, *_ = pieces(b"xEND? yEND!", 2, ("END!",))
+    assert texts[:3] == ["x", "", "END? "]
+    assert "".join(texts) == "xEND? y"
+
+
+def test_the_end_of_text_token_counts_but_is_not_text():
+    chunk = TextStream(TOKENIZER.decode).push(
+        [104, 105, TOKENIZER.eos_id], passes=2, steps=1, finish_reason="stop"
+    )
+    assert (chunk.text, len(chunk.token_ids), chunk.finish_reason) == ("hi", 3, "stop")
+
+
+def test_a_stream_joins_to_what_generate_returns(llm):
+    params = SamplingParams(max_tokens=18, temperature=1.0, seed=3, stop_at_eos=False)
+    chunks = list(llm.stream("Hello", params))
+    [whole] = llm.generate(["Hello"], params)
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert sum((chunk.token_ids for chunk in chunks), ()) == whole.token_ids
+    assert len(whole.token_ids) == 18
+    assert whole.finish_reason == "length"
+    assert whole.passes >= sum(whole.steps_per_block)
+    assert whole.text == TOKENIZER.decode(list(whole.token_ids))
+
+
+def test_a_stop_string_ends_the_decoding_and_later_blocks_are_never_computed(llm):
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=5, stop_at_eos=False)
+    [free] = llm.generate(["Hello"], params)
+    stop = free.text[6:8]
+    [cut] = llm.generate(["Hello"], params, stop=[stop])
+    assert cut.text == free.text[: free.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.passes < free.passes
+
+
+def test_many_threads_get_the_same_tokens_as_one(llm):
+    each = [SamplingParams(max_tokens=16, temperature=1.0, seed=seed) for seed in range(6)]
+    alone = [llm.generate(["abc"], params)[0] for params in each]
+    found = [None] * len(each)
+
+    def decode(index: int) -> None:
+        found[index] = llm.generate(["abc"], each[index])[0]
+
+    threads = [threading.Thread(target=decode, args=(index,)) for index in range(len(each))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == alone
+
+
+def test_prompts_and_params_go_in_pairs(llm):
+    params = [SamplingParams(max_tokens=length, stop_at_eos=False) for length in (3, 6)]
+    first, second = llm.generate(["a", [98, 99]], params)
+    assert (len(first.token_ids), len(second.token_ids)) == (3, 6)
+
+
+def test_the_text_of_a_special_token_in_a_prompt_is_ordinary_text(llm):
+    tokens = TOKENIZER.encode("<|mask|><|pad|><|endoftext|>")
+    assert not {CONFIG.mask_id, CONFIG.pad_id, CONFIG.eos_id} & set(tokens)
+    params = SamplingParams(max_tokens=4, stop_at_eos=False)
+    assert len(llm.generate(["<|mask|>"], params)[0].token_ids) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "words"),
+    [
+        ([], 4, "prompt is empty"),
+        ([CONFIG.vocab_size], 4, "outside the vocabulary"),
+        ([-1], 4, "outside the vocabulary"),
+        ([1, CONFIG.mask_id], 4, "mask or padding token"),
+        ([1, CONFIG.pad_id], 4, "mask or padding token"),
+        ([1] * 100, 29, "over the context of 128"),
+    ],
+)
+def test_a_prompt_that_cannot_be_decoded_is_refused_in_one_sentence(prompt, max_tokens, words):
+    with pytest.raises(InputError, match=words):
+        check_prompt(CONFIG, prompt, max_tokens)
+
+
+def test_the_longest_prompt_that_fits_is_taken():
+    check_prompt(CONFIG, [1] * 100, 28)

@@ -1,0 +1,105 @@
+"""Special-token text stays text, and a tokenizer is the same bytes wherever it is made."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cascade_model.errors import InputError
+from cascade_model.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
+
+TEXTS = ["def area(width, height):\n    return width * height\n", "Größe, naïve 中文 🙂"]
+
+
+def test_bytes_are_their_own_ids():
+    tokenizer = byte_tokenizer()
+    assert tokenizer.encode("é\n") == list("é\n".encode())
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id) == (256, 257, 258)
+    assert tokenizer.vocab_size == 259
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text())
+def test_every_text_survives_the_round_trip(text):
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", ["a <|mask|> b", "<|endoftext|>", "<|pad|><|mask|>"])
+def test_the_text_of_a_special_token_is_ordinary_text(text):
+    for tokenizer in (byte_tokenizer(), train_tokenizer(TEXTS, 300)):
+        ids = tokenizer.encode(text)
+        assert not {tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_id} & set(ids)
+        assert tokenizer.decode(ids) == text
+
+
+def test_decoding_leaves_special_tokens_out():
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode([104, 105, tokenizer.eos_id, tokenizer.pad_id]) == "hi"
+
+
+def test_a_batch_gives_the_tokens_of_each_text():
+    tokenizer = train_tokenizer(TEXTS, 300)
+    encoded = tokenizer.encode_arrays(TEXTS)
+    split = np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1])
+    assert [part.tolist() for part in split] == [tokenizer.encode(text) for text in TEXTS]
+    assert tokenizer.encode_arrays([]).tokens.dtype == np.uint32
+
+
+def test_training_gives_the_same_bytes_in_another_process():
+    program = (
+        "from cascade_model.tokenizer import train_tokenizer;"
+        f"print(train_tokenizer({TEXTS!r} * 20, 320).sha256)"
+    )
+    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert other.stdout.strip() == train_tokenizer(TEXTS * 20, 320).sha256
+
+
+def test_a_saved_tokenizer_keeps_its_digest(tmp_path):
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for where in (tmp_path, tmp_path / "tokenizer.json"):
+        assert Tokenizer.from_file(where).sha256 == tokenizer.sha256
+    found = Tokenizer.from_url(f"file://{tmp_path}/tokenizer.json")
+    assert found.sha256 == tokenizer.sha256
+
+
+def test_missing_specials_are_added_at_the_end_and_found_again():
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    tokenizer = Tokenizer(plain.to_str().encode())
+    with pytest.raises(InputError, match="has no mask token"):
+        _ = tokenizer.mask_id
+    completed = tokenizer.with_specials()
+    assert (completed.eos_id, completed.pad_id, completed.mask_id) == (1, 2, 3)
+    assert completed.with_specials() is completed
+    assert Tokenizer(completed.to_bytes()).sha256 == completed.sha256
+
+
+def test_a_missing_or_foreign_file_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        Tokenizer.from_file(tmp_path / "none.json")
+    (tmp_path / "tokenizer.json").write_text("hello")
+    with pytest.raises(InputError, match=r"is not a tokenizer\.json"):
+        Tokenizer.from_file(tmp_path)
+
+
+def test_a_vocabulary_below_all_bytes_is_refused():
+    with pytest.raises(InputError, match="vocab_size=100 is below the 259"):
+        train_tokenizer(TEXTS, 100)
+
+
+def test_chat_messages_become_a_prompt():
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}]
+    tokenizer = byte_tokenizer()
+    assert tokenizer.apply_chat_template(messages) == "System: Be brief.\n\nUser: Hi\n\nAssistant:"
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    assert tokenizer.apply_chat_template(messages, template) == "[system]Be brief.[user]Hi "
+
+
+def test_a_chat_template_cannot_reach_the_process():
+    with pytest.raises(InputError, match="chat template fails"):
+        byte_tokenizer().apply_chat_template([], "{{ ''.__class__.__mro__[1].__subclasses__() }}")

@@ -1,0 +1,195 @@
+"""The loop resumes bit for bit, counts globally, and stops on what is not finite."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cascade_model.config import ModelConfig, OptimizerConfig, TrainerConfig
+from cascade_model.corpus import Corpus
+from cascade_model.errors import CheckpointMismatch, InputError
+from cascade_model.loss import diffusion_loss
+from cascade_model.metrics import read_metrics
+from cascade_model.model import Transformer
+from cascade_model.trainer import Trainer, sequences_per_rank
+from cascade_model.weights import load_model
+
+STEPS = TrainerConfig(
+    num_steps=6, sequences_per_step=4, sequences_per_forward=2, checkpoint_every=2, log_every=3
+)
+
+
+def elbo(model, batch):
+    return diffusion_loss(model, batch, weight="elbo")
+
+
+def make(corpus, folder, trainer=STEPS, loss_fn=elbo, **shape):
+    manifest = corpus.manifest
+    config = ModelConfig(
+        vocab_size=manifest.vocab_size,
+        mask_id=manifest.mask_id,
+        pad_id=manifest.pad_id,
+        eos_id=manifest.eos_id,
+        tokenizer_sha256=manifest.tokenizer_sha256,
+        **{
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 8,
+            "intermediate_size": 32,
+            "block_size": 4,
+            **shape,
+        },
+    )
+    model = Transformer(config)
+    model.init_weights(0)
+    folder.mkdir(exist_ok=True)
+    return Trainer(
+        model=model,
+        corpus=corpus,
+        noise=manifest.noise,
+        loss_fn=loss_fn,
+        objective={"name": "diffusion", "weight": "elbo"},
+        optimizer=OptimizerConfig(peak_lr=1e-2),
+        trainer=trainer,
+        folder=folder,
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny_corpus):
+    return Corpus.open(tiny_corpus)
+
+
+def weights(folder):
+    return load_model(str(folder / "model"))[0].state_dict()
+
+
+def losses(folder):
+    return [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl")]
+
+
+class Killed(Exception):
+    """Stands for the death of the process."""
+
+
+def dying(after):
+    """The loss, until it has been called `after` times."""
+    calls = iter(range(after))
+
+    def loss_fn(model, batch):
+        if next(calls, None) is None:
+            raise Killed
+        return elbo(model, batch)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("forwards", [5, 8, 11])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(corpus, tmp_path, forwards):
+    make(corpus, tmp_path / "whole").fit()
+    with pytest.raises(Killed):
+        make(corpus, tmp_path / "cut", loss_fn=dying(forwards)).fit()
+    summary = make(corpus, tmp_path / "cut").fit()
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert summary["steps"] == 6
+
+
+def test_micro_batches_do_not_change_the_step(corpus, tmp_path):
+    make(corpus, tmp_path / "two").fit()
+    whole = dataclasses.replace(STEPS, sequences_per_forward=4)
+    make(corpus, tmp_path / "one", trainer=whole).fit()
+    for (_, one), (_, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_loss_falls_and_the_run_folder_explains_itself(corpus, tmp_path):
+    steps = dataclasses.replace(STEPS, num_steps=40, log_every=10, checkpoint_every=40)
+    summary = make(corpus, tmp_path, trainer=steps).fit()
+    assert summary["last_loss"] < summary["first_loss"] - 0.3
+    assert summary["tokens"] == 40 * 4 * corpus.sequence_length
+    line = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert {"loss", "loss_by_mask_rate", "lr", "grad_norm", "tokens_per_second"} <= set(line)
+    assert 0 <= line["data_wait_rate"] <= 1
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_finished_run_is_not_trained_again(corpus, tmp_path):
+    make(corpus, tmp_path).fit()
+    before = weights(tmp_path)
+    make(corpus, tmp_path, loss_fn=dying(0)).fit()
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
+
+
+def test_another_model_is_refused_with_both_values(corpus, tmp_path):
+    make(corpus, tmp_path).fit()
+    with pytest.raises(CheckpointMismatch, match=r"model.num_layers=2 .* model.num_layers=3"):
+        make(corpus, tmp_path, num_layers=3).fit()
+
+
+def test_another_corpus_is_refused_with_both_values(corpus, tmp_path, tiny_corpus):
+    make(corpus, tmp_path).fit()
+    other = Corpus.open(tiny_corpus, split="held_out")
+    other.manifest = dataclasses.replace(other.manifest, counts={})
+    with pytest.raises(CheckpointMismatch, match=f"'{corpus.digest}'.*'{other.digest}'"):
+        make(other, tmp_path).fit()
+
+
+def test_nan_stops_the_run_and_names_the_samples(corpus, tmp_path):
+    calls = iter(range(100))
+
+    def poisoned(model, batch):
+        parts = elbo(model, batch)
+        bad = next(calls) == 5
+        return dataclasses.replace(parts, sum=parts.sum * float("nan")) if bad else parts
+
+    with pytest.raises(InputError, match="not finite at step 3"):
+        make(corpus, tmp_path, loss_fn=poisoned).fit()
+    record = json.loads((tmp_path / "not_finite_step_00000003.json").read_text())
+    expected = corpus.batch(8, 4, corpus.manifest.noise).sequence_ids
+    assert record["sequence_ids"] == [int(i) for i in expected]
+    assert (tmp_path / "checkpoints" / "step_00000002" / "COMMIT").exists()
+
+
+def test_step_must_be_shared_evenly():
+    assert sequences_per_rank(STEPS, 2) == 2
+    with pytest.raises(InputError, match="sequences_per_step=4 .* num_workers=3"):
+        sequences_per_rank(STEPS, 3)
+
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_trainer import STEPS, make
+from cascade_model.corpus import Corpus
+if __name__ == "__main__":
+    make(Corpus.open({corpus!r}), Path({folder!r})).fit()
+"""
+
+
+def test_two_ranks_take_the_same_steps_as_one(corpus, tiny_corpus, tmp_path):
+    make(corpus, tmp_path / "one").fit()
+    (tmp_path / "two").mkdir()
+    script = tmp_path / "two_ranks.py"
+    folder = str(tmp_path / "two")
+    tests = os.path.dirname(__file__)
+    script.write_text(TWO_RANKS.format(tests=tests, corpus=tiny_corpus, folder=folder))
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    for (_, one), (_, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)

@@ -1,0 +1,56 @@
+"""Shared fixtures: one local Ray, one small real corpus, one tiny model."""
+
+import os
+
+# Before any import of ray: the mode is never left to chance.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+import json
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_local():
+    """One local Ray of two CPUs for the whole run, in a private short folder."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        ray.init(num_cpus=4, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def real_documents() -> list[str]:
+    """About forty modules of the standard library that every Python 3.11 has (PSF licence)."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    names = sorted(folder.glob("*.py"), key=lambda path: path.name)
+    texts = [path.read_text(encoding="utf-8") for path in names[:60]]
+    return [text for text in texts if 500 < len(text) < 60_000][:40]
+
+
+@pytest.fixture(scope="session")
+def documents_jsonl(real_documents, tmp_path_factory) -> Path:
+    """The real documents as one JSONL file."""
+    path = tmp_path_factory.mktemp("documents") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in real_documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(documents_jsonl, tmp_path_factory) -> str:
+    """A prepared corpus: byte-level BPE of 512, sequences of 64, blocks of 4."""
+    from jobs import prepare
+
+    output = tmp_path_factory.mktemp("corpus") / "corpus"
+    argv = ["--output", str(output), "--source.paths", str(documents_jsonl)]
+    argv += ["--tokenizer", "train", "--vocab-size", "512", "--sequence-length", "64"]
+    argv += ["--noise.block-size", "4", "--held-out-rate", "0.1", "--runner", "local"]
+    assert prepare.main(argv) == 0
+    return str(output)

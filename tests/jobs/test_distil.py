@@ -1,0 +1,61 @@
+"""The distil command is pretraining with a teacher."""
+
+import json
+
+import pytest
+
+from cascade_model.weights import load_model, weights_digest
+from jobs import distil, pretrain
+
+SHAPE = ["--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-heads", "2"]
+SHAPE += ["--model.num-kv-heads", "2", "--model.head-dim", "8", "--model.intermediate-size", "32"]
+STEPS = ["--trainer.num-steps", "3", "--trainer.sequences-per-step", "4"]
+STEPS += ["--trainer.log-every", "1", "--num-workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    words = ["--corpus", tiny_corpus, "--output", str(folder), *SHAPE, *STEPS]
+    assert pretrain.main([*words, "--model.block-size", "1", "--model.logits", "shifted"]) == 0
+    return folder / "model"
+
+
+def flags(corpus, output, teacher, *more):
+    words = ["--corpus", corpus, "--output", str(output), "--teacher", str(teacher)]
+    return [*words, *SHAPE, *STEPS, *more]
+
+
+def test_student_is_trained_and_the_teacher_recorded(tiny_corpus, tmp_path, teacher):
+    assert distil.main(flags(tiny_corpus, tmp_path, teacher)) == 0
+    assert load_model(str(tmp_path / "model"))[0].config.block_size == 4
+    facts = json.loads((tmp_path / "checkpoints" / "step_00000003" / "config.json").read_text())
+    assert facts["objective"]["teacher"] == weights_digest(teacher)
+    assert facts["objective"]["alpha"] == 0.5
+
+
+def test_student_may_start_from_a_model(tiny_corpus, tmp_path, teacher):
+    assert distil.main(flags(tiny_corpus, tmp_path / "first", teacher)) == 0
+    initial = ["--initial-model", str(tmp_path / "first" / "model")]
+    assert distil.main(flags(tiny_corpus, tmp_path / "second", teacher, *initial)) == 0
+
+
+def test_teacher_that_is_no_autoregressive_model_is_refused(
+    tiny_corpus, tmp_path, teacher, capsys
+):
+    assert distil.main(flags(tiny_corpus, tmp_path / "student", teacher)) == 0
+    model = tmp_path / "student" / "model"
+    assert distil.main(flags(tiny_corpus, tmp_path / "run", model)) == 3
+    assert "must be autoregressive" in " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_teacher_is_refused(tiny_corpus, tmp_path, capsys):
+    assert distil.main(flags(tiny_corpus, tmp_path / "run", tmp_path / "nowhere")) == 3
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_alpha_outside_its_range_is_refused(tiny_corpus, tmp_path, capsys):
+    assert distil.main(flags(tiny_corpus, tmp_path, "x", "--alpha", "1.5")) == 2
+    assert "alpha=1.5" in capsys.readouterr().err

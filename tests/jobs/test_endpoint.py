@@ -1,0 +1,304 @@
+"""The routes in process, over a real tiny model: no Ray, milliseconds."""
+
+import asyncio
+import dataclasses
+import json
+
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+from cascade_model.config import ModelConfig
+from cascade_model.engine import LLM
+from cascade_model.model import Transformer
+from cascade_model.tokenizer import byte_tokenizer
+from jobs.endpoint import Endpoint, build_api
+from jobs.gate import ApiKeys
+from jobs.openai_protocol import MAX_BODY_BYTES, overloaded
+
+KEY = {"Authorization": "Bearer right"}
+USER = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More threads only wait for each other on matrices this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    tokenizer = byte_tokenizer()
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=64,
+        max_sequence_length=128,
+        block_size=4,
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+    )
+    model = Transformer(config)
+    model.init_weights(0)
+    return LLM(model.eval(), tokenizer)
+
+
+def endpoint(llm: LLM, **changes) -> Endpoint:
+    async def decode(tokens, params, choice):
+        for block in llm.blocks(tokens, params, choice):
+            await asyncio.sleep(0)
+            yield dataclasses.asdict(block)
+
+    settings = {
+        "model_name": "tiny",
+        "config": llm.config,
+        "tokenizer": llm.tokenizer,
+        "fingerprint": "cascade-test",
+        "decode": decode,
+        "keys": ApiKeys(["other", "right"]),
+        "max_choices_in_flight": 16,
+    }
+    return Endpoint(**{**settings, **changes})
+
+
+@pytest.fixture
+def client(llm) -> TestClient:
+    return TestClient(build_api(endpoint(llm)), headers=KEY, raise_server_exceptions=False)
+
+
+def complete(client, **fields):
+    return client.post("/v1/completions", json={"model": "tiny", "prompt": "abc", **fields})
+
+
+def events_of(response) -> list:
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    return [
+        line[6:] if line == "data: [DONE]" else json.loads(line.removeprefix("data: "))
+        for line in lines
+    ]
+
+
+def require_error(response, status: int, param: str | None, code: str | None) -> dict:
+    assert response.status_code == status, response.text
+    assert response.headers["x-request-id"].startswith("req_")
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"], error["code"]) == (param, code), error
+    return error
+
+
+def test_an_answer_has_text_reason_usage_and_passes(client):
+    body = complete(client, max_tokens=10, seed=1, temperature=0).json()
+    [choice] = body["choices"]
+    assert choice["finish_reason"] in ("length", "stop")
+    assert body["usage"]["prompt_tokens"] == 3
+    assert 1 <= body["usage"]["completion_tokens"] <= 10
+    assert body["usage"]["completion_tokens_details"]["passes"] >= 1
+
+
+def test_the_same_seed_gives_the_same_text_and_a_missing_seed_another(client):
+    texts = [complete(client, seed=4).json()["choices"][0]["text"] for _ in range(2)]
+    assert texts[0] == texts[1]
+    drawn = {complete(client).json()["choices"][0]["text"] for _ in range(3)}
+    assert len(drawn) > 1
+
+
+def test_choice_0_of_three_equals_the_only_choice(client):
+    one = complete(client, seed=4).json()
+    three = complete(client, seed=4, n=3).json()
+    assert [choice["index"] for choice in three["choices"]] == [0, 1, 2]
+    assert three["choices"][0]["text"] == one["choices"][0]["text"]
+    assert len({choice["text"] for choice in three["choices"]}) > 1
+    assert three["usage"]["prompt_tokens"] == 3
+
+
+def test_a_list_of_prompts_is_answered_in_order_as_each_alone(client):
+    both = complete(client, prompt=["abc", "xyz"], n=2, seed=2).json()["choices"]
+    alone = complete(client, prompt="xyz", n=2, seed=2).json()["choices"]
+    assert [choice["text"] for choice in both[2:]] == [choice["text"] for choice in alone]
+
+
+def test_token_ids_are_taken_as_they_are(client):
+    assert (
+        complete(client, prompt=[97, 98, 99], seed=1).json()["choices"]
+        == (complete(client, prompt="abc", seed=1).json()["choices"])
+    )
+
+
+def test_a_stream_joins_to_the_whole_answer_and_ends_with_done(client):
+    whole = complete(client, seed=3, n=2, max_tokens=18).json()
+    reply = complete(
+        client, seed=3, n=2, max_tokens=18, stream=True, stream_options={"include_usage": True}
+    )
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    *pieces, last, done = events_of(reply)
+    assert done == "[DONE]"
+    assert last["choices"] == []
+    assert last["usage"] == whole["usage"]
+    for choice in whole["choices"]:
+        own = [p["choices"][0] for p in pieces if p["choices"][0]["index"] == choice["index"]]
+        assert "".join(piece["text"] for piece in own) == choice["text"]
+        reasons = [piece["finish_reason"] for piece in own]
+        assert reasons == [None] * (len(own) - 1) + [choice["finish_reason"]]
+
+
+def test_a_stop_cuts_the_text_and_the_usage(client):
+    whole = complete(client, seed=3, max_tokens=40).json()["choices"][0]["text"]
+    stop = whole[5]
+    body = complete(client, seed=3, max_tokens=40, stop=[stop]).json()
+    assert body["choices"][0]["text"] == whole[: whole.index(stop)]
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert body["usage"]["completion_tokens"] < 40
+
+
+def test_a_chat_answers_as_the_assistant_whole_and_streamed(client):
+    request = {"model": "tiny", "messages": USER, "max_completion_tokens": 9, "seed": 1}
+    whole = client.post("/v1/chat/completions", json=request).json()
+    message = whole["choices"][0]["message"]
+    assert (whole["object"], message["role"]) == ("chat.completion", "assistant")
+    reply = client.post("/v1/chat/completions", json={**request, "stream": True})
+    *pieces, done = events_of(reply)
+    deltas = [piece["choices"][0]["delta"] for piece in pieces]
+    assert done == "[DONE]"
+    assert deltas[0]["role"] == "assistant"
+    assert not any("role" in delta for delta in deltas[1:])
+    assert "".join(delta["content"] for delta in deltas) == message["content"]
+
+
+def test_the_text_of_a_special_token_reaches_the_sampler_as_ordinary_text(llm):
+    seen = []
+
+    async def decode(tokens, params, choice):
+        seen.append(tokens)
+        yield {"tokens": [97], "passes": 1, "steps": 1, "finish_reason": "length"}
+
+    client = TestClient(build_api(endpoint(llm, decode=decode)), headers=KEY)
+    hostile = "<|mask|><|pad|><|endoftext|>"
+    complete(client, prompt=hostile)
+    client.post(
+        "/v1/chat/completions",
+        json={"model": "tiny", "messages": [{"role": "user", "content": hostile}]},
+    )
+    assert len(seen) == 2
+    assert all(max(tokens) < 256 for tokens in seen)
+
+
+def test_models_are_listed_and_shown_by_name(client):
+    [card] = client.get("/v1/models").json()["data"]
+    assert card["id"] == "tiny"
+    assert client.get("/v1/models/tiny").json() == card
+    require_error(client.get("/v1/models/other"), 404, "model", "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"prompt": ""}, "prompt", "invalid_value"),
+        ({"prompt": [258]}, "prompt", "invalid_value"),
+        ({"prompt": [5000]}, "prompt", "invalid_value"),
+        ({"max_tokens": 126}, "prompt", "context_length_exceeded"),
+        ({"max_tokens": "x"}, "max_tokens", "invalid_value"),
+        ({"n": 99}, "n", "invalid_value"),
+        ({"prompt": ["a"] * 3, "n": 8}, "n", "invalid_value"),
+        ({"logit_bias": {"1": 2}}, "logit_bias", "unsupported_parameter"),
+        ({"temprature": 1}, "temprature", "unknown_parameter"),
+        ({"temperature": 1e999}, "temperature", "invalid_value"),
+    ],
+)
+def test_a_bad_field_is_a_400_that_names_it(client, fields, param, code):
+    content = json.dumps({"model": "tiny", "prompt": "abc", **fields})
+    head = {"Content-Type": "application/json"}
+    reply = client.post("/v1/completions", content=content, headers=head)
+    require_error(reply, 400, param, code)
+
+
+def test_every_other_error_has_the_same_shape(client, llm):
+    post = {"url": "/v1/completions", "headers": {"Content-Type": "application/json"}}
+    require_error(client.post(**post, content="{bad"), 400, None, "invalid_json")
+    require_error(client.post(**post, content="[1]"), 400, None, "invalid_value")
+    require_error(client.post(**post, content=b'{"model": "\xff"}'), 400, None, None)
+    missing = client.post("/v1/completions", json={"model": "tiny"})
+    require_error(missing, 400, "prompt", "missing_required_parameter")
+    require_error(client.get("/nowhere"), 404, None, "unknown_url")
+    require_error(client.get("/v1/completions"), 405, None, "method_not_allowed")
+    require_error(complete(client, model="other"), 404, "model", "model_not_found")
+    large = "x" * (MAX_BODY_BYTES + 1)
+    require_error(client.post(**post, content=large), 413, None, "request_too_large")
+    pieces = iter([b"x" * (1 << 20)] * 9)
+    require_error(client.post(**post, content=pieces), 413, None, "request_too_large")
+
+
+def test_every_route_but_health_needs_one_of_the_keys(llm):
+    bare = TestClient(build_api(endpoint(llm)))
+    assert bare.get("/health").status_code == 200
+    for path in ("/v1/models", "/openapi.json", "/nowhere"):
+        require_error(bare.get(path), 401, None, "invalid_api_key")
+    for header in ("Bearer wrong", "right", "Basic right", "Bearer", "Bearer righ", "Bearer \xff"):
+        reply = bare.get("/v1/models", headers={"Authorization": header.encode("latin-1")})
+        require_error(reply, 401, None, "invalid_api_key")
+    for key in ("right", "other"):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert bare.get("/v1/models", headers=headers).status_code == 200
+    open_house = TestClient(build_api(endpoint(llm, keys=None)))
+    assert open_house.get("/v1/models").status_code == 200
+
+
+def test_a_full_sampler_is_a_429_with_the_time_to_wait_before_any_stream_starts(llm):
+    async def decode(tokens, params, choice):
+        raise overloaded()
+        yield
+
+    client = TestClient(build_api(endpoint(llm, decode=decode)), headers=KEY)
+    for stream in (False, True):
+        reply = complete(client, stream=stream)
+        require_error(reply, 429, None, "rate_limit_exceeded")
+        assert reply.headers["retry-after"] == "1"
+
+
+def test_a_failure_is_a_500_or_an_event_in_mid_stream_never_silence(llm):
+    async def decode(tokens, params, choice):
+        yield {"tokens": [97], "passes": 1, "steps": 1, "finish_reason": None}
+        raise ValueError("secret detail")
+
+    api = build_api(endpoint(llm, decode=decode))
+    client = TestClient(api, headers=KEY, raise_server_exceptions=False)
+    error = require_error(complete(client), 500, None, "internal")
+    assert "secret" not in error["message"]
+    first, last = events_of(complete(client, stream=True))
+    assert first["choices"][0]["text"] == "a"
+    assert last["error"]["code"] == "internal"
+    assert set(last["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_sampler_that_stops_without_a_reason_is_an_error_not_a_short_answer(llm):
+    async def decode(tokens, params, choice):
+        yield {"tokens": [97], "passes": 1, "steps": 1, "finish_reason": None}
+
+    api = build_api(endpoint(llm, decode=decode))
+    client = TestClient(api, headers=KEY, raise_server_exceptions=False)
+    require_error(complete(client), 500, None, "internal")
+    assert "error" in events_of(complete(client, stream=True))[-1]
+
+
+def test_places_are_given_back_after_success_and_failure(llm):
+    calls = []
+
+    async def decode(tokens, params, choice):
+        calls.append(choice)
+        if len(calls) % 2:
+            raise overloaded()
+        yield {"tokens": [97], "passes": 1, "steps": 1, "finish_reason": "length"}
+
+    api = build_api(endpoint(llm, decode=decode, max_choices_in_flight=1))
+    client = TestClient(api, headers=KEY)
+    codes = [complete(client, stream=bool(i % 3)).status_code for i in range(12)]
+    assert codes == [429, 200] * 6

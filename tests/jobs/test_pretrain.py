@@ -1,0 +1,159 @@
+"""The pretrain command: in this process, on Ray with two ranks, and with a user's mistakes."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade_model.config import TrainerConfig
+from cascade_model.errors import CheckpointMismatch, InputError
+from cascade_model.metrics import read_metrics
+from cascade_model.weights import load_model
+from jobs import launch, pretrain
+from jobs.cli import parse, read_yaml
+
+SHAPE = ["--model.hidden-size", "16", "--model.num-layers", "2", "--model.num-heads", "2"]
+SHAPE += ["--model.num-kv-heads", "2", "--model.head-dim", "8", "--model.intermediate-size", "32"]
+STEPS = ["--trainer.num-steps", "4", "--trainer.sequences-per-step", "4"]
+STEPS += ["--trainer.sequences-per-forward", "2", "--trainer.log-every", "2"]
+STEPS += ["--trainer.checkpoint-every", "2"]
+
+
+def flags(corpus, output, *more, workers=0):
+    words = ["--corpus", str(corpus), "--output", str(output), "--num-workers", str(workers)]
+    return [*words, *SHAPE, *STEPS, *more]
+
+
+def test_run_folder_explains_itself(tiny_corpus, tmp_path, capsys):
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "run")) == 0
+    run = tmp_path / "run"
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model"} <= names
+    settings = parse(pretrain.PretrainConfig, ["--config", str(run / "config.yaml")])
+    assert settings.trainer == TrainerConfig(
+        num_steps=4,
+        sequences_per_step=4,
+        sequences_per_forward=2,
+        log_every=2,
+        checkpoint_every=2,
+    )
+    facts = json.loads((run / "checkpoints" / "step_00000004" / "config.json").read_text())
+    assert facts["settings"]["trainer"] == read_yaml(str(run / "config.yaml"))["trainer"]
+    assert load_model(str(run / "model"))[0].config.block_size == 4
+    assert "loss per maskable token" in capsys.readouterr().out
+
+
+def test_training_can_start_from_a_model_folder(tiny_corpus, tmp_path):
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "first")) == 0
+    initial = ["--initial-model", str(tmp_path / "first" / "model")]
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "second", *initial)) == 0
+    first = read_metrics(tmp_path / "first" / "metrics.jsonl")
+    second = read_metrics(tmp_path / "second" / "metrics.jsonl")
+    assert second[0]["loss"] < first[0]["loss"]
+
+
+def test_one_block_shifted_is_an_autoregressive_model(tiny_corpus, tmp_path):
+    more = ["--model.block-size", "1", "--model.logits", "shifted"]
+    assert pretrain.main(flags(tiny_corpus, tmp_path, *more)) == 0
+    assert load_model(str(tmp_path / "model"))[0].config.is_autoregressive
+
+
+def test_missing_corpus_leaves_nothing_behind(tmp_path, capsys):
+    code = pretrain.main(flags(tmp_path / "nowhere", tmp_path / "run"))
+    assert code == 3
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--trainer.sequences-per-step", "3", "--num-workers", "2"], "sequences_per_step=3"),
+        (["--model.block-size", "8"], "block_size=8"),
+        (["--num-workers", "-1"], "num_workers=-1"),
+        (["--output", "s3://bucket/run"], "output=s3://bucket/run is a URL"),
+        (["--output", "/dev/null/run"], "output=/dev/null/run"),
+    ],
+)
+def test_mistake_is_one_sentence(tiny_corpus, tmp_path, capsys, more, sentence):
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "run", *more)) in (2, 3)
+    error = capsys.readouterr().err
+    assert sentence in " ".join(error.replace("│", "").split())
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folder_of_another_model_is_refused(tiny_corpus, tmp_path, capsys):
+    assert pretrain.main(flags(tiny_corpus, tmp_path)) == 0
+    settings = (tmp_path / "config.yaml").read_text()
+    assert pretrain.main(flags(tiny_corpus, tmp_path, "--model.num-layers", "3")) == 3
+    error = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert "model.num_layers=2" in error
+    assert "model.num_layers=3" in error
+    assert (tmp_path / "config.yaml").read_text() == settings
+
+
+def dying_once(config, device):
+    """The real training, but the first attempt's second rank dies with the data in its hands."""
+    import os
+
+    import torch.distributed as dist
+
+    from cascade_model import checkpoint
+
+    mark = Path(config.output) / "died"
+    save = checkpoint.save
+
+    def save_and_die(*args):
+        result = save(*args)
+        if dist.get_rank() == 1 and not mark.exists():
+            mark.write_text("once")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    checkpoint.save = save_and_die
+    return pretrain.train(config, device)
+
+
+def refusing(config, device):
+    raise CheckpointMismatch("teacher=here has A and the student B; use one tokenizer")
+
+
+@pytest.mark.ray
+def test_two_ranks_on_ray_equal_one_process(ray_local, tiny_corpus, tmp_path):
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "one")) == 0
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "two", workers=2)) == 0
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    lines = zip(
+        read_metrics(tmp_path / "one" / "metrics.jsonl"),
+        read_metrics(tmp_path / "two" / "metrics.jsonl"),
+        strict=True,
+    )
+    assert all(one["loss"] == pytest.approx(two["loss"], rel=1e-5) for one, two in lines)
+
+
+@pytest.mark.ray
+def test_rank_that_dies_is_replaced_and_the_run_ends_the_same(ray_local, tiny_corpus, tmp_path):
+    whole = parse(pretrain.PretrainConfig, flags(tiny_corpus, tmp_path / "whole", workers=2))
+    pretrain.run(whole)
+    cut = parse(pretrain.PretrainConfig, flags(tiny_corpus, tmp_path / "cut", workers=2))
+    folder = pretrain.prepare_run(cut)
+    launch.launch(dying_once, cut, folder=folder, num_workers=2, max_failures=1)
+    assert (folder / "died").exists()
+    states = [load_model(str(tmp_path / n / "model"))[0].state_dict() for n in ("whole", "cut")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.ray
+def test_mistake_inside_a_rank_comes_out_as_itself(ray_local, tmp_path):
+    with pytest.raises(CheckpointMismatch, match="teacher=here"):
+        launch.launch(refusing, None, folder=tmp_path, num_workers=1, max_failures=1)
+    assert not (tmp_path / "refused.json").exists()
+
+
+def test_negative_workers_are_refused(tmp_path):
+    with pytest.raises(InputError, match="num_workers=-2"):
+        launch.launch(refusing, None, folder=tmp_path, num_workers=-2)

@@ -1,0 +1,172 @@
+"""Every format gives the same documents, whatever the parts; the broken ones get a reason."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cascade_model.errors import InputError
+from pipelines.config import SourceConfig
+from pipelines.documents import read_documents
+from pipelines.sources import make_plan
+
+TEXTS = [f"document {i}: " + "naïve 中文 " * (i % 7) for i in range(40)]
+
+
+def read(*paths, part_bytes=1 << 20, **settings):
+    """All documents of a source as (text or reason), part by part."""
+    source = SourceConfig(paths=tuple(map(str, paths)), **settings)
+    plan = make_plan(source, part_bytes)
+    return [
+        [d.text if d.text is not None else d.reason for d in read_documents(p, source.text_column)]
+        for p in plan.parts
+    ]
+
+
+def flat(parts):
+    return [each for part in parts for each in part]
+
+
+def write_jsonl(path, texts=TEXTS):
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("part_bytes", [1, 7, 50, 100, 333, 10**6])
+def test_jsonl_cut_at_any_byte_gives_every_line_once(tmp_path, part_bytes):
+    parts = read(write_jsonl(tmp_path / "a.jsonl"), part_bytes=part_bytes)
+    assert flat(parts) == TEXTS
+
+
+def test_a_last_line_without_newline_a_byte_order_mark_and_crlf_are_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')
+    assert flat(read(path)) == ["a", "b"]
+
+
+def test_compressed_jsonl_is_read_whole(tmp_path):
+    plain = write_jsonl(tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain))
+    with pa.CompressedOutputStream(str(tmp_path / "a.jsonl.zst"), "zstd") as file:
+        file.write(plain)
+    assert flat(read(tmp_path / "a.jsonl.gz", part_bytes=10)) == TEXTS
+    assert flat(read(tmp_path / "a.jsonl.zst")) == TEXTS
+
+
+def test_parquet_is_cut_at_row_groups(tmp_path):
+    table = pa.table({"id": range(40), "text": TEXTS})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10)
+    parts = read(tmp_path / "a.parquet", part_bytes=1)
+    assert [len(part) for part in parts] == [10, 10, 10, 10]
+    assert flat(parts) == TEXTS
+
+
+def test_a_hugging_face_dataset_folder_is_read(tmp_path):
+    import datasets
+
+    dataset = datasets.Dataset.from_dict({"text": TEXTS})
+    dataset.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([3])}).save_to_disk(
+        tmp_path / "two"
+    )
+    assert flat(read(tmp_path / "one")) == TEXTS
+    assert flat(read(tmp_path / "two")) == [*TEXTS, TEXTS[3]]
+
+
+def test_text_files_are_documents_in_the_order_of_their_paths_and_share_parts(tmp_path):
+    for name in ("b.md", "sub/a.txt", "c.bin", "skip/x.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    assert read(tmp_path, exclude=("skip",)) == [["text of b.md", "text of sub/a.txt"]]
+    assert read(tmp_path, pattern="**/*.bin") == [["text of c.bin"]]
+    assert len(read(tmp_path, part_bytes=1)) == 3
+
+
+def test_the_standard_library_is_a_source_without_a_download():
+    plan = make_plan(SourceConfig(paths=("stdlib:",), pattern="json/*.py"), 1 << 20)
+    assert [file.path for file in plan.files][:2] == ["stdlib:json/__init__.py", "stdlib:json/decoder.py"]
+
+
+def test_any_fsspec_url_is_a_source():
+    import fsspec
+
+    fsspec.filesystem("memory").pipe_file("/sources/a.jsonl", b'{"text": "far away"}\n')
+    assert flat(read("memory://sources/a.jsonl")) == ["far away"]
+    assert flat(read("memory://sources")) == ["far away"]
+
+
+def test_the_plan_is_the_same_each_time_and_knows_the_files(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    source = SourceConfig(paths=(str(tmp_path),))
+    assert make_plan(source, 100) == make_plan(source, 100)
+    file = make_plan(source, 100).files[0]
+    assert (file.bytes, len(file.sha256)) == ((tmp_path / "a.jsonl").stat().st_size, 64)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "cut', "broken_json"),
+        (b'{"text": "\xff"}', "invalid_utf8"),
+        (b'["text"]', "not_an_object"),
+        (b'{"body": "x"}', "missing_text"),
+        (b'{"text": null}', "missing_text"),
+        (b'{"text": 3}', "text_is_no_string"),
+        (b'{"text": "\\ud800"}', "lone_surrogate"),
+        (b"[" * 100_000, "broken_json"),
+    ],
+)
+def test_a_broken_line_is_set_aside_with_its_reason(tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
+    assert flat(read(path)) == ["a", reason, "b"]
+
+
+def test_invalid_text_in_parquet_and_text_files_is_set_aside(tmp_path):
+    raw = pa.array([b"a", b"\xff", None], pa.binary())
+    column = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert flat(read(tmp_path / "a.parquet")) == ["a", "invalid_utf8", "missing_text"]
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    assert flat(read(tmp_path / "a.txt")) == ["invalid_utf8"]
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(InputError, match=r"source\.paths names /none/a\.jsonl, which does not exist"):
+        read("/none/a.jsonl")
+
+
+def test_a_folder_without_a_fitting_file_names_the_settings(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"set source\.format and source\.pattern"):
+        read(tmp_path)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(InputError, match="holds no text at all"):
+        read(tmp_path)
+
+
+def test_a_table_without_the_text_column_names_what_it_has(tmp_path):
+    pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"text_column=text is not in .* \['body', 'n'\]"):
+        read(tmp_path)
+    with pytest.raises(InputError, match="holds int64, not text"):
+        read(tmp_path, text_column="n")
+
+
+def test_a_damaged_container_is_one_sentence(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(InputError, match="damaged Parquet file"):
+        read(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}' * 9999)[:40])
+    with pytest.raises(InputError, match="damaged compressed file"):
+        read(tmp_path / "a.jsonl.gz")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "state.json").write_text("{}")
+    with pytest.raises(InputError, match="no dataset folder"):
+        read(tmp_path / "hf")
