@@ -1,0 +1,82 @@
+"""The README tells the truth: its commands parse, its tree is the tree, its targets exist."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGS = {
+    "prepare": "PrepareConfig", "pretrain": "PretrainConfig", "convert": "ConvertConfig",
+    "distil": "DistilConfig", "evaluate": "EvaluateConfig", "generate": "GenerateConfig",
+    "serve": "ServeConfig", "demo": "DemoConfig",
+}  # fmt: skip
+
+
+def bash_lines() -> list[str]:
+    """Every command of the README's bash blocks, continuation lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line]
+
+
+def stage_commands() -> list[list[str]]:
+    """[stage, flag, ...] of each `cascade STAGE` and `python -m jobs.STAGE` in the README."""
+    found = []
+    for line in bash_lines():
+        words = shlex.split(line, comments=True)
+        for place, word in enumerate(words):
+            if word == "cascade" and place + 1 < len(words):
+                found.append(words[place + 1 :])
+            if word == "-m" and words[place + 1].startswith("jobs."):
+                found.append([words[place + 1].removeprefix("jobs."), *words[place + 2 :]])
+    return found
+
+
+def test_the_readme_shows_every_stage():
+    assert {words[0] for words in stage_commands()} >= set(CONFIGS) - {"demo"}
+
+
+@pytest.mark.parametrize("words", stage_commands(), ids=lambda words: words[0])
+def test_a_stage_command_of_the_readme_parses(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config_class = getattr(importlib.import_module(f"jobs.{words[0]}"), CONFIGS[words[0]])
+    assert isinstance(parse(config_class, words[1:]), config_class)
+
+
+def test_the_make_targets_of_the_readme_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    used = {shlex.split(line, comments=True)[1] for line in bash_lines() if line.startswith("make")}
+    assert {"demo", "test"} <= used <= targets
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    tree = README.split("## The tree", 1)[1].split("```")[1]
+    folders = re.findall(r"^(\w+)/ ", tree, flags=re.MULTILINE)
+    assert folders == ["cascade_model", "pipelines", "jobs", "cluster", "tests"]
+    assert all((ROOT / folder / "README.md").is_file() for folder in folders)
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "jobs/recipes").rglob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_recipe_parses(path, monkeypatch):
+    """A recipe is named after its stage, or after what `pretrain` makes of it."""
+    monkeypatch.chdir(ROOT)
+    stage = path.stem if path.stem in CONFIGS else "pretrain"
+    required = {"evaluate": ["--model", "m", "--corpus", "c"], "prepare": [],
+                "generate": ["--model", "m", "--input", "i", "--output", "o"],
+                "serve": ["--model", "m"], "demo": [],
+                "distil": ["--corpus", "c", "--output", "o", "--teacher", "t",
+                           "--initial-model", "s"],
+                "pretrain": ["--corpus", "c", "--output", "o"]}  # fmt: skip
+    config_class = getattr(importlib.import_module(f"jobs.{stage}"), CONFIGS[stage])
+    parse(config_class, ["--config", str(path), *required[stage]])
