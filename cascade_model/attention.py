@@ -53,10 +53,13 @@ def commit_mask(cached: int, rows: int, clean_half: str, device: torch.device) -
 
 
 def dense(mask: Tensor | None) -> Attend:
-    """Attention over all pairs under one mask: the oracle, and the way of short inputs."""
+    """Attention over all pairs under one mask: the oracle, and the way of short inputs.
+
+    Fewer queries than the mask has are its first ones.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attention(q, k, v, mask)
+        return _attention(q, k, v, None if mask is None else mask[:, :, : q.shape[2]])
 
     return attend
 
@@ -68,7 +71,8 @@ def grouped_training(
 
     The sequence is cut into groups of whole blocks. A group's noisy queries meet only the group's
     own noisy keys and the clean keys up to the group's end; its clean queries only the latter. So
-    the large empty parts of the [2L, 2L] square are never computed.
+    the large empty parts of the [2L, 2L] square are never computed. Where q has no clean rows
+    (length L), only the noisy half's result is returned.
     """
     length = segments.shape[1]
     groups = _groups(length, block_size, group_tokens)
@@ -81,7 +85,8 @@ def grouped_training(
             keys = torch.cat([k[:, :, start:end], k[:, :, length : length + end]], dim=2)
             values = torch.cat([v[:, :, start:end], v[:, :, length : length + end]], dim=2)
             pieces.append(_attention(q[:, :, start:end], keys, values, mask))
-        pieces.append(clean(q[:, :, length:], k[:, :, length:], v[:, :, length:]))
+        if q.shape[2] > length:
+            pieces.append(clean(q[:, :, length:], k[:, :, length:], v[:, :, length:]))
         return torch.cat(pieces, dim=2)
 
     return attend

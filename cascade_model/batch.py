@@ -1,14 +1,13 @@
 """A training batch as tensors on one device."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from cascade_model.corpus import Batch
+from cascade_model.corpus import Batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +30,7 @@ class TrainBatch:
     """int32 [n, L]: which document of the sequence, counted from 0."""
 
     @classmethod
-    def from_numpy(cls, batch: "Batch", device: torch.device | str = "cpu") -> Self:
+    def from_numpy(cls, batch: Batch, device: torch.device | str = "cpu") -> Self:
         """Copy a corpus batch to a device."""
 
         def move(values: np.ndarray, dtype: np.dtype | type) -> Tensor:

@@ -2,7 +2,7 @@
 
     checkpoints/step_00000100/
         state/          weights and AdamW moments, written by all ranks (torch DCP, reshardable)
-        config.json     facts: step, samples consumed, model, corpus digest, noise, resolved settings
+        config.json     facts: step, samples consumed, model, corpus digest, noise, settings
         manifest.json   size and SHA-256 of every file above
         COMMIT          SHA-256 of the manifest; written last, by the project's commit protocol
 
@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 from cascade_model.commit import Folder
@@ -67,7 +68,7 @@ def save(
         work.mkdir(parents=True)
     _barrier()
     with _quiet():
-        dcp.save(
+        dcp_save(
             _state(model, optimizer),
             checkpoint_id=work / "state",
             no_dist=not dist.is_initialized(),
@@ -142,9 +143,7 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None
     """
     state = _state(model, optimizer)
     with _quiet():
-        dcp.load(
-            state, checkpoint_id=checkpoint.path / "state", no_dist=not dist.is_initialized()
-        )
+        dcp_load(state, checkpoint_id=checkpoint.path / "state", no_dist=not dist.is_initialized())
     adam_step = state["adam_step"]
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = {
@@ -158,7 +157,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Only the weights, in this process alone, without any process group."""
     state = {"model": _weights(model)}
     with _quiet():
-        dcp.load(state, checkpoint_id=checkpoint.path / "state", no_dist=True)
+        dcp_load(state, checkpoint_id=checkpoint.path / "state", no_dist=True)
 
 
 def require_same(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:

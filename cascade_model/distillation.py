@@ -1,10 +1,10 @@
 """Learning from an autoregressive teacher at the masked tokens.
 
 The teacher reads the clean tokens of a document; its row i-1 is its distribution of token i. The
-student predicts the masked token i from the clean blocks before and from what is visible in its own
-block, on both sides. With right context visible the true posterior is sharper than any left-to-right
-distribution, so the teacher is trusted in proportion to the mask rate t: the loss of a masked token
-is
+student predicts the masked token i from the clean blocks before and from what is visible in its
+own block, on both sides. With right context visible the true posterior is sharper than any
+left-to-right distribution, so the teacher is trusted in proportion to the mask rate t: the loss of
+a masked token is
 
     (1 - alpha) x (1/t) x cross entropy  +  alpha x w(t) x (1/t) x KL(teacher || student), w(t) = t
 

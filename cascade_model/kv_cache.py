@@ -1,14 +1,10 @@
 """Keys and values of committed tokens, append-only, for one sequence being decoded."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from cascade_model.config import ModelConfig
 from cascade_model.errors import InputError
-
-if TYPE_CHECKING:
-    from cascade_model.config import ModelConfig
 
 
 class KVCache:
@@ -20,7 +16,7 @@ class KVCache:
     """
 
     def __init__(
-        self, config: "ModelConfig", capacity: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (2, config.num_layers, 1, config.num_kv_heads, capacity, config.head_dim)
         self._entries = torch.zeros(shape, dtype=dtype, device=device)

@@ -105,6 +105,7 @@ def read_places(
     """
     config = model.config
     rows = source_rows(config, batch)[sequences, places]
+    keep = None
     if config.is_autoregressive:
         tokens, positions = batch.clean_tokens, batch.positions
     else:
@@ -112,11 +113,14 @@ def read_places(
         noisy = torch.where(batch.is_masked, config.mask_id, batch.clean_tokens)
         tokens = torch.cat([noisy, batch.clean_tokens], dim=1)
         positions = torch.cat([batch.positions, batch.positions], dim=1)
+        if config.logits == "aligned" or config.first_place != "clean":
+            keep = batch.clean_tokens.shape[1]  # no clean row is read
     return model(
         tokens,
         positions,
         _attend(config, batch.segments),
         lambda hidden, head: read(hidden[sequences, rows], head),
+        keep=keep,
     )
 
 

@@ -80,6 +80,15 @@ class MetricsLog:
         return self._lines
 
 
+def progress_line(line: dict[str, Any]) -> str:
+    """One line of metrics for a person."""
+    return (
+        f"step {line['step']:>6}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
+        f"grad norm {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} data tokens/s  "
+        f"data wait {100 * line['data_wait_rate']:.1f} %"
+    )
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl; a last line cut by a crash is left out."""
     if not path.exists():

@@ -53,28 +53,39 @@ class Layer(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, attend: Attend, cache: KVCache | None
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        attend: Attend,
+        cache: KVCache | None,
+        keep: int | None = None,
     ) -> Tensor:
-        """x [n, r, hidden] -> [n, r, hidden]."""
-        x = x + self._attention(self.attention_norm(x), rotation, attend, cache)
+        """x [n, r, hidden] -> [n, keep or r, hidden]; rows behind `keep` are only attended to."""
+        mixed = self._attention(self.attention_norm(x), rotation, attend, cache, keep)
+        x = x[:, :keep] + mixed
         inner = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(inner)) * self.up_proj(inner))
 
     def _attention(
-        self, x: Tensor, rotation: Rotation, attend: Attend, cache: KVCache | None
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        attend: Attend,
+        cache: KVCache | None,
+        keep: int | None,
     ) -> Tensor:
-        n, rows, _ = x.shape
-
-        def heads(projected: Tensor) -> Tensor:
-            return projected.view(n, rows, -1, self.head_dim).transpose(1, 2)
-
-        q = rotate(self.q_norm(heads(self.q_proj(x))), rotation)
-        k = rotate(self.k_norm(heads(self.k_proj(x))), rotation)
-        v = heads(self.v_proj(x))
+        cos, sin = rotation
+        q = self.q_norm(self._heads(self.q_proj(x[:, :keep])))
+        q = rotate(q, (cos[:, :, :keep], sin[:, :, :keep]))
+        k = rotate(self.k_norm(self._heads(self.k_proj(x))), rotation)
+        v = self._heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.join(self.index, k, v)
-        mixed = attend(q, k, v)
-        return self.o_proj(mixed.transpose(1, 2).reshape(n, rows, -1))
+        return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """[n, r, heads x head_dim] -> [n, heads, r, head_dim]."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class Transformer(nn.Module):
@@ -97,16 +108,20 @@ class Transformer(nn.Module):
         attend: Attend,
         read: Callable[[Tensor, nn.Module], T],
         cache: KVCache | None = None,
+        keep: int | None = None,
     ) -> T:
         """One pass: tokens and positions int64 [n, r] -> `read(hidden [n, r, d], head)`.
 
         `read` runs inside, because under FSDP2 the head's weight is whole only here; it must
         return a tensor or a tuple of tensors. With a `cache` the r rows follow the committed ones.
+        With `keep`, `read` gets the first `keep` rows only, and of the others the last layer
+        computes no more than keys and values.
         """
         x = self.embed(tokens)
         rotation = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        for layer in self.layers:
-            x = layer(x, rotation, attend, cache)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotation, attend, cache, keep if index == last else None)
         return read(self.final_norm(x), self.head)
 
     @torch.no_grad()

@@ -250,9 +250,9 @@ def _check(config: ModelConfig, prompt_tokens: list[int], params: SamplingParams
             "first_place=noisy with clean_half=token_causal cannot be decoded from committed rows; "
             "train with first_place=clean"
         )
-    total = len(prompt_tokens) + params.max_tokens
-    if total > config.max_sequence_length:
+    length, limit = len(prompt_tokens), config.max_sequence_length
+    if length + params.max_tokens > limit:
         raise InputError(
-            f"prompt of {len(prompt_tokens)} tokens plus max_tokens={params.max_tokens} exceeds the "
-            f"model's context of {config.max_sequence_length}; shorten the prompt or lower max_tokens"
+            f"prompt of {length} tokens plus max_tokens={params.max_tokens} exceeds the model's "
+            f"context of {limit}; shorten the prompt or lower max_tokens"
         )

@@ -6,7 +6,7 @@ validation, row ids, token ids and starts. Anything else is refused by name befo
 
 import bisect
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -154,8 +154,3 @@ class Shard:
     def rows(self) -> list[Rows]:
         """Every record batch as arrays, in order."""
         return self._batches
-
-
-def schema_metadata(values: dict[str, Any]) -> dict[str, str]:
-    """Facts as Arrow schema metadata (text only)."""
-    return {f"cascade.{key}": str(value) for key, value in sorted(values.items())}

@@ -22,7 +22,7 @@ from cascade_model.config import NoiseConfig, OptimizerConfig, TrainerConfig, to
 from cascade_model.corpus import Corpus
 from cascade_model.errors import InputError
 from cascade_model.loss import LossParts
-from cascade_model.metrics import MetricsLog, Window
+from cascade_model.metrics import MetricsLog, Window, progress_line
 from cascade_model.model import Transformer
 from cascade_model.optim import learning_rate, make_optimizer, set_learning_rate
 from cascade_model.weights import save_model
@@ -200,12 +200,7 @@ class Trainer:
         line = {"step": step, "samples": samples, "tokens": samples * length}
         line |= {"lr": rate, **window.means(self.trainer.sequences_per_step * length)}
         log.write(line)
-        tell(
-            f"step {step}/{self.trainer.num_steps}  loss {line['loss']:.4f}  "
-            f"lr {line['lr']:.2e}  grad norm {line['grad_norm']:.2f}  "
-            f"{line['tokens_per_second']:,.0f} data tokens/s  "
-            f"data wait {100 * line['data_wait_rate']:.1f} %"
-        )
+        tell(progress_line(line))
 
     def _finish(
         self, log: MetricsLog | None, step: int, samples: int, steps: int, seconds: float

@@ -46,14 +46,15 @@ def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer) -> 
     try:
         save_file(own_state(model), work / WEIGHTS, metadata={"format": "pt"})
         settings = {"format_version": FORMAT_VERSION, **to_dict(model.config)}
-        _write(work / CONFIG, _json(settings))
-        _write(work / TOKENIZER, tokenizer.to_bytes())
+        (work / CONFIG).write_bytes(_json(settings))
+        (work / TOKENIZER).write_bytes(tokenizer.to_bytes())
+        (work / WEIGHTS).chmod((work / CONFIG).stat().st_mode)  # safetensors leaves it to its owner
         local = Folder(work)
         files = {
             name: {"bytes": local.size(name), "sha256": local.sha256_of(name)}
             for name in (WEIGHTS, CONFIG, TOKENIZER)
         }
-        _write(work / MANIFEST, _json({"format_version": FORMAT_VERSION, "files": files}))
+        (work / MANIFEST).write_bytes(_json({"format_version": FORMAT_VERSION, "files": files}))
         _flush(work)
         _replace(work, target)
     finally:
@@ -100,7 +101,10 @@ def fill(model: Transformer, tensors: dict[str, torch.Tensor], where: str) -> No
     """Copy tensors into a model; missing, surplus and mis-shaped ones are refused by name."""
     expected = {name: tuple(value.shape) for name, value in own_state(model).items()}
     if set(expected) != set(tensors):
-        missing, surplus = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+        missing, surplus = (
+            sorted(set(expected) - set(tensors)),
+            sorted(set(tensors) - set(expected)),
+        )
         raise CheckpointMismatch(
             f"model {where} lacks the tensors {missing[:5]} and has the unknown {surplus[:5]}; "
             "use weights and a config that belong together"
@@ -143,7 +147,7 @@ def _manifest(files: Folder) -> dict:
             "give the folder that `cascade pretrain` or `cascade convert` wrote"
         ) from None
     except (ValueError, KeyError, TypeError):
-        version, complete = "damaged", False
+        manifest, version, complete = {}, "damaged", False
     if version != FORMAT_VERSION or not complete:
         raise CheckpointMismatch(
             f"model {files.url} has a manifest of format {version} and this program reads "
@@ -187,18 +191,18 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
 def _flush(folder: Path) -> None:
     """Bring every file, then the folder itself, to disk."""
     for path in (*sorted(folder.iterdir()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _replace(work: Path, target: Path) -> None:
@@ -211,13 +215,5 @@ def _replace(work: Path, target: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.rename(target, old)
     os.rename(work, target)
-    _flush_folder_entry(target.parent)
+    _flush_entry(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush_folder_entry(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -28,7 +28,7 @@ def command(config_class: type[Config], run: Callable[[Config], Any]) -> Callabl
 
     def main(argv: Sequence[str] | None = None) -> int:
         try:
-            run(parse(config_class, sys.argv[1:] if argv is None else argv))
+            run(parse(config_class, sys.argv[1:] if argv is None else argv, stage_of(run)))
         except InputError as error:
             show_error(error)
             return error.exit_code
@@ -43,8 +43,14 @@ def command(config_class: type[Config], run: Callable[[Config], Any]) -> Callabl
     return main
 
 
-def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
-    """Build the config from `--config FILE` (repeatable) and flags."""
+def stage_of(run: Callable[..., Any]) -> str:
+    """The stage's name, from the module that holds `run`, also under `python -m`."""
+    spec = getattr(sys.modules[run.__module__], "__spec__", None)
+    return (spec.name if spec else run.__module__).rsplit(".", 1)[-1]
+
+
+def parse(config_class: type[Config], argv: Sequence[str], stage: str = "STAGE") -> Config:
+    """Build the config of a stage from `--config FILE` (repeatable) and flags."""
     import tyro
 
     flags, files = _split_config_files(argv)
@@ -52,7 +58,7 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
     return tyro.cli(
         config_class,
         args=[*written, *flags],
-        prog=f"cascade {config_class.__module__.rsplit('.', 1)[-1]} [--config FILE.yaml]...",
+        prog=f"cascade {stage} [--config FILE.yaml]...",
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cascade_model.config import ModelConfig, check
+from cascade_model.config import ModelConfig, check, to_dict
 from cascade_model.errors import CheckpointMismatch, InputError
 from jobs.cli import command
 
@@ -74,7 +74,12 @@ def read_source(
         from cascade_model.weights import load_model, own_state
 
         model, tokenizer = load_model(config.source)
-        return _new_config(config, _shape_of(model.config), tokenizer), own_state(model), tokenizer, 0
+        return (
+            _new_config(config, to_dict(model.config), tokenizer),
+            own_state(model),
+            tokenizer,
+            0,
+        )
     from cascade_model.families import read_ar
 
     checkpoint = read_ar(config.source)
@@ -88,7 +93,9 @@ def read_source(
     return _new_config(config, shape, tokenizer), state, tokenizer, added
 
 
-def _new_config(config: ConvertConfig, shape: dict[str, Any], tokenizer: "Tokenizer") -> ModelConfig:
+def _new_config(
+    config: ConvertConfig, shape: dict[str, Any], tokenizer: "Tokenizer"
+) -> ModelConfig:
     """The network's shape with this conversion's choices."""
     choices = {
         "block_size": config.block_size,
@@ -103,12 +110,6 @@ def _new_config(config: ConvertConfig, shape: dict[str, Any], tokenizer: "Tokeni
     if config.max_sequence_length is not None:
         choices["max_sequence_length"] = config.max_sequence_length
     return ModelConfig(**(shape | choices))
-
-
-def _shape_of(config: ModelConfig) -> dict[str, Any]:
-    from cascade_model.config import to_dict
-
-    return to_dict(config)
 
 
 def _grow(

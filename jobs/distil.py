@@ -1,4 +1,4 @@
-"""Distil an autoregressive teacher into a block-diffusion student: pretraining with another loss."""
+"""Distil an autoregressive teacher into a block-diffusion student: pretrain with another loss."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

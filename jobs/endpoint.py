@@ -1,8 +1,8 @@
 """The ingress as a FastAPI application: OpenAI routes over any source of decoded blocks.
 
 It holds no weights. Given prompt tokens, settings and a choice number, the source (`Decode`) yields
-dicts `{"tokens", "passes", "steps", "finish_reason"}`; here they become text, are cut at stop strings and
-sent. The seed is drawn here when the client gives none, so that a request can be repeated.
+dicts `{"tokens", "passes", "steps", "finish_reason"}`, one a block; here they become text, are cut
+at stop strings and sent. The seed is drawn here when the client gives none.
 """
 
 import asyncio
@@ -312,11 +312,11 @@ async def reply(endpoint: Endpoint, job: Job, admission: Admission, stream: bool
     return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
 
 
-def build_api(endpoint: Endpoint) -> FastAPI:
+def build_api(endpoint: Endpoint, behind_serve: bool = False) -> FastAPI:
     """The routes. Every answer has `x-request-id`, every error the four fields."""
     api = FastAPI(title="CASCADE", docs_url=None, redoc_url=None)
     admission = Admission(endpoint.max_choices_in_flight)
-    api.add_middleware(Gate, keys=endpoint.keys)
+    api.add_middleware(Gate, keys=endpoint.keys, behind_serve=behind_serve)
     api.add_exception_handler(ApiError, lambda _, error: error_response(error))  # type: ignore[arg-type]
     api.add_exception_handler(
         RequestValidationError,

@@ -10,7 +10,6 @@ from cascade_model.errors import CheckpointMismatch, InputError
 from jobs.cli import command
 
 if TYPE_CHECKING:
-    from cascade_model.corpus import Corpus
     from cascade_model.evaluation import Bound
     from cascade_model.model import Transformer
 
@@ -38,7 +37,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("max_sequences", 1), ("draws", 1), ("strata", 8), ("sequences_per_forward", 1)
+            ("max_sequences", 1),
+            ("draws", 1),
+            ("strata", 8),
+            ("sequences_per_forward", 1),
         ):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
@@ -104,9 +106,7 @@ def open_model(path: str) -> "Transformer":
         if found is None:
             raise CheckpointMismatch(f"model={path} has no complete checkpoint; train further")
         return _from_checkpoint(found)
-    raise InputError(
-        f"model={path} is no model folder, checkpoint or run folder; check the path"
-    )
+    raise InputError(f"model={path} is no model folder, checkpoint or run folder; check the path")
 
 
 def table(report: dict[str, Any]) -> str:

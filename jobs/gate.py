@@ -68,26 +68,28 @@ def http_error(request: Request, error: HTTPException) -> JSONResponse:
 class Gate:
     """Outermost ASGI layer: request id, key, size of the body, and the last resort of a 500."""
 
-    def __init__(self, app: Any, keys: ApiKeys | None) -> None:
+    def __init__(self, app: Any, keys: ApiKeys | None, behind_serve: bool) -> None:
+        """`behind_serve`: Ray Serve's proxy has named the request and will answer the name."""
         self.app = app
         self.keys = keys
+        self.behind_serve = behind_serve
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one connection."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = f"req_{secrets.token_hex(12)}"
+        given = dict(scope["headers"]).get(b"x-request-id", b"") if self.behind_serve else b""
+        request_id = given.decode("latin-1") or f"req_{secrets.token_hex(12)}"
         started = False
 
         async def send_with_id(message: Any) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [
-                    *message.get("headers", []),
-                    (b"x-request-id", request_id.encode()),
-                ]
+                if not given:
+                    name = (b"x-request-id", request_id.encode())
+                    message["headers"] = [*message.get("headers", []), name]
             await send(message)
 
         try:

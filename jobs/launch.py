@@ -5,14 +5,18 @@ decided by our own COMMIT, so nothing is reported to Ray: a restarted rank looks
 complete checkpoint in the run folder by itself.
 """
 
+import contextlib
 import json
 import os
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cascade_model.errors import CheckpointMismatch, CorpusMismatch, InputError
+from cascade_model.metrics import progress_line, read_metrics
 
 Train = Callable[[Any, str], dict[str, Any]]
 """(config, device type) -> summary; runs in every rank, inside its process group."""
@@ -28,7 +32,7 @@ def run_folder(output: str) -> Path:
     """
     if "://" in output:
         raise InputError(
-            f"output={output} is a URL; a run folder must be a path on a disk that all workers share"
+            f"output={output} is a URL; a run folder must be a path on a disk that all workers see"
         )
     folder = Path(output).absolute()
     nearest = next(p for p in (folder, *folder.parents) if p.exists())
@@ -85,9 +89,9 @@ def start_ray(num_cpus: int) -> None:
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", log_to_driver=True)
+        ray.init(log_to_driver=False)
         return
-    ray.init(num_cpus=max(num_cpus, cores()), include_dashboard=False)
+    ray.init(num_cpus=max(num_cpus, cores()), include_dashboard=False, log_to_driver=False)
 
 
 def cores() -> int:
@@ -106,7 +110,10 @@ def _fit(
     trainer = TorchTrainer(
         _rank,
         train_loop_config={
-            "train": train, "config": config, "folder": str(folder), "device": device
+            "train": train,
+            "config": config,
+            "folder": str(folder),
+            "device": device,
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
@@ -118,10 +125,45 @@ def _fit(
         ),
     )
     try:
-        trainer.fit()
+        with _shown(folder / "metrics.jsonl"):
+            trainer.fit()
     except Exception:
         _raise_refusal(folder / _REFUSAL)
         raise
+
+
+@contextlib.contextmanager
+def _shown(metrics: Path) -> Iterator[None]:
+    """Show the first rank's lines of metrics here while the body runs.
+
+    The workers' own output stays in Ray's logs, where Ray mixes it with its own of every actor.
+    """
+    ended = threading.Event()
+    known = [line["step"] for line in read_metrics(metrics)]
+    thread = threading.Thread(
+        target=_follow, args=(metrics, known[-1] if known else 0, ended), daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _follow(metrics: Path, shown: int, ended: threading.Event) -> None:
+    last = False
+    while not last:
+        last = ended.wait(0.5)
+        lines = read_metrics(metrics)
+        newest = lines[-1]["step"] if lines else 0
+        if newest < shown:
+            print(f"the ranks were started again; going on after step {newest}", file=sys.stderr)
+            shown = newest
+        for line in lines:
+            if line["step"] > shown:
+                print(progress_line(line), file=sys.stderr, flush=True)
+                shown = line["step"]
 
 
 def _rank(settings: dict[str, Any]) -> None:

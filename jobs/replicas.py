@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from cascade_model.config import SamplingParams
+from cascade_model.config import SamplingParams, check
 
 if TYPE_CHECKING:
     from jobs.serve import ServeConfig
@@ -53,6 +53,8 @@ class Ingress:
         from jobs.gate import load_api_keys
 
         config, model = self._config, self._config.model
+        if config.no_auth:
+            require_loopback()
         keys = load_api_keys(config.api_keys, os.environ.get(KEYS_VARIABLE, ""))
         endpoint = Endpoint(
             model_name=config.name,
@@ -63,7 +65,7 @@ class Ingress:
             keys=None if config.no_auth else keys,
             max_choices_in_flight=config.max_in_flight,
         )
-        return build_api(endpoint)
+        return build_api(endpoint, behind_serve=True)
 
     async def _decode(
         self, prompt_tokens: list[int], params: SamplingParams, choice: int
@@ -86,3 +88,17 @@ class Ingress:
             raise ApiError(503, message, type="server_error", code="sampler_lost") from None
         finally:
             response.cancel()
+
+
+def require_loopback() -> None:
+    """Refuse to serve without keys on an address that others reach, whoever deployed it."""
+    from ray.serve.context import _get_global_client
+
+    from jobs.serve import is_loopback
+
+    host = _get_global_client().http_config.host  # type: ignore[union-attr]
+    check(
+        is_loopback(host or ""),
+        f"no_auth=True with http_options.host={host} would serve strangers; use host 127.0.0.1 or "
+        "give api_keys",
+    )

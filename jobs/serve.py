@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_model.config import check
-from cascade_model.errors import InputError
+from cascade_model.errors import CheckpointMismatch, InputError
 from jobs.cli import command, parse_mapping
 from jobs.launch import start_ray
 from jobs.replicas import KEYS_VARIABLE, Ingress, Sampler
@@ -103,6 +103,7 @@ def build_app(args: dict[str, Any]) -> Any:
             "target_ongoing_requests": config.streams_per_replica,
         },
         graceful_shutdown_timeout_s=60,
+        max_constructor_retry_count=2,
     )(Sampler)
     # The ingress counts requests itself, so that its refusals have OpenAI's shape.
     ingress = serve.deployment(
@@ -186,6 +187,8 @@ def require_free_port(host: str, port: int) -> None:
 
 def run(config: ServeConfig) -> dict[str, Any]:
     """Start the endpoint and keep it until SIGTERM or Ctrl-C; then end it cleanly."""
+    import ray
+
     from cascade_model.weights import read_config
 
     if config.serve_config:
@@ -200,6 +203,8 @@ def run(config: ServeConfig) -> dict[str, Any]:
             read_config(own.model)
     require_free_port(http["host"], http["port"])
     stop = threading.Event()
+    start_ray(num_cpus=2)
+    # After Ray's start, which puts handlers of its own in place.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with deployed(document, stop):
@@ -207,19 +212,17 @@ def run(config: ServeConfig) -> dict[str, Any]:
             announce(document, f"http://{http['host']}:{http['port']}")
         stop.wait()
         print("ending: open streams get their time", flush=True)
+    ray.shutdown()
     return {"url": f"http://{http['host']}:{http['port']}"}
 
 
 @contextlib.contextmanager
 def deployed(document: dict[str, Any], stop: threading.Event | None = None):
-    """The applications of a Serve config, running; on leaving Serve and a local Ray are ended."""
-    import ray
+    """The applications of a Serve config, running on this process's Ray; ended on leaving."""
     from ray import serve
     from ray.serve._private.api import serve_start
     from ray.serve.schema import ServeDeploySchema
 
-    was_running = ray.is_initialized()
-    start_ray(num_cpus=2)
     schema = ServeDeploySchema.model_validate(document)
     try:
         client = serve_start(
@@ -230,8 +233,6 @@ def deployed(document: dict[str, Any], stop: threading.Event | None = None):
         yield
     finally:
         serve.shutdown()
-        if not was_running:
-            ray.shutdown()
 
 
 def wait_until_running(
@@ -247,13 +248,23 @@ def wait_until_running(
         if len(states) == len(names) and all(s.status == "RUNNING" for s in states.values()):
             return
         for name, state in states.items():
-            unhealthy = [d.message for d in state.deployments.values() if d.status == "UNHEALTHY"]
             if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                reason = "\n".join([state.message, *unhealthy])
-                raise RuntimeError(f"the application {name} did not start: {reason}")
+                causes = [deployment.message for deployment in state.deployments.values()]
+                reason = "\n".join([state.message, *causes])
+                raise refusal_in(reason) or RuntimeError(f"{name} did not start: {reason}")
         if time.monotonic() > deadline:
             raise RuntimeError(f"the applications {names} were not ready in {seconds:.0f} s")
         time.sleep(0.2)
+
+
+def refusal_in(message: str) -> InputError | None:
+    """The user's mistake in a traceback that Serve reports as text, or None."""
+    for line in message.splitlines():
+        for kind in (CheckpointMismatch, InputError):
+            before, found, sentence = line.partition(f"cascade_model.errors.{kind.__name__}: ")
+            if found and not before.strip():
+                return kind(sentence.strip())
+    return None
 
 
 def announce(document: dict[str, Any], url: str) -> None:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from cascade_model.commit import Folder, Record
 from cascade_model.config import SamplingParams, digest
-from cascade_model.errors import InputError
+from cascade_model.errors import CheckpointMismatch, InputError
 from pipelines.prompts import Columns, DeadRow, Part, Prompt, read_part
 
 FORMAT_VERSION = 1
@@ -116,19 +116,34 @@ class PartWorker:
         from cascade_model.engine import LLM
 
         torch.set_num_threads(threads)
-        self._llm = LLM.load(model)
+        self._refusal: InputError | None = None
+        try:
+            self._llm = LLM.load(model)
+        except InputError as error:
+            # Raised by the first call: a constructor's error reaches nobody as it was.
+            self._refusal = error
         self._folder = Folder(output)
         self._params, self._columns = params, columns
         self._format: Format = format
         self._stop = tuple(stop)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ray Data's face: a batch of parts (as JSON) to their records (as JSON)."""
-        records = [self.answer(Part(**json.loads(text))) for text in batch["part"]]
-        return {"record": [json.dumps(dataclasses.asdict(record)) for record in records]}
+        """Ray Data's face: a batch of parts to their records, both as JSON.
+
+        A user's mistake travels as data, since an error would arrive wrapped in Ray's words.
+        """
+        try:
+            records = [self.answer(Part(**json.loads(text))) for text in batch["part"]]
+        except InputError as error:
+            refusal = json.dumps([type(error).__name__, str(error)])
+            return {"record": [""] * len(batch["part"]), "refusal": [refusal] * len(batch["part"])}
+        written = [json.dumps(dataclasses.asdict(record)) for record in records]
+        return {"record": written, "refusal": [""] * len(written)}
 
     def answer(self, part: Part) -> PartRecord:
         """Decode a part and commit its files, the record last."""
+        if self._refusal is not None:
+            raise self._refusal
         done: list[dict[str, Any]] = []
         dead: list[DeadRow] = []
         for item in read_part(part, self._columns, self._llm.tokenizer.apply_chat_template):
@@ -247,4 +262,7 @@ def run_on_ray(
         compute=ray.data.ActorPoolStrategy(size=min(num_workers, len(parts))),
     )
     for row in data.iter_rows():
+        if row["refusal"]:
+            kind, sentence = json.loads(row["refusal"])
+            raise {"CheckpointMismatch": CheckpointMismatch}.get(kind, InputError)(sentence)
         yield PartRecord(**json.loads(row["record"]))

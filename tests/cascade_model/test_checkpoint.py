@@ -48,7 +48,9 @@ def test_loaded_run_goes_on_with_the_same_bits(tmp_path):
         take_step(model, optimizer)
         take_step(other, other_optimizer)
     assert (found.step, found.samples) == (2, 16)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_weights_alone_can_be_read(tmp_path):

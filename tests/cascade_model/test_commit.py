@@ -22,7 +22,7 @@ def s3_server():
     server.stop()
 
 
-@pytest.fixture()
+@pytest.fixture
 def s3_url(s3_server, monkeypatch):
     """A fresh bucket; the client finds the server through the usual environment."""
     import fsspec

@@ -35,7 +35,9 @@ def test_schedule_without_warmup_and_decay_is_constant():
 def test_norms_and_biases_are_not_decayed():
     model = torch.nn.Linear(3, 2)
     optimizer = make_optimizer(model, CONFIG)
-    decays = {tuple(p.shape): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    decays = {
+        tuple(p.shape): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]
+    }
     assert decays == {(2, 3): CONFIG.weight_decay, (2,): 0.0}
 
 

@@ -92,6 +92,13 @@ def test_the_manifest_comes_back_from_json_with_its_digest():
     assert json.loads(manifest().to_json())["digest"] == found.digest
 
 
+def test_the_digest_does_not_depend_on_an_attempts_own_object_names():
+    data = manifest().to_json()
+    other = Manifest.from_json(data.replace(b'"object": "a"', b'"object": "a~1"'), "here")
+    assert other != manifest()
+    assert other.digest == manifest().digest
+
+
 def test_an_edited_manifest_is_refused():
     with pytest.raises(CorpusMismatch, match="edited or damaged"):
         Manifest.from_json(manifest().to_json().replace(b'"mask_id": 2', b'"mask_id": 3'), "here")
@@ -103,7 +110,9 @@ def test_a_manifest_of_another_format_names_both_versions():
         Manifest.from_json(data, "here")
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"digest": 1, "format_version": 1}', b"\xff"])
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"{}", b'{"digest": 1, "format_version": 1}', b"\xff"]
+)
 def test_a_broken_manifest_is_one_sentence(data):
     with pytest.raises(CorpusMismatch, match="damaged"):
         Manifest.from_json(data, "here")

@@ -161,7 +161,7 @@ def test_nan_stops_the_run_and_names_the_samples(corpus, tmp_path):
 
 def test_step_must_be_shared_evenly():
     assert sequences_per_rank(STEPS, 2) == 2
-    with pytest.raises(InputError, match="sequences_per_step=4 .* num_workers=3"):
+    with pytest.raises(InputError, match=r"sequences_per_step=4 .* num_workers=3"):
         sequences_per_rank(STEPS, 3)
 
 

@@ -32,17 +32,17 @@ def schema_errors(document: dict[str, Any]) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
 
 
-def cluster_spec(document: dict[str, Any]) -> dict[str, Any] | None:
-    """The RayClusterSpec inside a RayCluster, RayJob or RayService; None for other kinds."""
+def cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
+    """The RayClusterSpec inside a RayCluster, RayJob or RayService; empty for other kinds."""
     spec = document.get("spec", {})
     inner = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(document["kind"])
-    return spec[inner] if inner else spec if document["kind"] == "RayCluster" else None
+    return spec[inner] if inner else spec
 
 
 def operator_errors(document: dict[str, Any]) -> list[str]:
     """Breaches of the rules that the operator checks and the schema cannot say."""
     spec = cluster_spec(document)
-    if spec is None:
+    if not spec:
         return []
     found = []
     is_v2 = spec.get("autoscalerOptions", {}).get("version") == "v2"
@@ -83,7 +83,7 @@ def pod_volumes(pod: dict[str, Any]) -> tuple[set[str], set[str]]:
 
 def containers(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Every container that runs Ray, the head's first."""
-    spec = cluster_spec(document) or {"headGroupSpec": {"template": {"spec": {"containers": []}}}}
+    spec = cluster_spec(document)
     groups = [spec["headGroupSpec"], *spec.get("workerGroupSpecs", [])]
     return [c for group in groups for c in group["template"]["spec"]["containers"]]
 
@@ -167,7 +167,7 @@ def test_every_container_runs_in_token_mode(document):
     for container in [*containers(document), *([autoscaler] if autoscaler else [])]:
         assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
     if spec.get("enableInTreeAutoscaling"):
-        assert autoscaler["version"] == "v2"
+        assert spec["autoscalerOptions"]["version"] == "v2"
 
 
 def test_a_spot_group_is_labelled_and_never_the_head():

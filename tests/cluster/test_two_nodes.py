@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_prepare_and_pretrain_spread_over_two_nodes(folder, documents_jsonl):
         timeout=360,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    report = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert len(report["nodes"]) == 2
     assert sorted(report["ranks"]) == sorted(report["nodes"]), "one rank on each node"
 
@@ -51,6 +52,6 @@ def test_prepare_and_pretrain_spread_over_two_nodes(folder, documents_jsonl):
     assert len(manifest["splits"]["train"]["shards"]) >= 4
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
-    assert len(losses) == 6
-    assert losses[-1] < losses[0]
-    assert (folder / "run" / "checkpoints" / "step_00000006" / "COMMIT").is_file()
+    assert len(losses) == 40
+    assert mean(losses[-10:]) < mean(losses[:10])
+    assert (folder / "run" / "checkpoints" / "step_00000040" / "COMMIT").is_file()

@@ -1,7 +1,7 @@
 """Run by `test_two_nodes.py` as a process of its own: prepare -> pretrain on two Ray nodes.
 
 usage: python two_nodes.py DOCUMENTS.jsonl FOLDER
-Prints one line of JSON: the nodes, and how many tasks and ranks ran on each.
+Writes FOLDER/report.json: the nodes, and the node of each rank.
 """
 
 import json
@@ -28,7 +28,7 @@ def main(documents: str, folder: Path) -> int:
     try:
         cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
         cluster.wait_for_nodes()
-        os.environ["RAY_ADDRESS"] = cluster.address
+        os.environ["RAY_ADDRESS"] = str(cluster.address)
         return run_jobs(documents, folder)
     finally:
         import ray
@@ -53,12 +53,13 @@ def run_jobs(documents: str, folder: Path) -> int:
     argv = ["--corpus", corpus, "--output", run, "--num-workers", "2"]
     argv += ["--model.hidden-size", "64", "--model.num-layers", "1", "--model.num-heads", "2"]
     argv += ["--model.num-kv-heads", "2", "--model.head-dim", "32"]
-    argv += ["--model.intermediate-size", "128", "--trainer.num-steps", "6"]
+    argv += ["--model.intermediate-size", "128", "--trainer.num-steps", "40"]
     argv += ["--trainer.sequences-per-step", "8", "--trainer.sequences-per-forward", "4"]
-    argv += ["--trainer.checkpoint-every", "3", "--trainer.log-every", "1"]
+    argv += ["--trainer.checkpoint-every", "20", "--trainer.log-every", "1"]
     code = pretrain.main(argv)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    print(json.dumps({"nodes": nodes, "ranks": ranks_by_node()}))
+    report = {"nodes": nodes, "ranks": ranks_by_node()}
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
     return code
 
 

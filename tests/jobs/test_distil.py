@@ -40,9 +40,7 @@ def test_student_may_start_from_a_model(tiny_corpus, tmp_path, teacher):
     assert distil.main(flags(tiny_corpus, tmp_path / "second", teacher, *initial)) == 0
 
 
-def test_teacher_that_is_no_autoregressive_model_is_refused(
-    tiny_corpus, tmp_path, teacher, capsys
-):
+def test_teacher_that_is_no_autoregressive_model_is_refused(tiny_corpus, tmp_path, teacher, capsys):
     assert distil.main(flags(tiny_corpus, tmp_path / "student", teacher)) == 0
     model = tmp_path / "student" / "model"
     assert distil.main(flags(tiny_corpus, tmp_path / "run", model)) == 3

@@ -243,7 +243,7 @@ def test_every_route_but_health_needs_one_of_the_keys(llm):
     for path in ("/v1/models", "/openapi.json", "/nowhere"):
         require_error(bare.get(path), 401, None, "invalid_api_key")
     for header in ("Bearer wrong", "right", "Basic right", "Bearer", "Bearer righ", "Bearer \xff"):
-        reply = bare.get("/v1/models", headers={"Authorization": header.encode("latin-1")})
+        reply = bare.get("/v1/models", headers=[(b"authorization", header.encode("latin-1"))])
         require_error(reply, 401, None, "invalid_api_key")
     for key in ("right", "other"):
         headers = {"Authorization": f"Bearer {key}"}

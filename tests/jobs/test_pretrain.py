@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,34 +122,48 @@ def refusing(config, device):
     raise CheckpointMismatch("teacher=here has A and the student B; use one tokenizer")
 
 
-@pytest.mark.ray
-def test_two_ranks_on_ray_equal_one_process(ray_local, tiny_corpus, tmp_path):
-    assert pretrain.main(flags(tiny_corpus, tmp_path / "one")) == 0
-    assert pretrain.main(flags(tiny_corpus, tmp_path / "two", workers=2)) == 0
-    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert summary["world_size"] == 2
-    lines = zip(
-        read_metrics(tmp_path / "one" / "metrics.jsonl"),
-        read_metrics(tmp_path / "two" / "metrics.jsonl"),
-        strict=True,
-    )
-    assert all(one["loss"] == pytest.approx(two["loss"], rel=1e-5) for one, two in lines)
+@pytest.fixture
+def ray_knows_this_file(ray_local):
+    """Workers cannot import a test file: its functions travel by value."""
+    from ray import cloudpickle
+
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)
+    yield ray_local
+    cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.fixture(scope="module")
+def run_of_two(ray_local, tiny_corpus, tmp_path_factory):
+    """A run folder made by two ranks on Ray that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("two")
+    assert pretrain.main(flags(tiny_corpus, folder, workers=2)) == 0
+    return folder
 
 
 @pytest.mark.ray
-def test_rank_that_dies_is_replaced_and_the_run_ends_the_same(ray_local, tiny_corpus, tmp_path):
-    whole = parse(pretrain.PretrainConfig, flags(tiny_corpus, tmp_path / "whole", workers=2))
-    pretrain.run(whole)
-    cut = parse(pretrain.PretrainConfig, flags(tiny_corpus, tmp_path / "cut", workers=2))
-    folder = pretrain.prepare_run(cut)
-    launch.launch(dying_once, cut, folder=folder, num_workers=2, max_failures=1)
+def test_two_ranks_on_ray_equal_one_process(run_of_two, tiny_corpus, tmp_path):
+    assert pretrain.main(flags(tiny_corpus, tmp_path)) == 0
+    assert json.loads((run_of_two / "summary.json").read_text())["world_size"] == 2
+    one, two = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, run_of_two))
+    pairs = zip(one, two, strict=True)
+    assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in pairs)
+
+
+@pytest.mark.ray
+def test_rank_that_dies_is_replaced_and_the_run_ends_the_same(
+    ray_knows_this_file, run_of_two, tiny_corpus, tmp_path
+):
+    config = parse(pretrain.PretrainConfig, flags(tiny_corpus, tmp_path, workers=2))
+    folder = pretrain.prepare_run(config)
+    launch.launch(dying_once, config, folder=folder, num_workers=2, max_failures=1)
     assert (folder / "died").exists()
-    states = [load_model(str(tmp_path / n / "model"))[0].state_dict() for n in ("whole", "cut")]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    whole, cut = (load_model(str(f / "model"))[0].state_dict() for f in (run_of_two, folder))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
 @pytest.mark.ray
-def test_mistake_inside_a_rank_comes_out_as_itself(ray_local, tmp_path):
+def test_mistake_inside_a_rank_comes_out_as_itself(ray_knows_this_file, tmp_path):
     with pytest.raises(CheckpointMismatch, match="teacher=here"):
         launch.launch(refusing, None, folder=tmp_path, num_workers=1, max_failures=1)
     assert not (tmp_path / "refused.json").exists()

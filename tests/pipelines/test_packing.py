@@ -71,10 +71,8 @@ def test_packing_equals_the_plain_way(documents, shape):
     tokens, maskable, rows = by_hand(documents, *shape)
     assert result.tokens.reshape(-1).tolist() == tokens
     assert result.is_maskable.reshape(-1).tolist() == maskable
-    found = [
-        list(zip(result.document_starts[a:b].tolist(), result.document_ids[a:b].tolist()))
-        for a, b in zip(result.start_offsets[:-1], result.start_offsets[1:])
-    ]
-    assert found == rows
+    starts, ids = result.document_starts.tolist(), result.document_ids.tolist()
+    assert list(zip(starts, ids, strict=True)) == [pair for row in rows for pair in row]
+    assert np.diff(result.start_offsets).tolist() == [len(row) for row in rows]
     assert result.is_maskable.sum() == sum(len(d) + 1 for d in documents)
     assert result.is_maskable[:, 0].all()

@@ -87,7 +87,10 @@ def test_text_files_are_documents_in_the_order_of_their_paths_and_share_parts(tm
 
 def test_the_standard_library_is_a_source_without_a_download():
     plan = make_plan(SourceConfig(paths=("stdlib:",), pattern="json/*.py"), 1 << 20)
-    assert [file.path for file in plan.files][:2] == ["stdlib:json/__init__.py", "stdlib:json/decoder.py"]
+    assert [file.path for file in plan.files][:2] == [
+        "stdlib:json/__init__.py",
+        "stdlib:json/decoder.py",
+    ]
 
 
 def test_any_fsspec_url_is_a_source():
@@ -135,7 +138,9 @@ def test_invalid_text_in_parquet_and_text_files_is_set_aside(tmp_path):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(InputError, match=r"source\.paths names /none/a\.jsonl, which does not exist"):
+    with pytest.raises(
+        InputError, match=r"source\.paths names /none/a\.jsonl, which does not exist"
+    ):
         read("/none/a.jsonl")
 
 

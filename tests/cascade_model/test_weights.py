@@ -1,0 +1,139 @@
+"""Model folders: round trips, and mismatches refused with both values."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cascade_model.config import ModelConfig
+from cascade_model.errors import CheckpointMismatch, InputError
+from cascade_model.model import Transformer
+from cascade_model.tokenizer import byte_tokenizer
+from cascade_model.weights import fill, load_model, read_config, save_model, weights_digest
+
+TOKENIZER = byte_tokenizer()
+
+
+def small_model(seed: int = 0, **changes) -> Transformer:
+    values = {
+        "vocab_size": TOKENIZER.vocab_size,
+        "hidden_size": 8,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 4,
+        "intermediate_size": 12,
+        "mask_id": TOKENIZER.mask_id,
+        "pad_id": TOKENIZER.pad_id,
+        "eos_id": TOKENIZER.eos_id,
+        "tokenizer_sha256": TOKENIZER.sha256,
+    }
+    model = Transformer(ModelConfig(**(values | changes)))
+    model.init_weights(seed)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(tmp_path / "model", small_model(), TOKENIZER)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_loads_bit_equal_with_its_config_and_tokenizer(tmp_path, tied):
+    model = small_model(tied_head=tied, logits="shifted")
+    save_model(tmp_path / "model", model, TOKENIZER)
+    loaded, tokenizer = load_model(tmp_path / "model")
+    assert loaded.config == model.config == read_config(tmp_path / "model")
+    assert tokenizer.sha256 == TOKENIZER.sha256
+    assert (loaded.head.weight is loaded.embed.weight) == tied
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_a_folder_holds_four_files_and_nothing_stays_beside_it(folder):
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["config.json", "manifest.json", "model.safetensors", "tokenizer.json"]
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_saving_twice_gives_the_same_bytes_and_another_model_replaces_them(folder):
+    first = weights_digest(folder)
+    save_model(folder, small_model(), TOKENIZER)
+    assert weights_digest(folder) == first
+    save_model(folder, small_model(seed=1), TOKENIZER)
+    assert weights_digest(folder) != first
+
+
+def test_the_dtype_is_chosen_at_loading(folder):
+    assert load_model(folder, torch.bfloat16)[0].embed.weight.dtype == torch.bfloat16
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists and is no model folder"):
+        save_model(tmp_path, small_model(), TOKENIZER)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_foreign_tokenizer_is_refused_with_both_digests(tmp_path):
+    model = small_model(tokenizer_sha256="abc")
+    with pytest.raises(CheckpointMismatch, match=f"tokenizer abc and got {TOKENIZER.sha256}"):
+        save_model(tmp_path / "model", model, TOKENIZER)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_an_altered_file_is_refused_with_both_digests(folder, name):
+    recorded = json.loads((folder / "manifest.json").read_text())["files"][name]["sha256"]
+    data = bytearray((folder / name).read_bytes())
+    data[-2] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(CheckpointMismatch, match=f"{name} with sha256 .* records {recorded}"):
+        load_model(folder)
+
+
+def test_a_missing_manifest_means_an_unfinished_folder(folder):
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointMismatch, match=r"no manifest.json, so it is no finished model"):
+        load_model(folder)
+
+
+def test_a_missing_file_is_named(folder):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointMismatch, match=r"lacks tokenizer.json"):
+        load_model(folder)
+
+
+def test_missing_and_surplus_tensors_are_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["layers.9.q_proj.weight"] = tensors.pop("layers.1.q_proj.weight")
+    found = r"lacks .*layers.1.q_proj.weight.* unknown .*layers.9.q_proj.weight"
+    with pytest.raises(CheckpointMismatch, match=found):
+        fill(small_model(), tensors, "here")
+
+
+def test_a_mis_shaped_tensor_is_refused_with_both_shapes(folder):
+    tensors = load_file(folder / "model.safetensors")
+    with pytest.raises(CheckpointMismatch, match=re.escape("[12, 8] where its config makes it")):
+        fill(small_model(intermediate_size=16), tensors, "here")
+
+
+def test_a_cut_weights_file_with_a_fitting_manifest_is_still_refused(folder):
+    import hashlib
+
+    data = (folder / "model.safetensors").read_bytes()[:-10]
+    (folder / "model.safetensors").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"]["sha256"] = hashlib.sha256(data).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointMismatch, match=r"damaged model.safetensors"):
+        load_model(folder)
+
+
+def test_saving_tensors_of_our_own_never_needs_pickle(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder.parent / "copy.safetensors")
+    assert set(tensors) == {name for name, _ in small_model().named_parameters()}

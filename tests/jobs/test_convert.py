@@ -1,0 +1,118 @@
+"""Conversion of an autoregressive checkpoint: as a teacher, and as a block-diffusion start."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cascade_model.attention import dense
+from cascade_model.config import SamplingParams
+from cascade_model.sampler import sample
+from cascade_model.tokenizer import Tokenizer, byte_tokenizer
+from cascade_model.weights import load_model, read_config
+from jobs import convert
+
+LLAMA = Path(__file__).parents[1] / "data/conformance/ar/llama"
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """The recorded Llama with a byte tokenizer that knows neither mask nor padding."""
+    folder = tmp_path / "llama"
+    shutil.copytree(LLAMA, folder)
+    document = json.loads(byte_tokenizer().to_bytes())
+    document["added_tokens"] = document["added_tokens"][:1]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    assert not Tokenizer.from_file(folder).has("mask")
+    return folder
+
+
+def convert_to(checkpoint: Path, name: str, *flags: str) -> Path:
+    output = checkpoint.parent / name
+    assert convert.main(["--source", str(checkpoint), "--output", str(output), *flags]) == 0
+    return output
+
+
+def test_the_teacher_predicts_exactly_what_the_checkpoint_does(checkpoint):
+    folder = convert_to(checkpoint, "teacher", "--block-size", "1")
+    model, _ = load_model(folder)
+    assert model.config.is_autoregressive
+    case = next(
+        case
+        for case in json.loads((LLAMA.parent / "cases.json").read_text())
+        if case["name"] == "llama_logits_b1"
+    )
+    tokens = torch.tensor(case["input_ids"])
+    length = tokens.shape[1]
+    logits = model(
+        tokens,
+        torch.arange(length)[None],
+        dense(torch.ones(length, length, dtype=torch.bool).tril()[None, None]),
+        lambda hidden, head: head(hidden),
+    )
+    expected = load_file(LLAMA.parent / "arrays.safetensors")["llama_logits_b1.logits"]
+    rows = expected.shape[-1]
+    untouched = [i for i in range(rows) if i not in (model.config.mask_id, model.config.pad_id)]
+    assert (logits - expected)[..., untouched].abs().max() <= 1e-3
+
+
+def test_every_choice_of_the_conversion_is_recorded(checkpoint):
+    flags = ["--block-size", "4", "--logits", "aligned", "--clean-half", "token_causal"]
+    config = read_config(convert_to(checkpoint, "start", *flags, "--max-sequence-length", "64"))
+    assert (config.block_size, config.logits, config.clean_half) == (4, "aligned", "token_causal")
+    assert config.max_sequence_length == 64
+    assert config.tokenizer_sha256 == Tokenizer.from_file(checkpoint).with_specials().sha256
+
+
+def test_new_rows_have_the_norm_of_ordinary_ones_and_are_never_emitted(checkpoint):
+    folder = convert_to(checkpoint, "start", "--block-size", "4")
+    model, tokenizer = load_model(folder)
+    table = model.embed.weight.detach()
+    original = load_file(LLAMA / "model.safetensors")["model.embed_tokens.weight"]
+    typical = original.norm(dim=1).median()
+    for row in (tokenizer.mask_id, tokenizer.pad_id):
+        assert 0.5 < table[row].norm() / typical < 2
+    assert not torch.equal(table[tokenizer.mask_id], table[tokenizer.pad_id])
+    params = SamplingParams(max_tokens=40, temperature=5.0, stop_at_eos=False)
+    tokens = {t for block in sample(model, [1, 2, 3], params) for t in block.tokens}
+    assert not tokens & {tokenizer.mask_id, tokenizer.pad_id}
+
+
+def test_rows_are_added_where_the_vocabulary_is_exactly_sized(checkpoint):
+    document = json.loads((checkpoint / "tokenizer.json").read_text())
+    rows = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    template = document["added_tokens"][0]
+    for number in range(rows - 257):
+        token = template | {"id": 257 + number, "content": f"<extra {number}>"}
+        document["added_tokens"].append(token)
+    (checkpoint / "tokenizer.json").write_text(json.dumps(document))
+    config = read_config(convert_to(checkpoint, "start"))
+    assert config.vocab_size == rows + 2
+    assert {config.mask_id, config.pad_id} == {rows, rows + 1}
+
+
+def test_a_model_folder_of_ours_can_be_given_another_block_size(checkpoint):
+    teacher = convert_to(checkpoint, "teacher", "--block-size", "1")
+    student = teacher.with_name("student")
+    flags = ["--source", str(teacher), "--output", str(student), "--block-size", "8"]
+    assert convert.main(flags) == 0
+    first, second = load_model(teacher)[0], load_model(student)[0]
+    assert second.config.block_size == 8
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused_and_nothing_is_written(tmp_path, capsys):
+    output = tmp_path / "out"
+    assert convert.main(["--source", str(LLAMA), "--output", str(output)]) == 3
+    assert "has no tokenizer.json" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_block_size_that_is_no_power_of_two_is_refused(tmp_path, capsys):
+    flags = ["--source", str(LLAMA), "--output", str(tmp_path / "out"), "--block-size", "6"]
+    assert convert.main(flags) == 2
+    assert "block_size=6 must be a power of two" in capsys.readouterr().err

@@ -1,0 +1,187 @@
+"""The batch job: settings, exactly-once output on real Ray Data, resume, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cascade_model.errors import CheckpointMismatch, InputError
+from jobs import generate
+from jobs.cli import parse_mapping
+from jobs.generate import GenerateConfig, input_urls, job_identity
+
+RECIPE = Path(generate.__file__).parent / "recipes/demo/generate.yaml"
+NUM_ROWS = 11
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    from cascade_model.config import ModelConfig
+    from cascade_model.model import Transformer
+    from cascade_model.tokenizer import byte_tokenizer
+    from cascade_model.weights import save_model
+
+    tokenizer = byte_tokenizer()
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=64,
+        max_sequence_length=128,
+        block_size=4,
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+        tokenizer_sha256=tokenizer.sha256,
+    )
+    network = Transformer(config)
+    network.init_weights(0)
+    folder = tmp_path_factory.mktemp("model") / "model"
+    save_model(folder, network, tokenizer)
+    return str(folder)
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"prompt {row}"}) for row in range(NUM_ROWS - 1)]
+    path.write_text("\n".join([*lines[:4], "{broken", *lines[4:]]) + "\n")
+    return path
+
+
+def arguments(model: str, prompts: Path, output: Path, *more: str) -> list[str]:
+    words = ["--model", model, "--input", str(prompts), "--output", str(output)]
+    words += ["--rows-per-shard", "3", "--num-workers", "2", "--threads-per-worker", "1"]
+    words += ["--sampling.max-tokens", "9", "--sampling.temperature", "1", *more]
+    return words
+
+
+def said(capsys) -> str:
+    """The box on stderr as one line."""
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_shipped_recipe_parses():
+    settings = {"model": "m", "input": "i", "output": "o", **yaml.safe_load(RECIPE.read_text())}
+    config = parse_mapping(GenerateConfig, settings, str(RECIPE))
+    assert config.sampling.confidence_threshold < 0.9
+
+
+@pytest.mark.ray
+def test_every_prompt_is_completed_once_and_a_second_run_does_nothing(
+    tmp_path, model, prompts, ray_local, capsys
+):
+    output = tmp_path / "out"
+    assert generate.main(arguments(model, prompts, output)) == 0
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["counts"]["rows_in"] == NUM_ROWS
+    assert manifest["counts"]["rows_out"] == NUM_ROWS - 1
+    assert manifest["counts"]["dead_by_reason"] == {"not JSON": 1}
+    names = [file["name"] for file in manifest["files"]]
+    rows = [
+        json.loads(line)
+        for name in names
+        if name.startswith("completions")
+        for line in (output / name).read_text().splitlines()
+    ]
+    expected = [f"prompt {row}" for row in range(NUM_ROWS - 1)]
+    assert [row["prompt"] for row in rows] == expected
+    assert set(rows[0]) == {
+        "id",
+        "prompt",
+        "completion",
+        "num_tokens",
+        "passes",
+        "tokens_per_forward",
+        "finish_reason",
+        "seed",
+    }
+    before = contents(output)
+    capsys.readouterr()
+    assert generate.main(arguments(model, prompts, output)) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert contents(output) == before
+
+
+@pytest.mark.ray
+def test_a_run_that_was_cut_off_does_only_the_rest_and_ends_equal(
+    tmp_path, model, prompts, ray_local
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for output in (whole, cut):
+        assert generate.main(arguments(model, prompts, output)) == 0
+    (cut / "manifest.json").unlink()
+    (cut / "completions-000002.jsonl").unlink()
+    (cut / "completions-000002.jsonl.record.json").unlink()
+    (cut / "completions-000003.jsonl.record.json").unlink()
+    kept = (cut / "completions-000000.jsonl").stat().st_mtime_ns
+    assert generate.main(arguments(model, prompts, cut)) == 0
+    assert (cut / "completions-000000.jsonl").stat().st_mtime_ns == kept
+    assert contents(cut) == contents(whole)
+
+
+@pytest.mark.ray
+def test_another_job_in_the_same_folder_is_refused_and_changes_nothing(
+    tmp_path, model, prompts, ray_local, capsys
+):
+    output = tmp_path / "out"
+    assert generate.main(arguments(model, prompts, output)) == 0
+    before = contents(output)
+    assert generate.main(arguments(model, prompts, output, "--sampling.seed", "9")) == 2
+    assert "another output" in said(capsys)
+    with prompts.open("a") as file:
+        file.write('{"prompt": "one more"}\n')
+    assert generate.main(arguments(model, prompts, output)) == 2
+    assert "input_sha256" in said(capsys)
+    assert contents(output) == before
+
+
+@pytest.mark.ray
+def test_damaged_weights_are_told_in_one_sentence(tmp_path, model, prompts, ray_local, capsys):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    with (damaged / "model.safetensors").open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"12345678")
+    code = generate.main(arguments(str(damaged), prompts, tmp_path / "out"))
+    assert code == CheckpointMismatch.exit_code
+    assert "model.safetensors with sha256" in said(capsys)
+
+
+def test_how_the_work_is_shared_out_is_no_part_of_the_jobs_identity():
+    settings = {"model": "m", "input": "i", "output": "o"}
+    one = GenerateConfig(**settings)
+    two = GenerateConfig(**settings, num_workers=2, threads_per_worker=3)
+    other = GenerateConfig(**settings, stop=("x",))
+    assert job_identity(one, "w", "i") == job_identity(two, "w", "i")
+    assert job_identity(one, "w", "i") != job_identity(other, "w", "i")
+    assert job_identity(one, "w", "i") != job_identity(one, "v", "i")
+
+
+def test_bad_input_leaves_nothing_behind(tmp_path, model, prompts, capsys):
+    output = tmp_path / "out"
+    assert generate.main(arguments(model, tmp_path / "none.jsonl", output)) == 2
+    assert "does not exist" in said(capsys)
+    code = generate.main(arguments(str(tmp_path / "no-model"), prompts, output))
+    assert code == CheckpointMismatch.exit_code
+    (tmp_path / "empty.jsonl").touch()
+    assert generate.main(arguments(model, tmp_path / "empty.jsonl", output)) == 2
+    assert not output.exists()
+
+
+def test_a_folder_of_prompts_is_read_in_the_order_of_names(tmp_path):
+    for name in ("b.jsonl", "a.parquet", "note.txt"):
+        (tmp_path / name).touch()
+    assert [Path(url).name for url in input_urls(str(tmp_path))] == ["a.parquet", "b.jsonl"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no \*.jsonl"):
+        input_urls(str(tmp_path / "empty"))

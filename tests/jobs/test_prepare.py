@@ -1,0 +1,72 @@
+"""The command: a table on success, one box and an exit code on a mistake."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cascade_model.corpus import Corpus
+from jobs import prepare
+from jobs.cli import parse
+
+RECIPE = Path(prepare.__file__).parent / "recipes/demo/prepare.yaml"
+
+
+def arguments(output, source, *more):
+    return ["--output", str(output), "--source.paths", str(source), "--runner", "local", *more]
+
+
+def test_the_demo_recipe_parses_and_takes_five_megabytes_of_real_text():
+    from pipelines.sources import make_plan
+
+    config = parse(prepare.PrepareConfig, ["--config", str(RECIPE)])
+    plan = make_plan(config.source, config.part_bytes)
+    assert sum(file.bytes for file in plan.files) > 5_000_000
+    assert len(plan.parts) > 4
+
+
+def test_the_table_names_what_was_prepared(documents_jsonl, tmp_path, capsys):
+    output = tmp_path / "corpus"
+    code = prepare.main(arguments(output, documents_jsonl, "--tokenizer", "bytes"))
+    shown = capsys.readouterr().out
+    assert code == 0
+    assert Corpus.open(str(output)).digest in shown
+    assert "tokens_per_second" in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--sequence-length", "100"], "sequence_length=100 is not a multiple"),
+        (["--tokenizer", "none.json"], "tokenizer=none.json cannot be read"),
+        (["--source.paths", "none.jsonl"], "which does not exist"),
+    ],
+)
+def test_a_mistake_is_one_box_and_exit_code_2(documents_jsonl, tmp_path, capsys, more, sentence):
+    output = tmp_path / "corpus"
+    assert prepare.main(arguments(output, documents_jsonl, *more)) == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert sentence in shown
+    assert "Traceback" not in shown
+    assert not output.exists()
+
+
+def test_help_answers_in_under_a_second_without_torch_or_ray():
+    program = (
+        "import sys; from jobs import prepare\n"
+        "try: prepare.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'ray', 'pyarrow'} & set(sys.modules)\n"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--sequence-length" in done.stdout
+    assert time.monotonic() - started < 3  # generous: the machine may be busy
+
+
+def test_the_data_side_loads_no_torch():
+    program = "import sys, pipelines.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

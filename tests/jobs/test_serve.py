@@ -1,0 +1,361 @@
+"""The deployed endpoint: settings, Serve YAMLs, and the real client over real Ray Serve."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+
+from cascade_model.config import ModelConfig
+from cascade_model.errors import CheckpointMismatch, InputError
+from jobs import serve
+from jobs.serve import (
+    ServeConfig,
+    deployed,
+    require_free_port,
+    require_keys,
+    serve_document,
+    validate_serve_config,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+SHIPPED = REPOSITORY / "cluster" / "serve.yaml"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    from cascade_model.model import Transformer
+    from cascade_model.tokenizer import byte_tokenizer
+    from cascade_model.weights import save_model
+
+    tokenizer = byte_tokenizer()
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=64,
+        max_sequence_length=256,
+        block_size=4,
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+        tokenizer_sha256=tokenizer.sha256,
+    )
+    network = Transformer(config)
+    network.init_weights(0)
+    folder = tmp_path_factory.mktemp("serve") / "tiny"
+    save_model(folder, network, tokenizer)
+    return str(folder)
+
+
+@pytest.fixture
+def no_keys(monkeypatch):
+    monkeypatch.delenv(serve.KEYS_VARIABLE, raising=False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def written(tmp_path, change) -> Path:
+    """The shipped YAML with one change."""
+    document = yaml.safe_load(SHIPPED.read_text())
+    change(document)
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def sampler_of(document) -> dict:
+    [sampler] = [d for d in document["applications"][0]["deployments"] if d["name"] == "sampler"]
+    return sampler
+
+
+def test_the_shipped_yaml_is_valid_and_listens_on_loopback():
+    document = validate_serve_config(SHIPPED)
+    assert serve.is_loopback(document["http_options"]["host"])
+    bounds = sampler_of(document)["autoscaling_config"]
+    assert 1 <= bounds["min_replicas"] < bounds["max_replicas"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.update(aplications=[]), "did you mean `applications`"),
+        (lambda d: d["http_options"].update(prt=1), "did you mean `http_options.port`"),
+        (lambda d: d["http_options"].update(port="x"), "http_options.port"),
+        (
+            lambda d: sampler_of(d).update(max_ongoing_request=1),
+            r"deployments\[1\].max_ongoing_request`; did you mean .*max_ongoing_requests",
+        ),
+        (
+            lambda d: sampler_of(d)["autoscaling_config"].update(min_replica=1),
+            "autoscaling_config.min_replicas",
+        ),
+        (
+            lambda d: sampler_of(d)["autoscaling_config"].update(min_replicas=9),
+            "min_replicas=9, initial_replicas=None, max_replicas=4",
+        ),
+        (
+            lambda d: sampler_of(d)["ray_actor_options"].update(num_cpu=1),
+            "ray_actor_options.num_cpus",
+        ),
+        (lambda d: sampler_of(d).update(name="samplr"), "no deployment `samplr`"),
+        (lambda d: d["applications"][0]["args"].update(modl="x"), "did you mean `model`"),
+        (lambda d: d["applications"][0]["args"].update(max_in_flight="x"), "a whole number"),
+        (
+            lambda d: (
+                d["applications"][0]["args"].update(no_auth=True),
+                d["http_options"].update(host="0.0.0.0"),
+            ),
+            "would serve strangers",
+        ),
+    ],
+)
+def test_a_mistake_in_a_serve_yaml_is_named_with_its_place(tmp_path, change, words):
+    with pytest.raises(InputError, match=words):
+        validate_serve_config(written(tmp_path, change))
+
+
+def test_a_file_that_is_no_serve_yaml_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        validate_serve_config(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(InputError, match="not valid YAML"):
+        validate_serve_config(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(InputError, match="no mapping"):
+        validate_serve_config(tmp_path / "list.yaml")
+
+
+def test_flags_lead_to_a_document_that_passes_the_same_check(tmp_path):
+    config = ServeConfig(model="m", no_auth=True, port=8123)
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(serve_document(config)))
+    assert validate_serve_config(path)["http_options"] == {"host": "127.0.0.1", "port": 8123}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "give exactly one"),
+        ({"model": "m", "serve_config": "x"}, "give exactly one"),
+        ({"model": "m", "min_replicas": 3, "max_replicas": 2}, "min_replicas=3"),
+        ({"model": "m", "port": 70000}, "port=70000"),
+        ({"model": "m", "no_auth": True, "host": "0.0.0.0"}, "would serve strangers"),
+        ({"model": "m", "streams_per_replica": 0}, "streams_per_replica=0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        ServeConfig(**settings)
+
+
+def test_a_server_without_any_key_is_refused_unless_it_says_so(tmp_path, no_keys, monkeypatch):
+    with pytest.raises(InputError, match="no key is set"):
+        require_keys(ServeConfig(model="m"))
+    require_keys(ServeConfig(model="m", no_auth=True))
+    (tmp_path / "keys").write_text("# ours\n\nalpha\n")
+    require_keys(ServeConfig(model="m", api_keys=str(tmp_path / "keys")))
+    (tmp_path / "keys").write_text("# none\n")
+    with pytest.raises(InputError, match="no key is set"):
+        require_keys(ServeConfig(model="m", api_keys=str(tmp_path / "keys")))
+    with pytest.raises(InputError, match="cannot be read"):
+        require_keys(ServeConfig(model="m", api_keys=str(tmp_path / "none")))
+    monkeypatch.setenv(serve.KEYS_VARIABLE, "a, b")
+    require_keys(ServeConfig(model="m"))
+
+
+def test_a_port_in_use_is_refused_before_ray_starts(model, capsys):
+    with socket.socket() as owner:
+        owner.bind(("127.0.0.1", 0))
+        owner.listen()
+        port = owner.getsockname()[1]
+        with pytest.raises(InputError, match=f"port={port}"):
+            require_free_port("127.0.0.1", port)
+        assert serve.main(["--model", model, "--no-auth", "True", "--port", str(port)]) == 2
+    assert f"port={port}" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_refused_before_ray_starts(tmp_path, capsys):
+    argv = ["--model", str(tmp_path), "--no-auth", "True", "--port", str(free_port())]
+    assert serve.main(argv) == CheckpointMismatch.exit_code
+    assert "manifest.json" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def endpoint(model, ray_local, tmp_path_factory):
+    """A deployed endpoint: its URL; the key comes from a file."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("sesame\n")
+    config = ServeConfig(model=model, api_keys=str(keys), port=free_port(), max_replicas=1)
+    with deployed(serve_document(config)):
+        yield f"http://127.0.0.1:{config.port}/v1"
+
+
+@pytest.fixture
+def client(endpoint):
+    with openai.OpenAI(base_url=endpoint, api_key="sesame", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.mark.ray
+def test_the_real_client_lists_and_retrieves_the_model(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "cascade"
+
+
+@pytest.mark.ray
+def test_the_real_client_completes_and_repeats_with_a_seed(client):
+    request = {"model": "tiny", "prompt": "def", "max_tokens": 13, "seed": 7, "n": 2}
+    first, second = (client.completions.create(**request) for _ in range(2))
+    assert [c.text for c in first.choices] == [c.text for c in second.choices]
+    assert first.usage.prompt_tokens == 3
+    assert 2 <= first.usage.completion_tokens <= 26
+    assert first.usage.completion_tokens_details.passes > 0
+    assert first._request_id
+    raw = client.completions.with_raw_response.create(**request, user="x")
+    assert len(raw.headers.get_list("x-request-id")) == 1
+
+
+@pytest.mark.ray
+def test_the_endpoint_gives_the_engines_own_tokens(client, model):
+    from cascade_model.config import SamplingParams
+    from cascade_model.engine import LLM
+
+    params = SamplingParams(max_tokens=12, seed=3, temperature=0.5, confidence_threshold=0.1)
+    [own] = LLM.load(model).generate(["abc"], params)
+    served = client.completions.create(
+        model="tiny",
+        prompt="abc",
+        max_tokens=12,
+        seed=3,
+        temperature=0.5,
+        extra_body={"confidence_threshold": 0.1},
+    )
+    assert served.choices[0].text == own.text
+    assert served.usage.completion_tokens == len(own.token_ids)
+    assert served.usage.completion_tokens_details.passes == own.passes
+
+
+@pytest.mark.ray
+def test_the_real_client_streams_block_by_block(client):
+    request = {"model": "tiny", "prompt": "abc", "max_tokens": 20, "seed": 1}
+    whole = client.completions.create(**request)
+    stream = client.completions.create(
+        **request, stream=True, stream_options={"include_usage": True}
+    )
+    *pieces, last = list(stream)
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+    assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.usage == whole.usage
+    assert len(pieces) > 2
+
+
+@pytest.mark.ray
+def test_the_real_client_chats_whole_and_streamed(client):
+    request = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hello <|mask|>"}],
+        "max_completion_tokens": 10,
+        "seed": 2,
+    }
+    whole = client.chat.completions.create(**request).choices[0].message
+    pieces = list(client.chat.completions.create(**request, stream=True))
+    assert whole.role == pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(piece.choices[0].delta.content for piece in pieces) == whole.content
+
+
+@pytest.mark.ray
+def test_the_real_client_raises_its_own_errors(client, endpoint):
+    with pytest.raises(openai.AuthenticationError) as refused:
+        client.with_options(api_key="wrong").models.list()
+    assert refused.value.code == "invalid_api_key"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="other", prompt="x")
+    assert missing.value.code == "model_not_found"
+    assert missing.value.request_id
+    with pytest.raises(openai.BadRequestError) as unsupported:
+        client.completions.create(model="tiny", prompt="x", logit_bias={"5": 1})
+    assert unsupported.value.param == "logit_bias"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model="tiny", prompt="x", max_tokens=1000)
+    assert long.value.code == "context_length_exceeded"
+
+
+@pytest.mark.ray
+def test_a_client_that_leaves_ends_its_decoding(client, endpoint):
+    stream = client.completions.create(
+        model="tiny",
+        prompt="a",
+        max_tokens=250,
+        seed=1,
+        stream=True,
+        extra_body={"rule": "sequential"},
+    )
+    next(iter(stream))
+    stream.close()
+    began = time.monotonic()
+    client.completions.create(model="tiny", prompt="a", max_tokens=4)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_cascade_serve_prints_a_curl_line_and_ends_cleanly_on_sigterm(model, tmp_path):
+    port = free_port()
+    words = [sys.executable, "-m", "jobs.serve", "--model", model, "--port", str(port)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+    environment |= {"CASCADE_API_KEYS": "sesame", "RAY_AUTH_MODE": "disabled"}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            words,
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while "try: curl" not in log.read_text():
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        assert "sesame" not in log.read_text()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/models", headers={"Authorization": "Bearer sesame"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            assert reply.status == 200
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=60) == 0, log.read_text()
+    require_free_port("127.0.0.1", port)
+    assert not processes_of(server.pid)
+
+
+def processes_of(session: int) -> list[str]:
+    """Command lines of what still lives in a session of processes."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append((folder / "cmdline").read_text())
+        except (OSError, IndexError):
+            continue
+    return found

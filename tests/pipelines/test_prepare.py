@@ -1,0 +1,275 @@
+"""The same bytes by any runner, after a kill, and nothing at all after a user's mistake."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cascade_model.commit import Folder
+from cascade_model.config import NoiseConfig
+from cascade_model.corpus import Corpus, read_manifest
+from cascade_model.errors import InputError
+from pipelines import prepare as job
+from pipelines.config import PrepareConfig, SourceConfig
+from pipelines.parts import is_held_out
+from pipelines.prepare import prepare
+
+
+def config_for(output, path, **changes) -> PrepareConfig:
+    settings = {
+        "output": str(output),
+        "source": SourceConfig(paths=(str(path),)),
+        "tokenizer": "bytes",
+        "sequence_length": 64,
+        "noise": NoiseConfig(block_size=8),
+        "part_bytes": 60_000,
+        "held_out_rate": 0.1,
+        "runner": "local",
+    }
+    return PrepareConfig(**{**settings, **changes})
+
+
+def contents(folder) -> dict[str, str]:
+    """Digest of every file by name."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(documents_jsonl, tmp_path_factory):
+    """A corpus prepared in one go, in this process."""
+    output = tmp_path_factory.mktemp("undisturbed") / "corpus"
+    prepare(config_for(output, documents_jsonl))
+    return output
+
+
+def test_every_document_is_in_exactly_one_split(undisturbed, real_documents):
+    manifest = read_manifest(Folder(undisturbed))
+    held_out = {text for text in real_documents if is_held_out(text, 0.1)}
+    assert manifest.splits["held_out"].num_documents == len(held_out)
+    assert manifest.counts["documents_in"] == len(real_documents)
+    assert manifest.counts["bytes"] == sum(len(text.encode()) for text in real_documents)
+    # With the byte tokenizer a token is a byte, and each document has one EOS.
+    assert manifest.counts["tokens"] == manifest.counts["bytes"] + len(real_documents)
+    assert len(manifest.splits["train"].shards) > 1
+
+
+def test_only_the_corpus_stays_behind(undisturbed):
+    names = {name for name in contents(undisturbed) if not name.startswith("shard-")}
+    assert names == {"manifest.json", "tokenizer.json"}
+    assert "_work" not in os.listdir(undisturbed)
+
+
+def test_a_second_run_does_no_work_and_changes_no_byte(undisturbed, documents_jsonl, monkeypatch):
+    before = {p.name: p.stat().st_mtime_ns for p in undisturbed.iterdir()}
+    monkeypatch.setattr(job, "run_tasks", None)
+    prepare(config_for(undisturbed, documents_jsonl, num_workers=7, runner="ray"))
+    assert {p.name: p.stat().st_mtime_ns for p in undisturbed.iterdir()} == before
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_ray_gives_the_same_bytes(undisturbed, documents_jsonl, tmp_path, ray_local, num_workers):
+    output = tmp_path / "corpus"
+    prepare(config_for(output, documents_jsonl, runner="ray", num_workers=num_workers))
+    assert contents(output) == contents(undisturbed)
+
+
+@pytest.mark.ray
+def test_a_users_mistake_inside_a_ray_task_is_the_same_one_sentence(tmp_path, ray_local):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(b"not gzip")
+    sentences = []
+    for runner in ("local", "ray"):
+        with pytest.raises(InputError, match="damaged compressed file") as caught:
+            prepare(config_for(tmp_path / "out", path, runner=runner))
+        sentences.append(str(caught.value))
+    assert sentences[0] == sentences[1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
+def test_a_run_stopped_at_any_commit_is_finished_to_the_same_bytes(
+    undisturbed, documents_jsonl, tmp_path, monkeypatch, stop_at
+):
+    done = []
+    commit = Folder.commit
+
+    def commit_until(self, name, write, facts=None):
+        if len(done) == stop_at:
+            raise KeyboardInterrupt
+        done.append(name)
+        return commit(self, name, write, facts)
+
+    output = tmp_path / "corpus"
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "commit", commit_until)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config_for(output, documents_jsonl))
+    again = []
+
+    def commit_and_count(self, name, write, facts=None):
+        again.append(name)
+        return commit(self, name, write, facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "commit", commit_and_count)
+        prepare(config_for(output, documents_jsonl))
+    assert contents(output) == contents(undisturbed)
+    assert not set(done) & set(again)
+
+
+def test_a_killed_process_is_taken_up_again(undisturbed, documents_jsonl, tmp_path):
+    output = tmp_path / "corpus"
+    program = (
+        "import sys, time\n"
+        "from cascade_model.commit import Folder\n"
+        "commit = Folder.commit\n"
+        "def slow(self, *rest):\n"
+        "    made = commit(self, *rest); time.sleep(0.3); return made\n"
+        "Folder.commit = slow\n"
+        "from jobs.prepare import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    settings = ["--output", str(output), "--source.paths", str(documents_jsonl)]
+    settings += ["--tokenizer", "bytes", "--sequence-length", "64", "--noise.block-size", "8"]
+    settings += ["--part-bytes", "60000", "--held-out-rate", "0.1", "--runner", "local"]
+    process = subprocess.Popen([sys.executable, "-c", program, *settings])
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(output.glob("_work/part-*.record.json")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "manifest.json").exists()
+    prepare(config_for(output, documents_jsonl))
+    assert contents(output) == contents(undisturbed)
+
+
+def test_other_settings_into_the_same_folder_are_refused(undisturbed, documents_jsonl, tmp_path):
+    with pytest.raises(InputError, match="made with sequence_length=64 but this run has 128"):
+        prepare(config_for(undisturbed, documents_jsonl, sequence_length=128))
+    other = tmp_path / "other.jsonl"
+    shutil.copy(documents_jsonl, other)
+    output = tmp_path / "corpus"
+    prepare(config_for(output, other))
+    other.write_text(other.read_text().replace("import", "export"))
+    with pytest.raises(InputError, match="other source files"):
+        prepare(config_for(output, other))
+
+
+def test_a_folder_with_other_files_is_left_alone(documents_jsonl, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"already holds 'thesis\.txt' but no corpus"):
+        prepare(config_for(tmp_path, documents_jsonl))
+    assert contents(tmp_path).keys() == {"thesis.txt"}
+
+
+def write_lines(path, lines):
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def test_broken_lines_are_counted_and_set_aside_with_their_reasons(tmp_path):
+    good = [json.dumps({"text": f"sentence number {i}"}).encode() for i in range(50)]
+    bad = [b'{"text": "cut', b'{"text": "\xff"}', b'{"body": 1}', b'{"text": "  "}']
+    path = write_lines(tmp_path / "a.jsonl", good[:25] + bad + good[25:])
+    output = tmp_path / "corpus"
+    manifest = prepare(config_for(output, path, max_dead_rate=0.1, part_bytes=500))
+    assert manifest.counts["dead"] == {"broken_json": 1, "invalid_utf8": 1, "missing_text": 1}
+    assert manifest.counts["dropped"] == {"empty": 1}
+    assert manifest.counts["documents_in"] == 54
+    assert manifest.counts["documents"] == 50
+    letters = [
+        json.loads(line)
+        for file in sorted(output.glob("dead_letter-*.jsonl"))
+        for line in file.read_text().splitlines()
+    ]
+    assert [letter["reason"] for letter in letters] == list(manifest.counts["dead"])
+    assert all(letter["path"] == str(path) and letter["where"] for letter in letters)
+
+
+def test_too_many_broken_lines_fail_the_job_and_leave_nothing(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [b'{"text": "fine"}', b"broken"] * 5)
+    with pytest.raises(
+        InputError, match=r"5 of 10 .*broken_json.* at byte 17.*max_dead_rate=0\.01"
+    ):
+        prepare(config_for(tmp_path / "corpus", path))
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [b'{"text": ""}', b'{"text": " "}'])
+    with pytest.raises(InputError, match="no document with text"):
+        prepare(config_for(tmp_path / "corpus", path))
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_corpus_that_is_all_held_out_is_refused(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [b'{"text": "alone"}'])
+    with pytest.raises(InputError, match=r"held_out_rate=0\.999999 keeps all 1 documents"):
+        prepare(config_for(tmp_path / "corpus", path, held_out_rate=0.999999))
+
+
+def test_literal_special_tokens_in_a_document_stay_text(tmp_path):
+    text = "a <|mask|> b <|endoftext|> c <|pad|>"
+    path = write_lines(tmp_path / "a.jsonl", [json.dumps({"text": text}).encode()])
+    output = tmp_path / "corpus"
+    prepare(config_for(output, path, tokenizer="train", vocab_size=300, held_out_rate=0.0))
+    corpus = Corpus.open(str(output))
+    rows = corpus.rows([0])
+    assert (rows.tokens == corpus.manifest.mask_id).sum() == 0
+    assert corpus.tokenizer().decode(rows.tokens[0]) == text
+
+
+def test_a_given_tokenizer_is_kept_in_the_folder_and_part_of_the_identity(
+    undisturbed, documents_jsonl, tmp_path
+):
+    given = tmp_path / "tokenizer.json"
+    shutil.copy(undisturbed / "tokenizer.json", given)
+    output = tmp_path / "corpus"
+    manifest = prepare(config_for(output, documents_jsonl, tokenizer=str(given)))
+    assert manifest.tokenizer_sha256 == read_manifest(Folder(undisturbed)).tokenizer_sha256
+    given.write_bytes(given.read_bytes() + b"\n")
+    with pytest.raises(InputError, match="tokenizer_sha256"):
+        prepare(config_for(output, documents_jsonl, tokenizer=str(given)))
+
+
+def test_the_corpus_may_lie_behind_any_url(undisturbed, documents_jsonl):
+    url = "memory://prepared/corpus"
+    prepare(config_for(url, documents_jsonl))
+    there, here = Corpus.open(url), Corpus.open(str(undisturbed))
+    assert there.batch(0, 5, there.manifest.noise).sequence_ids.tolist() == (
+        here.batch(0, 5, here.manifest.noise).sequence_ids.tolist()
+    )
+    assert not [name for name in Folder(url).list() if name == "_work"]
+    prepare(config_for(url, documents_jsonl))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"sequence_length": 60}, "sequence_length=60 is not a multiple of noise.block_size=8"),
+        ({"part_bytes": 0}, "part_bytes=0"),
+        ({"held_out_rate": 1.0}, "held_out_rate=1.0"),
+        ({"max_dead_rate": -0.1}, "max_dead_rate=-0.1"),
+        ({"num_workers": 0}, "num_workers=0"),
+        ({"sample_bytes": 0}, "sample_bytes=0"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(changes, sentence):
+    with pytest.raises(InputError) as caught:
+        config_for("out", "a.jsonl", **changes)
+    assert sentence in str(caught.value)
+
+
+def test_a_config_can_be_replaced_field_by_field():
+    config = config_for("out", "a.jsonl")
+    assert dataclasses.replace(config, sequence_length=128).sequence_length == 128
