@@ -6,6 +6,7 @@ complete checkpoint in the run folder by itself.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ Train = Callable[[Any, str], dict[str, Any]]
 """(config, device type) -> summary; runs in every rank, inside its process group."""
 
 _REFUSAL = "refused.json"
+_PATHS = ("corpus", "output", "teacher", "initial_model")
 _KINDS = {kind.__name__: kind for kind in (InputError, CorpusMismatch, CheckpointMismatch)}
 
 
@@ -69,11 +71,21 @@ def launch(
     if num_workers == 0:
         _require_gpu(use_gpu)
         return train(config, device)
+    config = with_absolute_paths(config)
     refusal = folder / _REFUSAL
     refusal.unlink(missing_ok=True)
     _fit(train, config, folder, num_workers, device, max_failures)
     _raise_refusal(refusal)
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def with_absolute_paths(config: Any) -> Any:
+    """The same settings for a process in another folder: Ray Train gives each rank its own."""
+    names = {field.name for field in dataclasses.fields(config)} & set(_PATHS)
+    values = {name: getattr(config, name) for name in names}
+    local = {name: value for name, value in values.items() if value and "://" not in value}
+    paths = {name: str(Path(value).absolute()) for name, value in local.items()}
+    return dataclasses.replace(config, **paths)
 
 
 def start_ray(num_cpus: int) -> None:

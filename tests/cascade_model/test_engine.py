@@ -30,6 +30,15 @@ CONFIG = ModelConfig(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More threads only wait for each other on matrices this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     torch.manual_seed(0)
