@@ -3,13 +3,12 @@
 import json
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from cascade_model.config import SamplingParams, check, to_dict
 from cascade_model.errors import InputError
 from jobs.cli import command
-from jobs.launch import cores, start_ray
+from jobs.launch import absolute, cores, start_ray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +125,6 @@ def worker_settings(config: GenerateConfig, threads: int) -> dict[str, Any]:
         "threads": threads,
         "stop": config.stop,
     }
-
-
-def absolute(place: str) -> str:
-    """A path that workers in other folders understand; a URL stays as it is."""
-    return place if "://" in place else str(Path(place).absolute())
 
 
 def show_progress(records: list[Any], parts: list[Any], seconds: float) -> None:

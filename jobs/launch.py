@@ -83,9 +83,13 @@ def with_absolute_paths(config: Any) -> Any:
     """The same settings for a process in another folder: Ray Train gives each rank its own."""
     names = {field.name for field in dataclasses.fields(config)} & set(_PATHS)
     values = {name: getattr(config, name) for name in names}
-    local = {name: value for name, value in values.items() if value and "://" not in value}
-    paths = {name: str(Path(value).absolute()) for name, value in local.items()}
+    paths = {name: absolute(value) for name, value in values.items() if value}
     return dataclasses.replace(config, **paths)
+
+
+def absolute(place: str) -> str:
+    """A local path that holds in any folder; a URL stays as it is."""
+    return place if "://" in place else str(Path(place).absolute())
 
 
 def start_ray(num_cpus: int) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from cascade_model.config import check
 from cascade_model.errors import CheckpointMismatch, InputError
 from jobs.cli import command, parse_mapping
-from jobs.launch import start_ray
+from jobs.launch import absolute, start_ray
 from jobs.replicas import KEYS_VARIABLE, Ingress, Sampler
 from jobs.serve_yaml import check_serve_document, read_serve_yaml
 
@@ -156,11 +156,6 @@ def validate_serve_config(path: str | Path) -> dict[str, Any]:
                 f"{place}.deployments: no deployment `{name}`; known are {list(DEPLOYMENTS)}",
             )
     return document
-
-
-def absolute(place: str) -> str:
-    """A path that workers in other folders understand; a URL stays as it is."""
-    return place if "://" in place else str(Path(place).absolute())
 
 
 def is_loopback(host: str) -> bool:
