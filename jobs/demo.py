@@ -148,8 +148,7 @@ def summarise(
     """Gather what the stages left behind in their own files."""
     manifest = json.loads((folder / "corpus/manifest.json").read_text())
     runs = {name: json.loads((folder / name / "summary.json").read_text()) for name in measured}
-    rows = [json.loads(line) for path in sorted((folder / "completions").glob("completions-*"))
-            for line in path.read_text().splitlines()]  # fmt: skip
+    rows = completions_in(folder / "completions")
     train = manifest["splits"]["train"]
     return {
         "documents": train["num_documents"],
@@ -163,6 +162,13 @@ def summarise(
         "total_seconds": round(total, 1),
         "folder": str(folder),
     }
+
+
+def completions_in(folder: Path) -> list[dict[str, Any]]:
+    """The rows of every file that the manifest vouches for."""
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    lines = [line for file in files for line in (folder / file["object"]).read_text().splitlines()]
+    return [json.loads(line) for line in lines]
 
 
 def table(summary: dict[str, Any]) -> str:
