@@ -105,7 +105,9 @@ def _walk(index, size, key, tweak, purpose, *, forward: bool) -> np.ndarray:
     """Apply the Feistel network again to whatever still lies outside range(size)."""
     value = np.array(index, dtype=np.uint64)
     word = key[0] | key[1] << 32
-    keyed = _mix(_mix(np.uint64(word)) + np.asarray(tweak, dtype=np.uint64)) + np.uint64(purpose)
+    keyed = _mix(
+        _mix(np.array([word], dtype=np.uint64)) + np.asarray(tweak, dtype=np.uint64)
+    ) + np.uint64(purpose)
     keyed = np.broadcast_to(keyed, value.shape)
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     outside = np.ones(value.shape, dtype=bool)
@@ -129,7 +131,6 @@ def _feistel(value: np.ndarray, half: int, keyed: np.ndarray, forward: bool) -> 
 
 def _mix(value: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser on uint64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    value = np.atleast_1d(value)  # array arithmetic wraps; a scalar would warn
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
