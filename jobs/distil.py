@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cascade_model.config import OptimizerConfig, TrainerConfig, check, to_dict
 from jobs.cli import command
-from jobs.launch import launch
+from jobs.launch import launch, with_absolute_paths
 from jobs.pretrain import (
     ModelShape,
     check_start,
@@ -58,7 +58,7 @@ def run(config: DistilConfig) -> dict[str, Any]:
     folder = prepare_run(config)
     summary = launch(
         train,
-        config,
+        with_absolute_paths(config),
         folder=folder,
         num_workers=config.num_workers,
         use_gpu=config.use_gpu,

@@ -71,7 +71,6 @@ def launch(
     if num_workers == 0:
         _require_gpu(use_gpu)
         return train(config, device)
-    config = with_absolute_paths(config)
     refusal = folder / _REFUSAL
     refusal.unlink(missing_ok=True)
     _fit(train, config, folder, num_workers, device, max_failures)

@@ -79,7 +79,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     folder = prepare_run(config)
     summary = launch(
         train,
-        config,
+        with_absolute_paths(config),
         folder=folder,
         num_workers=config.num_workers,
         use_gpu=config.use_gpu,
