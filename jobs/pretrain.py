@@ -17,7 +17,7 @@ from cascade_model.config import (
 )
 from cascade_model.errors import CheckpointMismatch
 from jobs.cli import command, dump
-from jobs.launch import launch, require_workers, run_folder
+from jobs.launch import launch, require_workers, run_folder, with_absolute_paths
 
 if TYPE_CHECKING:
     from cascade_model.corpus import Corpus
