@@ -13,6 +13,7 @@ An `Attend` takes queries [n, h, q, d] and keys and values [n, h_kv, k, d] and r
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -41,25 +42,29 @@ def training_mask(segments: Tensor, block_size: int, clean_half: str) -> Tensor:
     return mask
 
 
-def commit_mask(cached: int, rows: int, clean_half: str, device: torch.device) -> Tensor | None:
-    """What the rows of one finished block see of `cached` earlier tokens and of each other.
+def prefix_mask(limits: Tensor, visible: int) -> Tensor | None:
+    """Query i sees keys 0..limits[i]-1 of `visible`: int64 [q] -> bool [1, 1, q, visible].
 
-    None stands for everything; otherwise bool [1, 1, rows, cached + rows].
+    None stands for everything. Every mask of decoding has this form.
     """
-    if clean_half == "block_causal" or rows == 1:
+    if bool((limits == visible).all()):
         return None
-    full = torch.ones(rows, cached + rows, dtype=torch.bool, device=device)
-    return full.tril(diagonal=cached)[None, None]
+    return (torch.arange(visible, device=limits.device) < limits[:, None])[None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The rows that the last layer computes beyond keys and values, and what they see."""
+
+    rows: slice | Tensor
+    attend: Attend
 
 
 def dense(mask: Tensor | None) -> Attend:
-    """Attention over all pairs under one mask: the oracle, and the way of short inputs.
-
-    Fewer queries than the mask has are its first ones.
-    """
+    """Attention over all pairs under one mask [n, 1, q, k]: the oracle, and that of decoding."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attention(q, k, v, None if mask is None else mask[:, :, : q.shape[2]])
+        return _attention(q, k, v, mask)
 
     return attend
 
@@ -72,7 +77,7 @@ def grouped_training(
     The sequence is cut into groups of whole blocks. A group's noisy queries meet only the group's
     own noisy keys and the clean keys up to the group's end; its clean queries only the latter. So
     the large empty parts of the [2L, 2L] square are never computed. Where q has no clean rows
-    (length L), only the noisy half's result is returned.
+    (length L, as with `Keep`), only the noisy half's result is returned.
     """
     length = segments.shape[1]
     groups = _groups(length, block_size, group_tokens)

@@ -21,14 +21,25 @@ def check(condition: bool, sentence: str) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON-able values."""
-    return dataclasses.asdict(config)
+    """A dataclass as plain JSON values, so that it equals itself read back from a file."""
+    return _listed(dataclasses.asdict(config))
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def digest(value: Any) -> str:
     """SHA-256 (hex) of a JSON-able value in its one canonical spelling."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+Weight = Literal["elbo", "unit", "cart"]
+Normaliser = Literal["maskable", "masked", "document"]
+Outcomes = Literal["text", "all_but_mask", "all"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +74,109 @@ class NoiseConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """Shape of the transformer and every choice that decoding depends on."""
+class TrainingNoise(NoiseConfig):
+    """The recipe, and what a training run makes of its samples; shards store none of the latter.
 
+    Every setting is recorded in the run's checkpoints. A stored bitmap belongs to `recipe`; of a
+    complementary pair it gives both members.
+    """
+
+    complement: bool = False
+    """Samples 2k and 2k + 1 are one sequence and its complement: the second masks exactly the
+    maskable tokens that the first shows, at rate 1 - t (Fast-dLLM v2, LLaDA2)."""
+    padding: Literal["never", "eos"] = "never"
+    """never: padding carries no loss. eos: it holds EOS, is masked and counted as text is (LLaDA's
+    fine-tuning)."""
+    short_rate: float = 0.0
+    """Share of the global batches that are cut to a length drawn from 1..L (LLaDA: 0.01)."""
+    short_multiple: int = 1
+    """Cut lengths are multiples of this."""
+    sequences_per_batch: int = 1
+    """Samples of a global batch, which are cut together."""
+
+    def __post_init__(self) -> None:
+        NoiseConfig.__post_init__(self)
+        check(
+            not self.complement or self.sequences_per_batch % 2 == 0,
+            "noise.complement=True needs both of a pair in one batch and trainer.sequences_per_step"
+            f"={self.sequences_per_batch} is odd; use {self.sequences_per_batch + 1}",
+        )
+        check(
+            0.0 <= self.short_rate <= 1.0,
+            f"noise.short_rate={self.short_rate} must be in 0..1; use 0.01",
+        )
+        check(
+            self.short_multiple >= 1
+            and (self.per == "sequence" or self.short_multiple % self.block_size == 0)
+            or self.short_rate == 0.0,
+            f"noise.short_multiple={self.short_multiple} must be a multiple of noise.block_size="
+            f"{self.block_size} where each block has a rate of its own; use {self.block_size}",
+        )
+        check(
+            self.sequences_per_batch >= 1,
+            f"noise.sequences_per_batch={self.sequences_per_batch} must be at least 1",
+        )
+
+    @classmethod
+    def over(cls, recipe: NoiseConfig, **settings: Any) -> Self:
+        """A recipe with the settings of a run."""
+        return cls(**(to_dict(recipe) | settings))
+
+    @property
+    def recipe(self) -> NoiseConfig:
+        """The part that a stored bitmap is bound to."""
+        names = [f.name for f in dataclasses.fields(NoiseConfig)]
+        return NoiseConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """Mixture of experts in place of the feed-forward of the later layers."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    """Width of one routed expert."""
+    first_dense_layers: int = 0
+    """Layers before the first mixture; they keep the model's `intermediate_size`."""
+    shared_intermediate_size: int = 0
+    """Width of the expert that every token passes, added unweighted; 0: none."""
+    router: Literal["softmax", "sigmoid_groups"] = "softmax"
+    """softmax: the largest probabilities (LLaDA-MoE). sigmoid_groups: sigmoid scores, the best
+    groups first, a bias for the selection only (LLaDA2)."""
+    num_groups: int = 1
+    groups_per_token: int = 1
+    renormalise: bool = False
+    """Divide the chosen weights by their sum."""
+    weight_scale: float = 1.0
+    """Factor on the chosen weights, after renormalising."""
+    router_bias: bool = False
+    """One number per expert: with sigmoid_groups it moves the selection only, with softmax the
+    weights too."""
+
+    def __post_init__(self) -> None:
+        check(
+            1 <= self.experts_per_token <= self.num_experts,
+            f"experts.experts_per_token={self.experts_per_token} must be in "
+            f"1..{self.num_experts}, the number of experts",
+        )
+        check(
+            self.num_experts % self.num_groups == 0
+            and 1 <= self.groups_per_token <= self.num_groups,
+            f"experts.num_groups={self.num_groups} must divide experts.num_experts="
+            f"{self.num_experts} and not be below experts.groups_per_token="
+            f"{self.groups_per_token}; use 1 and 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Shape of the network and every choice that decoding depends on."""
+
+    network: Literal["transformer", "dit", "gpt2"] = "transformer"
+    """transformer: the Llama type of this project; dit: that of MDLM and BD3-LM; gpt2: GPT-2's."""
+    family: str = ""
+    """The published family the weights came from; empty for a model of our own."""
     vocab_size: int
     """Rows of the embedding, special tokens and the mask token included."""
     hidden_size: int = 256
@@ -78,9 +189,17 @@ class ModelConfig:
     norm_eps: float = 1e-5
     max_sequence_length: int = 1024
     """Longest prompt plus completion, in tokens."""
+    rotary_dim: int | None = None
+    """Leading dimensions of each head that rotary positions turn; none: all."""
     qk_norm: bool = False
     qkv_bias: bool = False
     tied_head: bool = True
+    experts: ExpertsConfig | None = None
+    conditioning_size: int = 128
+    """dit: width of the noise level's embedding."""
+    attention: Literal["block_causal", "bidirectional"] = "block_causal"
+    """block_causal: a token sees its own block and those before it. bidirectional: everything, as
+    in LLaDA and Dream; blocks are then only an order of decoding."""
     block_size: int = 8
     """Tokens per diffusion block B; 1 with shifted logits is an autoregressive model."""
     logits: Literal["aligned", "shifted"] = "aligned"
@@ -92,6 +211,8 @@ class ModelConfig:
     mask_id: int
     pad_id: int
     eos_id: int
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a completion besides eos_id."""
     tokenizer_sha256: str = ""
     """Digest of the tokenizer the weights were trained with."""
 
@@ -126,11 +247,28 @@ class ModelConfig:
                 f"model.{name}={value} is outside the vocabulary of {self.vocab_size}; "
                 "use an id below model.vocab_size",
             )
+        rotary = self.rotary_dim
+        check(
+            rotary is None or (0 < rotary <= self.head_dim and rotary % 2 == 0),
+            f"model.rotary_dim={rotary} must be even and at most model.head_dim={self.head_dim}",
+        )
 
     @property
     def is_autoregressive(self) -> bool:
         """Whether the clean rows alone give every logit (B = 1, shifted, clean source)."""
-        return self.block_size == 1 and self.logits == "shifted" and self.first_place == "clean"
+        shifted = self.logits == "shifted" and self.first_place == "clean"
+        return shifted and self.block_size == 1 and self.attention == "block_causal"
+
+    @property
+    def needs_boundary(self) -> bool:
+        """Whether a block's first token is predicted by the last committed row."""
+        is_causal = self.attention == "block_causal"
+        return is_causal and self.logits == "shifted" and self.first_place != "own"
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every token that ends a completion: `eos_id` first, then `stop_ids`."""
+        return (self.eos_id, *(i for i in self.stop_ids if i != self.eos_id))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -140,7 +278,12 @@ class ModelConfig:
         check(
             not unknown, f"model config has unknown settings {unknown}; known are {sorted(known)}"
         )
-        return cls(**values)
+        experts = values.get("experts")
+        nested = {
+            "experts": ExpertsConfig(**experts) if isinstance(experts, dict) else experts,
+            "stop_ids": tuple(values.get("stop_ids", ())),
+        }
+        return cls(**(values | nested))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,29 +353,98 @@ class SamplingParams:
 
     max_tokens: int = 64
     """Tokens to generate at most."""
-    rule: Literal["confidence_threshold", "top_k", "sequential"] = "confidence_threshold"
-    """Which masked positions a denoising step commits."""
+    rule: Literal[
+        "confidence_threshold",
+        "low_confidence",
+        "margin",
+        "entropy",
+        "random",
+        "sequential",
+        "factor",
+        "entropy_bound",
+        "first_hitting",
+    ] = "confidence_threshold"
+    """Which masked positions a denoising step commits (`unmasking`)."""
     confidence_threshold: float = 0.9
     """confidence_threshold: commit every position whose probability is at least this."""
+    factor: float = 1.0
+    """factor: commit the r-th best position where its probability is at least 1 - factor/(r+1)."""
+    entropy_bound: float = 0.1
+    """entropy_bound: commit, lowest entropy first, while the entropies before add up to this."""
+    schedule: Literal["even", "linear", "cosine", "exponential"] = "even"
+    """How many positions must be committed after each step at least (`schedules`)."""
     steps_per_block: int | None = None
-    """Ceiling of K_b, the denoising steps of a block; none: the block size."""
+    """Ceiling of K_b, the denoising steps of a block; none: as many as the block has masks."""
+    min_steps_per_block: int = 1
+    """Floor of K_b, where the block has as many masks."""
+    block_length: int | None = None
+    """bidirectional models: positions decoded together; none: the model's block size."""
+    cache: Literal["exact", "prefix", "dual"] = "exact"
+    """bidirectional models: exact, or an approximate cache of Fast-dLLM."""
     temperature: float = 0.0
     """Token temperature; 0 takes the most probable token."""
+    top_k: int = 0
+    """Draw from the this many most probable tokens; 0: all."""
     top_p: float = 1.0
+    """Draw from the smallest set of tokens that reaches this probability."""
+    token_draw: Literal["inverse", "gumbel"] = "inverse"
+    """How a token is drawn: by the inverse of the distribution, or as the maximum of logits plus
+    float64 Gumbel noise (LLaDA). The same distribution, other tokens."""
+    position_temperature: float = 0.0
+    """Gumbel noise on the order of positions: above 0 not always the most confident come first."""
+    guidance_scale: float = 0.0
+    """Classifier-free guidance; 0: none. Doubles the passes."""
+    suppress_eos: Literal["never", "token", "confidence"] = "never"
+    """token: end-of-text is never drawn. confidence: it is committed last."""
+    remask_threshold: float | None = None
+    """Mask a committed position of the current block again, once, when its probability falls below
+    this; none: never. LLaDA's published code never does that."""
+    editing_threshold: float | None = None
+    """Rewrite a committed position of the current block where another token has a probability
+    above this (LLaDA2.1); none: never."""
+    max_post_steps: int = 16
+    """editing: passes that revise a full block, at most."""
     seed: int = 0
     """Randomness is keyed by (seed, choice, block, step)."""
     stop_at_eos: bool = True
 
     def __post_init__(self) -> None:
-        check(self.max_tokens >= 1, f"max_tokens={self.max_tokens} must be at least 1")
-        check(
-            0.0 <= self.confidence_threshold <= 1.0,
-            f"confidence_threshold={self.confidence_threshold} must be in 0..1; use 0.9",
-        )
-        check(
-            self.steps_per_block is None or self.steps_per_block >= 1,
-            f"steps_per_block={self.steps_per_block} must be at least 1, or left out",
-        )
-        check(0.0 <= self.temperature <= 10.0, f"temperature={self.temperature} must be in 0..10")
+        for name in ("confidence_threshold", "remask_threshold", "editing_threshold"):
+            value = getattr(self, name)
+            check(value is None or 0.0 <= value <= 1.0, f"{name}={value} must be in 0..1; use 0.9")
+        for name in ("max_tokens", "steps_per_block", "min_steps_per_block", "block_length"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"{name}={value} must be at least 1")
+        for name in ("top_k", "max_post_steps", "factor", "entropy_bound"):
+            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        for name in ("temperature", "position_temperature", "guidance_scale"):
+            value = getattr(self, name)
+            check(0.0 <= value <= 10.0, f"{name}={value} must be in 0..10")
         check(0.0 < self.top_p <= 1.0, f"top_p={self.top_p} must be above 0 and at most 1")
         check(-(2**63) <= self.seed < 2**63, f"seed={self.seed} must fit in 64 bits")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse settings that contradict each other."""
+        ceiling = self.steps_per_block
+        check(
+            ceiling is None or self.min_steps_per_block <= ceiling,
+            f"min_steps_per_block={self.min_steps_per_block} is above steps_per_block={ceiling}; "
+            "lower it",
+        )
+        check(
+            self.remask_threshold is None or self.editing_threshold is None,
+            f"remask_threshold={self.remask_threshold} and editing_threshold="
+            f"{self.editing_threshold} both revise committed tokens; choose one",
+        )
+        check(
+            self.rule != "first_hitting" or ceiling is None,
+            f"steps_per_block={ceiling} contradicts rule=first_hitting, which takes one position "
+            "a step; leave it out",
+        )
+        check(
+            self.rule not in ("sequential", "random", "first_hitting")
+            or self.position_temperature == 0,
+            f"position_temperature={self.position_temperature} has no meaning with rule="
+            f"{self.rule}; use 0",
+        )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from cascade_model.config import ModelConfig, SamplingParams, check
+from cascade_model.config import ModelConfig, SamplingParams
 from cascade_model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -132,30 +132,6 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def check_prompt(config: ModelConfig, prompt_tokens: Sequence[int], max_tokens: int) -> None:
-    """Refuse (`InputError`) a prompt that cannot be decoded, before anything is allocated."""
-    check(len(prompt_tokens) > 0, "prompt is empty; give at least one token of text")
-    wrong = [token for token in prompt_tokens if not 0 <= token < config.vocab_size]
-    check(
-        not wrong,
-        f"prompt has the token id {wrong[0] if wrong else ''}, outside the vocabulary of "
-        f"{config.vocab_size}; use the ids of this model's tokenizer",
-    )
-    special = sorted({config.mask_id, config.pad_id} - {config.eos_id})
-    found = [token for token in special if token in prompt_tokens]
-    check(
-        not found,
-        f"prompt has the mask or padding token {found[0] if found else ''}; leave it out, it is "
-        "not text",
-    )
-    total, limit = len(prompt_tokens) + max_tokens, config.max_sequence_length
-    check(
-        total <= limit,
-        f"prompt of {len(prompt_tokens)} tokens plus max_tokens={max_tokens} makes {total}, over "
-        f"the context of {limit}; shorten the prompt or lower max_tokens",
-    )
-
-
 class LLM:
     """A model, its tokenizer and one lock: safe to call from many threads, one block at a time."""
 
@@ -181,7 +157,6 @@ class LLM:
 
         from cascade_model.sampler import sample
 
-        check_prompt(self.config, prompt_tokens, params.max_tokens)
         decoding = iter(sample(self.model, list(prompt_tokens), params, choice))
         while True:
             with self._lock, torch.inference_mode():

@@ -1,4 +1,10 @@
-"""Keys and values of committed tokens, append-only, for one sequence being decoded."""
+"""Keys and values of the tokens of one sequence, written once a pass where the pass says.
+
+What may be overwritten is not decided here but by who plans the passes (`contexts`): an exact
+cache only ever writes behind its committed tokens.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,33 +14,37 @@ from cascade_model.errors import InputError
 
 
 class KVCache:
-    """Per layer, keys and values [1, kv_heads, capacity, head_dim] of which `length` are committed.
-
-    A forward pass writes its rows behind the committed ones and sees both. They stay provisional,
-    and the next pass overwrites them, until `commit` declares them final. Committed entries are
-    never written again.
-    """
+    """Per layer, keys and values [1, kv_heads, capacity, head_dim]."""
 
     def __init__(
         self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (2, config.num_layers, 1, config.num_kv_heads, capacity, config.head_dim)
-        self._entries = torch.zeros(shape, dtype=dtype, device=device)
+        self.entries = torch.zeros(shape, dtype=dtype, device=device)
         self.capacity = capacity
-        self.length = 0
+
+    def slot(self, start: int, rows: int, visible: int) -> "CacheSlot":
+        """Room for `rows` rows at `start`, from where entries 0..visible-1 can be seen."""
+        if max(start + rows, visible) > self.capacity:
+            raise InputError(
+                f"the sequence has {max(start + rows, visible)} tokens and the cache holds "
+                f"{self.capacity}; lower max_tokens or shorten the prompt"
+            )
+        return CacheSlot(entries=self.entries, start=start, visible=visible)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSlot:
+    """One pass's view of a cache."""
+
+    entries: Tensor
+    start: int
+    visible: int
 
     def join(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Place r new rows [1, kv_heads, r, head_dim] behind the committed ones; return all."""
-        end = self.length + keys.shape[2]
-        if end > self.capacity:
-            raise InputError(
-                f"the sequence has {end} tokens and the cache holds {self.capacity}; "
-                "lower max_tokens or shorten the prompt"
-            )
-        self._entries[0, layer, :, :, self.length : end] = keys
-        self._entries[1, layer, :, :, self.length : end] = values
-        return self._entries[0, layer, :, :, :end], self._entries[1, layer, :, :, :end]
-
-    def commit(self, rows: int) -> None:
-        """Keep the last pass's first `rows` rows for good."""
-        self.length += rows
+        """Write r new rows [1, kv_heads, r, head_dim]; return all visible ones."""
+        end = self.start + keys.shape[2]
+        self.entries[0, layer, :, :, self.start : end] = keys
+        self.entries[1, layer, :, :, self.start : end] = values
+        seen = self.entries[:, layer, :, :, : self.visible]
+        return seen[0], seen[1]

@@ -1,76 +1,42 @@
-"""The block-diffusion loss: cross entropy of the masked tokens, weighted by 1/t.
+"""The loss of masked diffusion: weighted cross entropy of the masked tokens.
 
 Per block, the sum over masked tokens of (1/t) x cross entropy, t the block's mask rate, has the
 negative evidence lower bound as its expectation (MDLM, arXiv 2406.07524; per block BD3-LM,
-arXiv 2503.09573). Which row of the input predicts a token is told by `source_rows`; only rows that
-are supervised reach the output head, and that in chunks, so that the logits of all rows never
-exist at once.
+arXiv 2503.09573); other weights and normalisers stand in `objective`. A block-causal model is fed
+the doubled sequence (noisy || clean), a bidirectional one the noisy sequence alone, an
+autoregressive one the clean sequence alone. Which row of the input predicts a token is told by
+`source_rows`; only rows that are supervised reach the output head, and that in chunks, so that the
+logits of all rows never exist at once.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cascade_model.attention import Attend, grouped_clean, grouped_training
+from cascade_model.attention import Attend, Keep, dense, grouped_clean, grouped_training
 from cascade_model.batch import TrainBatch
-from cascade_model.config import ModelConfig
+from cascade_model.config import ModelConfig, Normaliser, Outcomes, Weight
 from cascade_model.errors import InputError
-from cascade_model.model import Transformer, never_emitted, vocabulary_logits
+from cascade_model.model import Transformer, vocabulary_logits
+from cascade_model.objective import LossParts, RowLosses, banned_ids, loss_parts, weights_of
 
 T = TypeVar("T")
-Weight = Literal["elbo", "unit"]
 Read = Callable[[Tensor, nn.Module], T]
-NUM_BANDS = 8
 _LOGITS_PER_CHUNK = 2**24
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossParts:
-    """Sums of one forward pass; the trainer divides by the global number of maskable tokens."""
-
-    sum: Tensor
-    """float32 scalar, differentiable: weight x cross entropy, summed over supervised tokens."""
-    num_maskable: int
-    """Tokens that could have been masked and predicted: the normaliser."""
-    band_sums: Tensor
-    """float32 [8]: unweighted cross entropy by mask rate, band j being [j/8, (j+1)/8)."""
-    band_counts: Tensor
-    """float32 [8]: supervised tokens of each band."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowLosses:
-    """The supervised tokens of a batch, r in all."""
-
-    sequences: Tensor
-    """int64 [r]: row of the batch."""
-    places: Tensor
-    """int64 [r]: place in the sequence."""
-    losses: Tensor
-    """float32 [r]: cross entropy in nats."""
-    rates: Tensor
-    """float32 [r]: mask rate of the token's block; 1 for an autoregressive model."""
-    num_maskable: Tensor
-    """int64 [n]: maskable and predictable tokens of each sequence."""
-
-    @property
-    def weights(self) -> Tensor:
-        """float32 [r]: 1/t, under which the sum is the bound's estimate."""
-        return self.rates.reciprocal()
 
 
 def source_rows(config: ModelConfig, batch: TrainBatch) -> Tensor:
     """Which input row predicts each token, int64 [n, L]; -1 where none can.
 
-    Rows are counted in the input that `read_places` runs: noisy 0..L-1 then clean L..2L-1, or for
-    an autoregressive model clean 0..L-1 alone. With shifted logits the row on the left predicts;
-    a block's first token takes the row that `first_place` names, and a document's first token has
-    no left neighbour, so only `own` predicts it.
+    Rows are counted in the input that `read_places` runs: noisy 0..L-1 then clean L..2L-1, or 0..L-1
+    alone where there is one half. With shifted logits the row on the left predicts; a block's first
+    token takes the row that `first_place` names, and a document's first token has no left
+    neighbour, so only `own` predicts it. A bidirectional model has no blocks here: `own` is for a
+    document's first token (Dream), without it that token is not predicted (DiffuLLaMA).
     """
     n, length = batch.clean_tokens.shape
     place = torch.arange(length, device=batch.clean_tokens.device)
@@ -81,6 +47,8 @@ def source_rows(config: ModelConfig, batch: TrainBatch) -> Tensor:
     left = (place - 1).expand(n, -1).masked_fill(~has_left, -1)
     if config.is_autoregressive:
         return left
+    if config.attention == "bidirectional":
+        return torch.where(has_left, left, place) if config.first_place == "own" else left
     is_first = place % config.block_size == 0
     if config.first_place == "own":
         return torch.where(is_first, place, left)
@@ -96,80 +64,104 @@ def supervised(config: ModelConfig, batch: TrainBatch) -> Tensor:
 
 
 def read_places(
-    model: Transformer, batch: TrainBatch, sequences: Tensor, places: Tensor, read: Read[T]
+    model: Transformer,
+    batch: TrainBatch,
+    sequences: Tensor,
+    places: Tensor,
+    read: Read[T],
+    config: ModelConfig | None = None,
 ) -> T:
     """Run the training input once and `read` the rows that predict the given tokens.
 
     sequences and places int64 [r] name tokens whose `source_rows` is not -1; `read` gets their
-    hidden states [r, hidden_size] and the head, and returns a tensor or a tuple of tensors.
+    hidden states [r, hidden_size] and the head, and returns a tensor or a tuple of tensors. A
+    `config` replaces the model's own choices, such as its block size.
     """
-    config = model.config
+    config = config or model.config
     rows = source_rows(config, batch)[sequences, places]
-    keep = None
-    if config.is_autoregressive:
-        tokens, positions = batch.clean_tokens, batch.positions
-    else:
-        _require_block_size(config, batch)
-        noisy = torch.where(batch.is_masked, config.mask_id, batch.clean_tokens)
-        tokens = torch.cat([noisy, batch.clean_tokens], dim=1)
-        positions = torch.cat([batch.positions, batch.positions], dim=1)
-        if config.logits == "aligned" or config.first_place != "clean":
-            keep = batch.clean_tokens.shape[1]  # no clean row is read
+    tokens, positions, attend, keep = _training_input(config, batch)
     return model(
         tokens,
         positions,
-        _attend(config, batch.segments),
+        attend,
         lambda hidden, head: read(hidden[sequences, rows], head),
         keep=keep,
     )
 
 
-def row_losses(model: Transformer, batch: TrainBatch) -> RowLosses:
+def _training_input(
+    config: ModelConfig, batch: TrainBatch
+) -> tuple[Tensor, Tensor, Attend, Keep | None]:
+    """Tokens, positions, who sees whom, and the only rows that can be read if not all."""
+    clean, positions, segments = batch.clean_tokens, batch.positions, batch.segments
+    if config.is_autoregressive:
+        return clean, positions, grouped_clean(segments, 1, config.clean_half), None
+    noisy = torch.where(batch.is_masked, config.mask_id, clean)
+    if config.attention == "bidirectional":
+        return noisy, positions, whole_documents(segments), None
+    _require_block_size(config, batch)
+    attend = grouped_training(segments, config.block_size, config.clean_half)
+    # With aligned logits, or first places from the noisy half, no clean row is read.
+    is_clean_read = config.logits == "shifted" and config.first_place == "clean"
+    keep = None if is_clean_read else Keep(slice(clean.shape[1]), attend)
+    return torch.cat([noisy, clean], dim=1), torch.cat([positions] * 2, dim=1), attend, keep
+
+
+def whole_documents(segments: Tensor) -> Attend:
+    """Every token sees its whole document; segments int32 [n, L]."""
+    if not bool((segments != segments[:, :1]).any()):
+        return dense(None)
+    return dense((segments[:, :, None] == segments[:, None, :])[:, None])
+
+
+def row_losses(
+    model: Transformer, batch: TrainBatch, *, outcomes: Outcomes = "text"
+) -> RowLosses:
     """Cross entropy of every supervised token; differentiable."""
     config = model.config
     sequences, places = supervised(config, batch).nonzero(as_tuple=True)
     targets = batch.clean_tokens[sequences, places]
-    banned = never_emitted(config)
+    banned = banned_ids(config, outcomes)
 
     def read(hidden: Tensor, head: nn.Module) -> Tensor:
         return cross_entropy(hidden, head, targets, banned)
 
     losses = read_places(model, batch, sequences, places, read)
+    return rows_of(config, batch, sequences, places, losses)
+
+
+def rows_of(
+    config: ModelConfig, batch: TrainBatch, sequences: Tensor, places: Tensor, losses: Tensor
+) -> RowLosses:
+    """Losses [r] of the given tokens beside their mask rates and all tokens that could be theirs."""
     if config.is_autoregressive:
         rates = torch.ones_like(losses)
     else:
-        rates = batch.mask_rates[sequences, places // config.block_size].to(losses.dtype)
-    counts = (batch.is_maskable & (source_rows(config, batch) >= 0)).sum(dim=1)
+        rates = batch.rates_at(sequences, places).to(losses.dtype)
     return RowLosses(
         sequences=sequences,
         places=places,
         losses=losses,
         rates=rates,
-        num_maskable=counts,
+        is_counted=batch.is_maskable & (source_rows(config, batch) >= 0),
     )
 
 
-def diffusion_loss(model: Transformer, batch: TrainBatch, *, weight: Weight = "elbo") -> LossParts:
-    """The training loss of one batch: weight 1/t ("elbo") or 1 ("unit").
+def diffusion_loss(
+    model: Transformer,
+    batch: TrainBatch,
+    *,
+    weight: Weight = "elbo",
+    normaliser: Normaliser = "maskable",
+    outcomes: Outcomes = "text",
+) -> LossParts:
+    """The training loss of one batch; the axes are those of `objective`.
 
     An autoregressive model counts every maskable token that has a left neighbour, with weight 1.
     """
-    rows = row_losses(model, batch)
-    weights = rows.weights if weight == "elbo" else torch.ones_like(rows.losses)
-    return loss_parts((weights * rows.losses).sum(), rows)
-
-
-def loss_parts(total: Tensor, rows: RowLosses) -> LossParts:
-    """A differentiable total beside the sums that are logged by mask rate."""
-    losses = rows.losses.detach().float()
-    band = (rows.rates * NUM_BANDS).long().clamp(max=NUM_BANDS - 1)
-    zeros = losses.new_zeros(NUM_BANDS)
-    return LossParts(
-        sum=total,
-        num_maskable=int(rows.num_maskable.sum()),
-        band_sums=zeros.index_add(0, band, losses),
-        band_counts=zeros.index_add(0, band, torch.ones_like(losses)),
-    )
+    rows = row_losses(model, batch, outcomes=outcomes)
+    weights = weights_of(model.config, batch, rows, weight)
+    return loss_parts(weights * rows.losses, batch, rows, normaliser)
 
 
 def cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, banned: list[int]) -> Tensor:
@@ -179,9 +171,17 @@ def cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, banned: list
     """
 
     def nats(rows: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(vocabulary_logits(rows, head, banned), wanted, reduction="none")
+        return F.cross_entropy(outcome_logits(rows, head, banned), wanted, reduction="none")
 
     return in_chunks(nats, hidden, targets, vocabulary=head.weight.shape[0])  # type: ignore[union-attr]
+
+
+def outcome_logits(hidden: Tensor, head: nn.Module, banned: list[int]) -> Tensor:
+    """Rows [r, d] -> logits [r, vocabulary] in float32 or wider; of no banned id, all of them."""
+    if banned:
+        return vocabulary_logits(hidden, head, banned)
+    logits = cast(Tensor, head(hidden))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def in_chunks(
@@ -201,16 +201,9 @@ def _recomputed(function: Callable[..., Tensor], chunk: tuple[Tensor, ...]) -> T
     return result
 
 
-def _attend(config: ModelConfig, segments: Tensor) -> Attend:
-    grouped = grouped_clean if config.is_autoregressive else grouped_training
-    return grouped(segments, config.block_size, config.clean_half)
-
-
 def _require_block_size(config: ModelConfig, batch: TrainBatch) -> None:
-    length = batch.clean_tokens.shape[1]
-    noise_block = length // batch.mask_rates.shape[1]
-    if noise_block != config.block_size:
+    if batch.noise_block_size != config.block_size:
         raise InputError(
-            f"noise.block_size={noise_block} differs from model.block_size={config.block_size}; "
+            f"noise.block_size={batch.noise_block_size} differs from model.block_size={config.block_size}; "
             f"set noise.block_size={config.block_size}"
         )

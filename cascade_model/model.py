@@ -1,7 +1,9 @@
 """The transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Llama type).
 
 What a query sees is not decided here: the caller passes an `Attend`. With a token-causal one this
-is a Llama, with the masks of `attention` a block-diffusion model.
+is a Llama, with the masks of `attention` a block-diffusion model. Options: a norm on each query and
+key head (Qwen3), biases on q, k and v (Qwen2), rotary positions on a part of each head, a mixture
+of experts.
 """
 
 from collections.abc import Callable
@@ -11,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade_model.attention import Attend
+from cascade_model.attention import Attend, Keep
 from cascade_model.config import ModelConfig
-from cascade_model.kv_cache import KVCache
+from cascade_model.feed_forward import FeedForward, MixtureOfExperts
+from cascade_model.kv_cache import CacheSlot
 
 T = TypeVar("T")
 Rotation = tuple[Tensor, Tensor]
@@ -37,8 +40,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        width, head = config.hidden_size, config.head_dim
-        inner, bias = config.intermediate_size, config.qkv_bias
+        width, head, bias = config.hidden_size, config.head_dim, config.qkv_bias
         self.index, self.head_dim = index, head
         self.attention_norm = RMSNorm(width, config.norm_eps)
         self.q_proj = nn.Linear(width, config.num_heads * head, bias=bias)
@@ -48,39 +50,42 @@ class Layer(nn.Module):
         self.q_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else nn.Identity()
         self.mlp_norm = RMSNorm(width, config.norm_eps)
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        experts = config.experts
+        if experts is not None and index >= experts.first_dense_layers:
+            self.mlp = MixtureOfExperts(width, experts)
+        else:
+            self.mlp = FeedForward(width, config.intermediate_size)
 
     def forward(
         self,
         x: Tensor,
         rotation: Rotation,
         attend: Attend,
-        cache: KVCache | None,
-        keep: int | None = None,
+        cache: CacheSlot | None = None,
+        keep: Keep | None = None,
     ) -> Tensor:
-        """x [n, r, hidden] -> [n, keep or r, hidden]; rows behind `keep` are only attended to."""
+        """x [n, r, hidden] -> [n, r, hidden], or with `keep` its rows only."""
         mixed = self._attention(self.attention_norm(x), rotation, attend, cache, keep)
-        x = x[:, :keep] + mixed
-        inner = self.mlp_norm(x)
-        return x + self.down_proj(F.silu(self.gate_proj(inner)) * self.up_proj(inner))
+        x = (x if keep is None else x[:, keep.rows]) + mixed
+        return x + self.mlp(self.mlp_norm(x))
 
     def _attention(
         self,
         x: Tensor,
         rotation: Rotation,
         attend: Attend,
-        cache: KVCache | None,
-        keep: int | None,
+        cache: CacheSlot | None,
+        keep: Keep | None,
     ) -> Tensor:
-        cos, sin = rotation
-        q = self.q_norm(self._heads(self.q_proj(x[:, :keep])))
-        q = rotate(q, (cos[:, :, :keep], sin[:, :, :keep]))
         k = rotate(self.k_norm(self._heads(self.k_proj(x))), rotation)
         v = self._heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.join(self.index, k, v)
+        if keep is not None:
+            cos, sin = rotation
+            x, attend = x[:, keep.rows], keep.attend
+            rotation = (cos[:, :, keep.rows], sin[:, :, keep.rows])
+        q = rotate(self.q_norm(self._heads(self.q_proj(x))), rotation)
         return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor) -> Tensor:
@@ -107,18 +112,19 @@ class Transformer(nn.Module):
         positions: Tensor,
         attend: Attend,
         read: Callable[[Tensor, nn.Module], T],
-        cache: KVCache | None = None,
-        keep: int | None = None,
+        cache: CacheSlot | None = None,
+        keep: Keep | None = None,
     ) -> T:
         """One pass: tokens and positions int64 [n, r] -> `read(hidden [n, r, d], head)`.
 
         `read` runs inside, because under FSDP2 the head's weight is whole only here; it must
-        return a tensor or a tuple of tensors. With a `cache` the r rows follow the committed ones.
-        With `keep`, `read` gets the first `keep` rows only, and of the others the last layer
-        computes no more than keys and values.
+        return a tensor or a tuple of tensors. With a `cache` the r rows stand where the slot says,
+        and see what else it shows. With `keep`, `read` gets those rows only, and of the others the
+        last layer computes no more than keys and values.
         """
-        x = self.embed(tokens)
-        rotation = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        x, config = self.embed(tokens), self.config
+        turned = config.rotary_dim or config.head_dim
+        rotation = rotary(positions, turned, config.rope_theta, x.dtype)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, attend, cache, keep if index == last else None)
@@ -146,21 +152,23 @@ def _spread(parameter: Tensor) -> float:
     return parameter.shape[-1] ** -0.5
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
-    """Cosines and sines [n, 1, r, head_dim / 2] of the angles position x theta^(-2i/head_dim)."""
+def rotary(positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> Rotation:
+    """Cosines and sines [n, 1, r, size / 2] of the angles position x theta^(-2i / size)."""
     wide = torch.promote_types(dtype, torch.float32)
-    even = torch.arange(0, head_dim, 2, dtype=wide, device=positions.device)
-    frequencies = 1.0 / theta ** (even / head_dim)
+    even = torch.arange(0, size, 2, dtype=wide, device=positions.device)
+    frequencies = 1.0 / theta ** (even / size)
     angles = positions[:, None, :, None].to(wide) * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn the pairs (i, i + head_dim / 2) of x [n, h, r, head_dim]: the half-split layout."""
+    """Turn the pairs (i, i + s/2) of the leading s dimensions of x [n, h, r, head_dim], s being
+    twice the angles given: the half-split layout."""
     cos, sin = rotation
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x.dtype)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat([part.to(x.dtype) for part in turned] + [rest], dim=-1)
 
 
 def never_emitted(config: ModelConfig) -> list[int]:

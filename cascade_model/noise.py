@@ -13,10 +13,11 @@ strata are permuted, so that no row is tied to one part of the range.
 
 import numpy as np
 
-from cascade_model.config import NoiseConfig
+from cascade_model.config import NoiseConfig, TrainingNoise
 
 # What a random word is for; it stands in the counter, so no two uses share a word.
-ORDER, STRATUM, JITTER, BIT, TOKEN = 1, 2, 3, 4, 5
+ORDER, STRATUM, JITTER, BIT, TOKEN, POSITION, VOCABULARY = 1, 2, 3, 4, 5, 6, 7
+CUT, COUNT, SUBSET = 8, 9, 10
 FULL = 2**32 - 1
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -183,3 +184,26 @@ def mask_bits(
     """Which places the noise masks, bool [n, sequence_length]; the caller ANDs `is_maskable`."""
     bits = random_words(key_of(noise.seed), BIT, draw, sequence_ids, sequence_length)
     return bits < np.repeat(thresholds, sequence_length // thresholds.shape[1], axis=1)
+
+
+def complement(thresholds: np.ndarray) -> np.ndarray:
+    """The mask rates of the other member of a pair: 1 - t, as uint32 thresholds.
+
+    A place is masked in the one when its word lies below the threshold, in the other when not.
+    """
+    return np.minimum(2**32 - thresholds.astype(np.uint64), np.uint64(FULL)).astype(np.uint32)
+
+
+def cut_length(noise: TrainingNoise, batch: int, sequence_length: int) -> int:
+    """Length of the samples of the global batch with this number: mostly L, sometimes less.
+
+    With probability `short_rate` it is uniform on the multiples of `short_multiple` up to L, so L
+    itself may be drawn, as in LLaDA.
+    """
+    chance, choice = random_words(
+        key_of(noise.seed), CUT, 0, np.array([batch], dtype=np.uint64), 2
+    )[0].tolist()
+    if chance >= noise.short_rate * 2**32:
+        return sequence_length
+    lengths = sequence_length // noise.short_multiple
+    return (1 + (choice * lengths >> 32)) * noise.short_multiple

@@ -1,26 +1,43 @@
-"""The one denoising loop: blocks from left to right, each filled in a few parallel steps.
+"""The one denoising loop: windows from left to right, each filled in a few parallel steps.
 
-A block starts as mask tokens (the first one perhaps behind the prompt's ragged tail). Every step is
-one forward pass over the block against the cached keys and values of all blocks before it; a rule
-of `unmasking` says which predictions become final. A finished block is passed once more, clean, to
-write its keys and values (the commit pass of SDAR); those never change again. With shifted logits
-that pass's last row also predicts the next block's first token and counts as its first step: for
-block size 1 this is plain autoregressive decoding, one pass a token.
+A window starts as mask tokens (the first one perhaps behind the prompt's ragged tail). In every
+step a context (`contexts`) predicts places by forward passes and a strategy says what is written.
+The loop itself never runs a model: it yields the passes it needs, so one sequence alone and many
+together are driven by the same code. Predictions are pure functions of (weights, canvas), choices
+of (request, seed): the same request gives the same tokens.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from cascade_model.attention import clean_mask, commit_mask, dense
+from cascade_model.canvas import Change, Window
 from cascade_model.config import ModelConfig, SamplingParams
-from cascade_model.errors import InputError
-from cascade_model.kv_cache import KVCache
-from cascade_model.model import Transformer, never_emitted, vocabulary_logits
-from cascade_model.unmasking import choose, draw_tokens, uniforms
+from cascade_model.contexts import Bidirectional, BlockCausal, Context, Guided
+from cascade_model.model import Transformer
+from cascade_model.passes import Pass, Prediction, Runner
+from cascade_model.requests import check_infilling, check_request
+from cascade_model.strategy import General
+
+
+class Strategy(Protocol):
+    """What the loop asks of a way to denoise; presets of published samplers are others."""
+
+    def is_done(self, canvas: Tensor, window: Window) -> bool:
+        """Whether the window needs no further step."""
+        ...
+
+    def places(self, canvas: Tensor, window: Window) -> Tensor:
+        """The places to predict next, int64 [m], rising."""
+        ...
+
+    def step(self, canvas: Tensor, window: Window, prediction: Prediction) -> Change:
+        """What to write."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,64 +54,77 @@ class DecodedBlock:
     """Set on the last block only."""
 
 
-class Denoiser(Protocol):
-    """A network with a context of committed tokens; what the loop needs to know of a model."""
-
-    config: ModelConfig
-    passes: int
-    """Forward passes so far."""
-    next_logits: Tensor | None
-    """float [1, vocabulary]: what the last committed row predicts, of shifted models."""
-
-    def commit(self, tokens: Tensor) -> None:
-        """Append whole blocks of clean tokens, int64 [r], to the context."""
-        ...
-
-    def logits(self, block: Tensor, rows: Tensor) -> Tensor:
-        """Logits [m, vocabulary] of rows int64 [m] of the current block int64 [block_size]."""
-        ...
+def denoise(
+    context: Context, canvas: Tensor, windows: Iterable[Window], strategy: Strategy
+) -> Generator[Pass | Window, Tensor, None]:
+    """Fill the canvas int64 [L] in place: yields passes, to be answered with their logits, and
+    each window when it is done."""
+    for window in windows:
+        while not strategy.is_done(canvas, window):
+            places = strategy.places(canvas, window)
+            prediction = yield from context.predict(canvas, window, places)
+            change = strategy.step(canvas, window, prediction)
+            canvas[change.places] = change.tokens
+            window.step += 1
+        yield window
 
 
-class CachedDenoiser:
-    """A transformer with the exact cache of its committed blocks."""
-
-    def __init__(self, model: Transformer, capacity: int) -> None:
-        self.model, self.config = model, model.config
-        weight = model.embed.weight
-        self.cache = KVCache(model.config, capacity, weight.dtype, weight.device)
-        self.passes = 0
-        self.next_logits: Tensor | None = None
-        self._banned = never_emitted(model.config)
-
-    def commit(self, tokens: Tensor) -> None:
-        """One pass that writes the keys and values of whole blocks (of the prompt: of many)."""
-        cached, count = self.cache.length, len(tokens)
-        if cached:
-            mask = commit_mask(cached, count, self.config.clean_half, tokens.device)
+def drive(loop: Generator[Pass | Window, Tensor, None], runner: Runner) -> Iterator[Window]:
+    """Run the passes of one loop; gives each window when it is done."""
+    reply = None
+    while True:
+        try:
+            event = loop.send(reply)  # type: ignore[arg-type]
+        except StopIteration:
+            return
+        if isinstance(event, Window):
+            reply = None
+            yield event
         else:
-            segments = torch.zeros(1, count, dtype=torch.int32, device=tokens.device)
-            mask = clean_mask(segments, self.config.block_size, self.config.clean_half)
-        rows = torch.tensor([count - 1] if _needs_boundary(self.config) else [], dtype=torch.int64)
-        logits = self._run(tokens, mask, rows.to(tokens.device))
-        self.next_logits = logits if len(rows) else None
-        self.cache.commit(count)
+            reply = runner.run(event)
 
-    def logits(self, block: Tensor, rows: Tensor) -> Tensor:
-        """One pass over the current block, which sees the whole cache and itself both ways."""
-        return self._run(block, None, rows)
 
-    @torch.inference_mode()
-    def _run(self, tokens: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
-        self.passes += 1
-        start = self.cache.length
-        positions = torch.arange(start, start + len(tokens), device=tokens.device)
-        return self.model(
-            tokens[None],
-            positions[None],
-            dense(mask),
-            lambda hidden, head: vocabulary_logits(hidden[0, rows], head, self._banned),
-            self.cache,
-        )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything of one request that decoding needs besides the weights."""
+
+    canvas: Tensor
+    """int64 [L]: prompt, masks, and a suffix where there is one."""
+    windows: list[Window]
+    context: Context
+    strategy: General
+    capacity: int
+    """Entries of the key and value cache."""
+
+
+def plan_completion(
+    config: ModelConfig,
+    prompt_tokens: list[int],
+    params: SamplingParams,
+    choice: int = 0,
+    device: torch.device | str = "cpu",
+) -> Plan:
+    """A completion of a prompt. Raises `InputError` as `check_request`."""
+    check_request(config, prompt_tokens, params)
+    size, known = config.block_size, len(prompt_tokens)
+    end = known + params.max_tokens
+    is_causal = config.attention == "block_causal"
+    length = -(-end // size) * size if is_causal else end
+    canvas = torch.full((length,), config.mask_id, dtype=torch.int64, device=device)
+    canvas[:known] = torch.tensor(prompt_tokens, dtype=torch.int64, device=device)
+    is_given = torch.arange(length, device=device) < known
+    if is_causal:
+        edges = list(range(known // size * size, length + 1, size))
+    else:
+        edges = [*range(known, length, params.block_length or size), length]
+    first = edges[0] // size if is_causal else 0
+    windows = [
+        _window(first + number, start, stop, end, stop - max(start, known), params)
+        for number, (start, stop) in enumerate(itertools.pairwise(edges))
+    ]
+    context = _context(config, params, is_given)
+    strategy = General(config, params, is_given, choice)
+    return Plan(canvas=canvas, windows=windows, context=context, strategy=strategy, capacity=length)
 
 
 def sample(
@@ -102,157 +132,119 @@ def sample(
 ) -> Iterator[DecodedBlock]:
     """Decode one completion of a prompt, block by block.
 
-    The same (weights, prompt, params, choice) gives the same tokens; blocks are counted from the
-    prompt's first token, so decoding on from a committed prefix gives the same rest. Raises
-    `InputError` for a prompt that is empty under shifted logits, has a token outside the
-    vocabulary, or is too long for the model's context together with `max_tokens`.
+    The same (weights, prompt, params, choice) gives the same tokens. In a block-causal model
+    blocks are counted from the prompt's first token, so decoding on from a committed prefix gives
+    the same rest. Raises `InputError` for what cannot be decoded (`check_request`).
     """
-    config = model.config
-    _check(config, prompt_tokens, params)
-    whole = -(-(len(prompt_tokens) + params.max_tokens) // config.block_size)
-    denoiser = CachedDenoiser(model, whole * config.block_size)
-    return decode(denoiser, prompt_tokens, params, choice, model.embed.weight.device)
+    device = next(model.parameters()).device
+    plan = plan_completion(model.config, prompt_tokens, params, choice, device)
+    runner = Runner(model, plan.capacity)
+    return completed_blocks(plan, drive(_loop(plan), runner), len(prompt_tokens), params)
 
 
-def decode(
-    denoiser: Denoiser,
-    prompt_tokens: list[int],
+def infill(
+    model: Transformer, tokens: list[int], params: SamplingParams, choice: int = 0
+) -> list[int]:
+    """Fill the mask tokens of a text; everything else stays.
+
+    Raises `InputError` where a hole cannot see what follows it (`check_infilling`).
+    """
+    device = next(model.parameters()).device
+    plan = plan_infilling(model.config, tokens, params, choice, device)
+    for _ in drive(_loop(plan), Runner(model, plan.capacity)):
+        pass
+    return plan.canvas[: len(tokens)].tolist()
+
+
+def plan_infilling(
+    config: ModelConfig,
+    tokens: list[int],
     params: SamplingParams,
     choice: int = 0,
     device: torch.device | str = "cpu",
+) -> Plan:
+    """The holes (mask tokens) of a text."""
+    check_infilling(config, tokens, params)
+    is_causal, size = config.attention == "block_causal", config.block_size
+    length = -(-len(tokens) // size) * size if is_causal else len(tokens)
+    canvas = torch.full((length,), config.mask_id, dtype=torch.int64, device=device)
+    canvas[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device=device)
+    is_given = canvas != config.mask_id
+    step = params.block_length or size
+    masks = {
+        start: int((~is_given[start : start + step]).sum()) for start in range(0, length, step)
+    }
+    windows = [
+        _window(start // step, start, min(start + step, length), len(tokens), count, params)
+        for start, count in masks.items()
+        if count
+    ]
+    context = _context(config, params, is_given)
+    endless = _without_stop(params)
+    strategy = General(config, endless, is_given, choice)
+    return Plan(canvas=canvas, windows=windows, context=context, strategy=strategy, capacity=length)
+
+
+def completed_blocks(
+    plan: Plan, windows: Iterator[Window], start: int, params: SamplingParams
 ) -> Iterator[DecodedBlock]:
-    """The loop over blocks, for any denoiser."""
-    size, eos = denoiser.config.block_size, denoiser.config.eos_id
-    prompt = torch.tensor(prompt_tokens, dtype=torch.int64, device=device)
-    known = len(prompt) // size * size
-    tail, left, counted = prompt[known:], params.max_tokens, denoiser.passes
-    if known:
-        denoiser.commit(prompt[:known])
-    for number in range(known // size, known // size + len(prompt) + left):
-        block = torch.full((size,), denoiser.config.mask_id, dtype=torch.int64, device=device)
-        block[: len(tail)] = tail
-        wanted = min(len(tail) + left, size)
-        steps = _fill(denoiser, block, len(tail), wanted, params, choice, number)
-        tokens, stopped = _new_tokens(block[len(tail) : wanted].tolist(), eos, params)
-        left -= len(tokens)
-        reason = "stop" if stopped else "length" if left == 0 else None
-        passes, counted = denoiser.passes - counted, denoiser.passes
-        yield DecodedBlock(tokens=tokens, passes=passes, steps=steps, finish_reason=reason)
+    """Cut finished windows into what each adds to the completion that begins at `start`."""
+    counted, end = 0, start + params.max_tokens
+    for window in windows:
+        tokens = plan.canvas[max(start, window.start) : window.keep].tolist()
+        tokens, stopped = _new_tokens(tokens, plan.strategy.config.end_ids, params)
+        reason = "stop" if stopped else "length" if window.keep == end else None
+        passes, counted = plan.context.passes - counted, plan.context.passes
+        yield DecodedBlock(tokens=tokens, passes=passes, steps=window.step, finish_reason=reason)
         if reason is not None:
             return
-        denoiser.commit(block)
-        tail = prompt[:0]
 
 
-def _fill(
-    denoiser: Denoiser,
-    block: Tensor,
-    first: int,
-    wanted: int,
-    params: SamplingParams,
-    choice: int,
-    number: int,
-) -> int:
-    """Denoise one block in place; returns the steps taken.
+def _context(config: ModelConfig, params: SamplingParams, is_given: Tensor) -> Context:
+    def plain(stream: int) -> Context:
+        if config.attention == "block_causal":
+            return BlockCausal(config, stream=stream)
+        return Bidirectional(config, cache=params.cache, stream=stream)
 
-    `first` is the place of the first new token and `wanted` ends those that will be kept. Filling
-    follows the whole block, so that a lower `max_tokens` gives a prefix of the same tokens; it
-    ends as soon as all wanted places, or all up to an end-of-text token, are filled.
-    """
-    config = denoiser.config
-    ceiling = params.steps_per_block or config.block_size
-    is_masked = torch.arange(len(block), device=block.device) >= first
-    step = 0
-    while not _is_done(block, is_masked, first, wanted, config.eos_id, params):
-        places = is_masked.nonzero()[:, 0]
-        boundary = _needs_boundary(config) and bool(is_masked[0])
-        alone = boundary and step == 0 and (ceiling > 1 or len(places) == 1)
-        logits = _logits(denoiser, block, places[:1] if alone else places, boundary, alone)
-        places = places[:1] if alone else places
-        uniform = torch.from_numpy(uniforms(params, choice, number, step, places.tolist()))
-        tokens, confidence = draw_tokens(logits, params, uniform)
-        chosen = choose(confidence, 1 if alone else ceiling - step, params)
-        block[places[chosen]] = tokens[chosen]
-        is_masked[places[chosen]] = False
-        step += 1
-    return step
+    if params.guidance_scale == 0:
+        return plain(0)
+    return Guided(
+        plain(0),
+        plain(1),
+        scale=params.guidance_scale,
+        is_given=is_given,
+        mask_id=config.mask_id,
+    )
 
 
-def _logits(
-    denoiser: Denoiser, block: Tensor, places: Tensor, boundary: bool, alone: bool
-) -> Tensor:
-    """Logits [m, vocabulary] that predict the masked places, each from its source row."""
-    config = denoiser.config
-    if boundary:
-        assert denoiser.next_logits is not None
-        if alone:
-            return denoiser.next_logits
-        inside = denoiser.logits(block, places[1:] - 1)
-        return torch.cat([denoiser.next_logits, inside])
-    if config.logits == "aligned":
-        return denoiser.logits(block, places)
-    return denoiser.logits(block, (places - 1).clamp(min=0))
+def _window(
+    number: int, start: int, stop: int, end: int, masks: int, params: SamplingParams
+) -> Window:
+    steps = min(params.steps_per_block or masks, masks)
+    return Window(
+        number=number,
+        start=start,
+        end=stop,
+        keep=min(stop, end),
+        num_masked=masks,
+        max_steps=steps,
+    )
 
 
-def _needs_boundary(config: ModelConfig) -> bool:
-    """Whether a block's first token is predicted by the last committed row.
-
-    A checkpoint trained with `noisy` counts: once its block is filled, the last noisy row sees what
-    the clean row sees.
-    """
-    return config.logits == "shifted" and config.first_place != "own"
+def _loop(plan: Plan) -> Generator[Pass | Window, Tensor, None]:
+    return denoise(plan.context, plan.canvas, plan.windows, plan.strategy)
 
 
-def _is_done(
-    block: Tensor,
-    is_masked: Tensor,
-    first: int,
-    wanted: int,
-    eos_id: int,
-    params: SamplingParams,
-) -> bool:
-    """Whether every place that will be kept is filled."""
-    open_places = is_masked[first:wanted].nonzero()
-    if len(open_places) == 0:
-        return True
-    filled = block[first : first + int(open_places[0])]
-    return params.stop_at_eos and bool((filled == eos_id).any())
+def _without_stop(params: SamplingParams) -> SamplingParams:
+    """Infilling ends nowhere early: the text behind the hole stays."""
+    return replace(params, stop_at_eos=False)
 
 
-def _new_tokens(tokens: list[int], eos_id: int, params: SamplingParams) -> tuple[list[int], bool]:
+def _new_tokens(
+    tokens: list[int], end_ids: tuple[int, ...], params: SamplingParams
+) -> tuple[list[int], bool]:
     """Cut behind the first end-of-text token."""
-    if params.stop_at_eos and eos_id in tokens:
-        return tokens[: tokens.index(eos_id) + 1], True
+    ends = [place for place, token in enumerate(tokens) if token in end_ids]
+    if params.stop_at_eos and ends:
+        return tokens[: ends[0] + 1], True
     return tokens, False
-
-
-def _check(config: ModelConfig, prompt_tokens: list[int], params: SamplingParams) -> None:
-    wrong = [token for token in prompt_tokens if not 0 <= token < config.vocab_size]
-    if wrong:
-        raise InputError(
-            f"prompt has the token id {wrong[0]}, outside the vocabulary of {config.vocab_size}; "
-            "use the tokenizer of this model"
-        )
-    if config.mask_id in prompt_tokens:
-        raise InputError(
-            f"prompt has the mask token {config.mask_id}, which is no text; leave it out"
-        )
-    if not prompt_tokens and _needs_boundary(config):
-        raise InputError(
-            "prompt is empty, and with shifted logits the first token needs one before it; "
-            f"begin with the end-of-text token {config.eos_id}"
-        )
-    if _needs_boundary(config) and (config.first_place, config.clean_half) == (
-        "noisy",
-        "token_causal",
-    ):
-        raise InputError(
-            "first_place=noisy with clean_half=token_causal cannot be decoded from committed rows; "
-            "train with first_place=clean"
-        )
-    length, limit = len(prompt_tokens), config.max_sequence_length
-    if length + params.max_tokens > limit:
-        raise InputError(
-            f"prompt of {length} tokens plus max_tokens={params.max_tokens} exceeds the model's "
-            f"context of {limit}; shorten the prompt or lower max_tokens"
-        )

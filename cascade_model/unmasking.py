@@ -1,102 +1,103 @@
-"""Which masked positions a denoising step commits, and which tokens they get.
+"""Which masked positions a denoising step commits.
 
-Small pure rules behind one loop (`sampler`). Their laws: at least one position a step, never the
-mask token, everything by the last step, ties go to the left. Quotas follow LLaDA's even schedule
-(32 positions in 5 steps: 7, 7, 6, 6, 6); the confidence threshold is that of Fast-dLLM
-(arXiv 2505.22618), with the quota as its floor, as SDAR and LLaDA2 have it.
+A rule is a score of each position and a choice by scores; both are small pure functions. The laws
+of `choose`: at least one position a step, never fewer than the schedule asks, everything by the
+last step, ties go to the left. What a score is made of is drawn in `drawing`; the mask token is
+banned before that.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cascade_model.config import SamplingParams
-from cascade_model.noise import TOKEN, counters, key_of, philox4x32
 
-Rule = Callable[[Tensor, int, SamplingParams], Tensor]
-
-
-def quota(num_masked: int, steps_left: int) -> int:
-    """How many positions a step must commit at least, so that all are filled by the last one."""
-    return -(-num_masked // max(steps_left, 1))
+Score = Callable[[Tensor, Tensor], Tensor]
+Choice = Callable[[Tensor, SamplingParams], Tensor]
 
 
-def confidence_threshold(confidence: Tensor, count: int, params: SamplingParams) -> Tensor:
-    """All positions at or above the threshold, or the `count` most confident where fewer are."""
-    return top_k(confidence, count, params) | (confidence >= params.confidence_threshold)
+def probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of the drawn token, without temperature and cuts, as in LLaDA: float [m]."""
+    picked = logits.gather(-1, tokens[:, None])[:, 0]
+    return (picked - logits.logsumexp(dim=-1)).exp()
 
 
-def top_k(confidence: Tensor, count: int, params: SamplingParams) -> Tensor:
-    """The `count` most confident positions."""
-    order = torch.argsort(confidence, descending=True, stable=True)
-    chosen = torch.zeros_like(confidence, dtype=torch.bool)
-    chosen[order[:count]] = True
-    return chosen
+def margin(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Best minus second best probability (Dream's `topk_margin`)."""
+    best = logits.topk(2, dim=-1).values
+    shares = (best - logits.logsumexp(dim=-1, keepdim=True)).exp()
+    return shares[:, 0] - shares[:, 1]
 
 
-def sequential(confidence: Tensor, count: int, params: SamplingParams) -> Tensor:
-    """The `count` leftmost positions."""
-    return torch.arange(len(confidence), device=confidence.device) < count
+def negative_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Sum of p log p over the vocabulary (Dream's `entropy`)."""
+    logs = logits.log_softmax(dim=-1)
+    return torch.where(logs.isneginf(), 0.0, logs.exp() * logs).sum(dim=-1)
+
+
+def leftmost(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Higher the further left."""
+    return -torch.arange(len(logits), dtype=logits.dtype, device=logits.device)
+
+
+def nothing(scores: Tensor, params: SamplingParams) -> Tensor:
+    """No position beyond what the schedule asks."""
+    return torch.zeros_like(scores, dtype=torch.bool)
+
+
+def above_threshold(scores: Tensor, params: SamplingParams) -> Tensor:
+    """Scores of at least the threshold (Fast-dLLM, arXiv 2505.22618; SDAR's dynamic rule)."""
+    return scores >= params.confidence_threshold
+
+
+def by_factor(scores: Tensor, params: SamplingParams) -> Tensor:
+    """The r-th best while its score is at least 1 - factor/(r + 1) (Fast-dLLM, section 3.3)."""
+    order = scores.argsort(descending=True, stable=True)
+    rank = torch.arange(1, len(scores) + 1, device=scores.device)
+    holds = (scores[order] >= 1 - params.factor / (rank + 1)).cumprod(dim=0).bool()
+    return torch.zeros_like(holds).scatter(0, order, holds)
+
+
+def within_entropy(scores: Tensor, params: SamplingParams) -> Tensor:
+    """Lowest entropy first, while those before add up to at most the bound (EB-Sampler,
+    arXiv 2505.24857); scores are negative entropies."""
+    order = scores.argsort(descending=True, stable=True)
+    entropy = -scores[order]
+    holds = entropy.cumsum(dim=0) - entropy <= params.entropy_bound
+    return torch.zeros_like(holds).scatter(0, order, holds)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How positions are scored, and which are taken beyond the schedule's share."""
+
+    score: Score | None
+    """None: uniform randomness."""
+    choice: Choice
 
 
 RULES: dict[str, Rule] = {
-    "confidence_threshold": confidence_threshold,
-    "top_k": top_k,
-    "sequential": sequential,
+    "confidence_threshold": Rule(probability, above_threshold),
+    "low_confidence": Rule(probability, nothing),
+    "margin": Rule(margin, nothing),
+    "entropy": Rule(negative_entropy, nothing),
+    "random": Rule(None, nothing),
+    "sequential": Rule(leftmost, nothing),
+    "factor": Rule(probability, by_factor),
+    "entropy_bound": Rule(negative_entropy, within_entropy),
+    "first_hitting": Rule(None, nothing),
 }
 
 
-def choose(confidence: Tensor, steps_left: int, params: SamplingParams) -> Tensor:
-    """The positions to commit, bool [m], from the confidence [m] of the masked ones."""
-    return RULES[params.rule](confidence, quota(len(confidence), steps_left), params)
+def choose(scores: Tensor, order: Tensor, least: int, most: int, params: SamplingParams) -> Tensor:
+    """The positions to commit, bool [m], from the scores [m] of the masked ones.
 
-
-def draw_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """A token for each row and its confidence: logits [m, vocabulary] -> int64 [m], float [m].
-
-    Temperature 0 takes the most probable token. Otherwise `uniform` (float64 [m], in [0, 1)) picks
-    from softmax(logits / temperature), cut to the smallest set that reaches `top_p`. The confidence
-    is the token's probability without temperature and cut, as in LLaDA. Banned ids (-inf) have
-    probability 0 and are never drawn.
+    `order` [m] ranks them (the scores, or these with noise); the `least` first are always among
+    them and at most the `most` first.
     """
-    probabilities = logits.softmax(dim=-1)
-    if params.temperature == 0.0:
-        tokens = logits.argmax(dim=-1)
-    else:
-        tokens = _by_inverse(_cut(logits, params), uniform)
-    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0]
-
-
-def uniforms(
-    params: SamplingParams, choice: int, block: int, step: int, places: list[int]
-) -> np.ndarray:
-    """One number in [0, 1) for each place of a block, float64 [m].
-
-    Keyed by (seed, choice, block, step, place): the same whatever else is decoded beside it.
-    """
-    words = counters(places, block, (TOKEN << 24) + step, choice)
-    drawn = philox4x32(words, key_of(params.seed)).astype(np.uint64)
-    high, low = drawn[..., 0] >> np.uint64(5), drawn[..., 1] >> np.uint64(6)
-    return (high * np.uint64(2**26) + low) / float(2**53)
-
-
-def _cut(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities at the temperature, float64, everything outside the nucleus at 0."""
-    probabilities = (logits.double() / params.temperature).softmax(dim=-1)
-    if params.top_p >= 1.0:
-        return probabilities
-    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    outside = ranked.cumsum(dim=-1) - ranked >= params.top_p
-    return torch.zeros_like(ranked).scatter(-1, order, ranked.masked_fill(outside, 0.0))
-
-
-def _by_inverse(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the cumulative probability passes `uniform`; one of probability 0 never
-    is, because the comparison is strict and the total is the cumulative sum's own last value."""
-    cumulative = probabilities.cumsum(dim=-1)
-    wanted = uniform[:, None].to(cumulative.device) * cumulative[:, -1:]
-    found = torch.searchsorted(cumulative, wanted, right=True)[:, 0]
-    last = (probabilities > 0).long().cumsum(dim=-1).argmax(dim=-1)
-    return torch.minimum(found, last)
+    ranking = order.argsort(descending=True, stable=True)
+    place = torch.empty_like(ranking)
+    place[ranking] = torch.arange(len(ranking), device=ranking.device)
+    return (RULES[params.rule].choice(scores, params) | (place < least)) & (place < most)

@@ -132,7 +132,7 @@ class Request(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    rule: Literal["confidence_threshold", "top_k", "sequential"] | None = Field(
+    rule: Literal["confidence_threshold", "low_confidence", "sequential"] | None = Field(
         None, description="Which masked positions a denoising step commits."
     )
     confidence_threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(

@@ -5,10 +5,10 @@ import torch
 
 from cascade_model.attention import (
     clean_mask,
-    commit_mask,
     dense,
     grouped_clean,
     grouped_training,
+    prefix_mask,
     training_mask,
 )
 
@@ -67,10 +67,9 @@ def test_documents_do_not_see_each_other():
         assert not (mask[:, 0] & foreign).any()
 
 
-def test_a_commit_pass_sees_all_or_only_what_is_earlier():
-    cpu = torch.device("cpu")
-    assert commit_mask(2, 3, "block_causal", cpu) is None
-    mask = commit_mask(2, 3, "token_causal", cpu)
+def test_a_prefix_mask_shows_each_row_what_its_limit_says():
+    assert prefix_mask(torch.tensor([5, 5, 5]), 5) is None
+    mask = prefix_mask(torch.tensor([3, 4, 5]), 5)
     assert mask is not None
     assert picture(mask) == ["111..", "1111.", "11111"]
 

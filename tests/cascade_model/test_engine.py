@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade_model.config import ModelConfig, SamplingParams
-from cascade_model.engine import LLM, TextStream, check_prompt
+from cascade_model.engine import LLM, TextStream
 from cascade_model.errors import InputError
 from cascade_model.model import Transformer
+from cascade_model.requests import check_prompt
 from cascade_model.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -3,10 +3,16 @@
 import pytest
 import torch
 
-from cascade_model.attention import clean_mask, commit_mask, dense
+from cascade_model.attention import Keep, clean_mask, dense
+from cascade_model.config import ExpertsConfig
+from cascade_model.errors import InputError
 from cascade_model.kv_cache import KVCache
 from cascade_model.model import Transformer, never_emitted
 from tests.tiny_models import lively_model, tiny_config
+
+EXPERTS = ExpertsConfig(
+    num_experts=4, experts_per_token=2, intermediate_size=12, shared_intermediate_size=8
+)
 
 
 def all_logits(model, tokens, attend, cache=None, start=0):
@@ -44,40 +50,49 @@ def test_the_options_run_and_reach_every_parameter(settings):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_keep_drops_only_rows_that_nobody_reads():
-    model = lively_model()
+@pytest.mark.parametrize("rows", [slice(5), torch.tensor([7, 2, 2]), torch.tensor([], dtype=int)])
+@pytest.mark.parametrize("experts", [None, EXPERTS])
+def test_keep_computes_the_rows_that_are_read(rows, experts):
+    model = lively_model(experts=experts)
     tokens = torch.randint(0, 12, (1, 8))
     positions = torch.arange(8)[None]
-    attend = dense(clean_mask(torch.zeros(1, 8, dtype=torch.int32), 4, "block_causal"))
-    whole = model(tokens, positions, attend, lambda hidden, head: head(hidden))
-    kept = model(tokens, positions, attend, lambda hidden, head: head(hidden), keep=5)
-    torch.testing.assert_close(kept, whole[:, :5], rtol=0, atol=1e-12)
+    mask = clean_mask(torch.zeros(1, 8, dtype=torch.int32), 4, "block_causal")
+    keep = Keep(rows, dense(mask[:, :, rows]))
+    whole = model(tokens, positions, dense(mask), lambda hidden, head: head(hidden))
+    kept = model(tokens, positions, dense(mask), lambda hidden, head: head(hidden), keep=keep)
+    torch.testing.assert_close(kept, whole[:, rows], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("clean_half", ["block_causal", "token_causal"])
-def test_block_by_block_with_a_cache_equals_one_pass_over_everything(clean_half):
-    model = lively_model(clean_half=clean_half)
+@pytest.mark.parametrize("settings", [{}, {"rotary_dim": 2}, {"experts": EXPERTS}])
+def test_block_by_block_with_a_cache_equals_one_pass_over_everything(clean_half, settings):
+    model = lively_model(clean_half=clean_half, **settings)
     tokens = torch.randint(0, 12, (1, 12))
     mask = clean_mask(torch.zeros(1, 12, dtype=torch.int32), 4, clean_half)
     whole = all_logits(model, tokens, dense(mask))
     cache = KVCache(model.config, 12, torch.float64, torch.device("cpu"))
     pieces = []
     for start in (0, 4, 8):
-        attend = dense(commit_mask(start, 4, clean_half, torch.device("cpu")))
-        pieces.append(all_logits(model, tokens[:, start : start + 4], attend, cache, start))
-        cache.commit(4)
+        attend = dense(mask[:, :, start : start + 4, : start + 4])
+        slot = cache.slot(start, 4, start + 4)
+        pieces.append(all_logits(model, tokens[:, start : start + 4], attend, slot, start))
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=1e-10)
 
 
-def test_provisional_rows_leave_committed_entries_alone():
+def test_a_pass_writes_its_own_rows_only():
     model = lively_model()
     cache = KVCache(model.config, 8, torch.float64, torch.device("cpu"))
-    all_logits(model, torch.randint(0, 12, (1, 4)), dense(None), cache)
-    cache.commit(4)
-    before = cache._entries[..., :4, :].clone()
-    all_logits(model, torch.randint(0, 12, (1, 4)), dense(None), cache, start=4)
-    assert torch.equal(cache._entries[..., :4, :], before)
-    assert cache.length == 4
+    all_logits(model, torch.randint(0, 12, (1, 4)), dense(None), cache.slot(0, 4, 4))
+    before = cache.entries[..., :4, :].clone()
+    all_logits(model, torch.randint(0, 12, (1, 4)), dense(None), cache.slot(4, 4, 8), start=4)
+    assert torch.equal(cache.entries[..., :4, :], before)
+    assert bool((cache.entries[..., 4:, :] != 0).any())
+
+
+def test_a_full_cache_says_what_does_not_fit():
+    cache = KVCache(tiny_config(), 8, torch.float64, torch.device("cpu"))
+    with pytest.raises(InputError, match="has 9 tokens and the cache holds 8"):
+        cache.slot(5, 4, 9)
 
 
 def test_mask_and_padding_are_never_emitted_unless_padding_ends_texts():

@@ -3,11 +3,22 @@
 import pytest
 import torch
 
-from cascade_model.attention import clean_mask, dense
+from cascade_model.attention import dense
+from cascade_model.canvas import Window
 from cascade_model.config import SamplingParams
+from cascade_model.contexts import BlockCausal, Guided
 from cascade_model.errors import InputError
-from cascade_model.model import never_emitted, vocabulary_logits
-from cascade_model.sampler import CachedDenoiser, decode, sample
+from cascade_model.model import vocabulary_logits
+from cascade_model.passes import Runner
+from cascade_model.sampler import (
+    completed_blocks,
+    denoise,
+    drive,
+    infill,
+    plan_completion,
+    plan_infilling,
+    sample,
+)
 from tests.tiny_models import EOS, MASK, PAD, lively_model, tiny_config
 
 AXES = [
@@ -20,115 +31,149 @@ AXES = [
     {"logits": "shifted", "block_size": 1},
     {"logits": "aligned", "block_size": 1},
     {"logits": "aligned", "block_size": 16},
+    {"attention": "bidirectional", "block_size": 8},
+    {"attention": "bidirectional", "logits": "shifted", "first_place": "own", "block_size": 8},
+]
+CAUSAL = [axes for axes in AXES if "attention" not in axes]
+RULES = ["confidence_threshold", "low_confidence", "margin", "entropy", "random", "sequential"]
+RULES += ["factor", "entropy_bound", "first_hitting"]
+OPTIONS = [
+    {},
+    {"schedule": "cosine", "steps_per_block": 3},
+    {"min_steps_per_block": 3, "confidence_threshold": 0.0},
+    {"position_temperature": 1.0},
+    {"guidance_scale": 1.5},
+    {"remask_threshold": 0.9},
+    {"editing_threshold": 0.2},
+    {"suppress_eos": "token"},
+    {"suppress_eos": "confidence"},
+    {"top_k": 3, "token_draw": "gumbel"},
 ]
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
 
 
-class UncachedDenoiser:
-    """The slow oracle: everything from the first token, in every pass, under a dense mask."""
+class UncachedRunner:
+    """The slow oracle: every row that a cache would hold is computed anew in every pass.
+
+    It knows of each cache entry only its token and how far that row saw.
+    """
 
     def __init__(self, model):
-        self.model, self.config, self.passes = model, model.config, 0
-        self.next_logits = None
-        self.context = torch.zeros(0, dtype=torch.int64)
+        self.model, self.entries = model, {}
 
-    def commit(self, tokens):
-        self.context = torch.cat([self.context, tokens])
-        length = len(self.context)
-        mask = clean_mask(
-            torch.zeros(1, length, dtype=torch.int32),
-            self.config.block_size,
-            self.config.clean_half,
-        )
-        self.next_logits = self._run(self.context, mask, torch.tensor([length - 1]))
-
-    def logits(self, block, rows):
-        cached, size = len(self.context), len(block)
-        mask = torch.ones(1, 1, cached + size, cached + size, dtype=torch.bool)
-        segments = torch.zeros(1, cached, dtype=torch.int32)
-        clean = clean_mask(segments, self.config.block_size, self.config.clean_half)
-        mask[:, :, :cached, :cached] = clean
-        mask[:, :, :cached, cached:] = False
-        return self._run(torch.cat([self.context, block]), mask, cached + rows)
-
-    @torch.no_grad()
-    def _run(self, tokens, mask, rows):
-        self.passes += 1
-        banned = never_emitted(self.config)
-        return self.model(
-            tokens[None],
-            torch.arange(len(tokens))[None],
-            dense(mask),
-            lambda hidden, head: vocabulary_logits(hidden[0, rows], head, banned),
-        )
+    def run(self, wanted):
+        entries = self.entries.setdefault(wanted.stream, {})
+        for row, (token, limit) in enumerate(
+            zip(wanted.tokens.tolist(), wanted.limits.tolist(), strict=True)
+        ):
+            entries[wanted.start + row] = (token, limit)
+        tokens = torch.tensor([[entries[place][0] for place in range(wanted.visible)]])
+        limits = torch.tensor([entries[place][1] for place in range(wanted.visible)])
+        mask = torch.arange(wanted.visible) < limits[:, None]
+        with torch.no_grad():
+            return self.model(
+                tokens,
+                torch.arange(wanted.visible)[None],
+                dense(mask[None, None]),
+                lambda hidden, head: head(hidden[0, wanted.start + wanted.reads]),
+            )
 
 
-class Recorder(CachedDenoiser):
-    """Keeps every logit and every state of the current block."""
+class Recorder(Runner):
+    """Keeps every pass and every logit."""
 
-    def __init__(self, model, capacity=64):
+    def __init__(self, model, capacity=128):
         super().__init__(model, capacity)
         self.seen, self.given = [], []
 
-    def logits(self, block, rows):
-        self.seen.append(block.clone())
-        self.given.append(super().logits(block, rows))
+    def run(self, wanted):
+        self.seen.append(wanted)
+        self.given.append(super().run(wanted))
         return self.given[-1]
 
 
-class UniformDenoiser:
-    """Knows nothing: every token is as likely as any other, the banned ones apart."""
+class UniformRunner:
+    """Knows nothing: every token is as likely as any other."""
 
     def __init__(self, config):
-        self.config, self.passes, self.next_logits = config, 0, None
+        self.config = config
 
-    def commit(self, tokens):
-        self.passes += 1
-        self.next_logits = self._flat(1)
+    def run(self, wanted):
+        return torch.zeros(len(wanted.reads), self.config.vocab_size)
 
-    def logits(self, block, rows):
-        self.passes += 1
-        return self._flat(len(rows))
 
-    def _flat(self, count):
-        flat = torch.zeros(count, self.config.vocab_size)
-        flat[:, never_emitted(self.config)] = float("-inf")
-        return flat
+def decode(config, runner, prompt, params, *, is_fused=None):
+    """The library's own way, with another runner."""
+    plan = plan_completion(config, prompt, params)
+    if is_fused is not None:
+        contexts = [plan.context]
+        if isinstance(plan.context, Guided):
+            contexts = [plan.context.seeing, plan.context.blind]
+        for context in contexts:
+            assert isinstance(context, BlockCausal)
+            context.is_fused = is_fused
+    loop = denoise(plan.context, plan.canvas, plan.windows, plan.strategy)
+    return completed_blocks(plan, drive(loop, runner), len(prompt), params)
 
 
 def tokens_of(blocks) -> list[int]:
     return [token for block in blocks for token in block.tokens]
 
 
-@pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_cached_decoding_equals_uncached_decoding(axes, temperature):
+@pytest.mark.parametrize("axes", CAUSAL)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_cached_decoding_equals_uncached_decoding(axes, options, is_fused):
     model = lively_model(**axes)
     params = SamplingParams(
-        max_tokens=18, temperature=temperature, confidence_threshold=0.6, stop_at_eos=False
+        **({"max_tokens": 18, "confidence_threshold": 0.6, "temperature": 1.0} | options),
+        stop_at_eos=False,
     )
-    slow = UncachedDenoiser(model)
-    with torch.inference_mode():
-        expected = tokens_of(decode(slow, PROMPT, params))
-    assert tokens_of(sample(model, PROMPT, params)) == expected
+    if axes.get("block_size") == 1 and "min_steps_per_block" in options:
+        return
+    fast, slow = Recorder(model), UncachedRunner(model)
+    slow_logits = []
+    run = slow.run
+    slow.run = lambda wanted: slow_logits.append(run(wanted)) or slow_logits[-1]
+    expected = tokens_of(decode(model.config, slow, PROMPT, params, is_fused=is_fused))
+    found = tokens_of(decode(model.config, fast, PROMPT, params, is_fused=is_fused))
+    assert found == expected
+    for ours, theirs in zip(fast.given, slow_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("axes", AXES)
-def test_cached_logits_equal_uncached_logits(axes):
+@pytest.mark.parametrize("axes", CAUSAL)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("steps", [None, 1, 2])
+def test_a_fused_commit_equals_a_pass_of_its_own(axes, options, steps):
     model = lively_model(**axes)
-    size = model.config.block_size
-    fast, slow = CachedDenoiser(model, 4 * size), UncachedDenoiser(model)
-    generator = torch.Generator().manual_seed(5)
-    rows = torch.arange(size)
-    for _ in range(3):
-        block = torch.randint(0, 12, (size,), generator=generator)
-        noisy = torch.where(torch.rand(size, generator=generator) < 0.5, MASK, block)
-        for denoiser in (fast, slow):
-            denoiser.result = denoiser.logits(noisy, rows)
-            denoiser.commit(block)
-        torch.testing.assert_close(fast.result, slow.result, rtol=0, atol=1e-10)
-        if fast.next_logits is not None:
-            torch.testing.assert_close(fast.next_logits, slow.next_logits, rtol=0, atol=1e-10)
+    values = {"max_tokens": 22, "temperature": 1.0, "confidence_threshold": 0.5} | options
+    values.setdefault("steps_per_block", steps)
+    if (steps or 9) < values.get("min_steps_per_block", 1):
+        return
+    params = SamplingParams(**values, stop_at_eos=False)
+    fused, alone = (
+        list(decode(model.config, Runner(model, 64), PROMPT, params, is_fused=is_fused))
+        for is_fused in (True, False)
+    )
+    assert tokens_of(fused) == tokens_of(alone)
+    assert [block.steps for block in fused] == [block.steps for block in alone]
+    assert sum(block.passes for block in fused) <= sum(block.passes for block in alone)
+
+
+def test_committed_entries_of_the_cache_are_never_written_again():
+    for axes in CAUSAL:
+        recorder = Recorder(lively_model(**axes))
+        params = SamplingParams(max_tokens=24, temperature=1.0, stop_at_eos=False)
+        list(decode(recorder.model.config, recorder, PROMPT, params))
+        final = {}
+        for wanted in recorder.seen:
+            for row, limit in enumerate(wanted.limits.tolist()):
+                place = wanted.start + row
+                assert place not in final
+                clean = not bool((wanted.tokens[: limit - wanted.start] == MASK).any())
+                if clean and limit < wanted.visible:
+                    final[place] = True
 
 
 def test_block_size_one_shifted_is_greedy_autoregressive_decoding_at_one_pass_a_token():
@@ -151,17 +196,39 @@ def test_block_size_one_shifted_is_greedy_autoregressive_decoding_at_one_pass_a_
 
 
 @pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("rule", ["confidence_threshold", "top_k", "sequential"])
-def test_committed_tokens_never_change_and_each_step_commits_at_least_one(axes, rule):
-    recorder = Recorder(lively_model(**axes))
+@pytest.mark.parametrize("rule", RULES)
+def test_every_step_commits_and_committed_tokens_never_change(axes, rule):
+    model = lively_model(**axes)
     params = SamplingParams(max_tokens=18, rule=rule, temperature=1.0, stop_at_eos=False)
-    list(decode(recorder, PROMPT, params))
-    for before, after in zip(recorder.seen, recorder.seen[1:], strict=False):
+    plan = plan_completion(model.config, PROMPT, params)
+    runner, before = Runner(model, plan.capacity), plan.canvas.clone()
+    loop = denoise(plan.context, plan.canvas, plan.windows, plan.strategy)
+    event, steps = next(loop), 0
+    while True:
         known = before != MASK
-        if bool(after[known].eq(before[known]).all()) and (after != MASK).sum() > known.sum():
-            continue
-        # Otherwise a new block began: all masks, or (shifted) all but its first place.
-        assert (after != MASK).sum() <= 1
+        assert plan.canvas[known].equal(before[known])
+        steps += int((plan.canvas != MASK).sum() > known.sum())
+        before = plan.canvas.clone()
+        try:
+            event = loop.send(None if isinstance(event, Window) else runner.run(event))
+        except StopIteration:
+            break
+    assert not (plan.canvas == MASK).any() or axes.get("attention") is None
+    assert steps == sum(window.step for window in plan.windows)
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_fills_everything_with_text_in_bounded_steps(axes, options):
+    model = lively_model(**axes)
+    values = {"max_tokens": 21, "temperature": 2.0, "seed": 3} | options
+    params = SamplingParams(**values, stop_at_eos=False)
+    blocks = list(sample(model, PROMPT, params))
+    tokens = tokens_of(blocks)
+    assert len(tokens) == 21
+    assert not {MASK, PAD} & set(tokens)
+    extra = params.max_post_steps if params.editing_threshold is not None else 0
+    assert max(block.steps for block in blocks) <= model.config.block_size + extra
 
 
 @pytest.mark.parametrize("axes", AXES)
@@ -180,7 +247,7 @@ def test_a_block_takes_no_more_steps_than_its_ceiling(axes, steps):
     params = SamplingParams(
         max_tokens=30, steps_per_block=steps, confidence_threshold=1.0, stop_at_eos=False
     )
-    blocks = list(decode(UniformDenoiser(tiny_config(**axes)), PROMPT, params))
+    blocks = list(decode(tiny_config(**axes), UniformRunner(tiny_config()), PROMPT, params))
     assert max(block.steps for block in blocks) <= steps
     assert len(tokens_of(blocks)) == 30
 
@@ -199,8 +266,10 @@ def test_any_number_of_tokens_is_given_and_a_lower_one_is_a_prefix(max_tokens):
 
 def test_a_ragged_prompt_tail_opens_the_first_block():
     recorder = Recorder(lively_model())
-    list(decode(recorder, PROMPT, SamplingParams(max_tokens=5, stop_at_eos=False)))
-    assert recorder.seen[0].tolist() == [5, 6, 7, MASK]
+    params = SamplingParams(max_tokens=5, stop_at_eos=False)
+    list(decode(recorder.model.config, recorder, PROMPT, params))
+    assert recorder.seen[0].tokens.tolist() == [*PROMPT, MASK]
+    assert recorder.seen[0].limits.tolist() == [4] * 4 + [8] * 4
 
 
 def test_decoding_on_from_a_committed_prefix_gives_the_same_rest():
@@ -222,55 +291,62 @@ def test_the_same_seed_gives_the_same_tokens_and_seeds_and_choices_differ():
     assert len({run(1), run(2), run(1, choice=1)}) == 3
 
 
-class Scripted(UniformDenoiser):
+class Scripted(UniformRunner):
     """Is sure of one given text, more so on the right than on the left or the other way."""
 
     def __init__(self, config, text, left_first=True):
         super().__init__(config)
         self.text, self.left_first = text, left_first
 
-    def logits(self, block, rows):
-        self.passes += 1
-        result = self._flat(len(rows))
-        for index, row in enumerate(rows.tolist()):
+    def run(self, wanted):
+        result = super().run(wanted)
+        for index, row in enumerate((wanted.start + wanted.reads).tolist()):
+            row %= len(self.text)
             result[index, self.text[row]] = 20.0 - row if self.left_first else 10.0 + row
         return result
 
 
+def scripted(text, params, **options):
+    config = tiny_config()
+    return list(decode(config, Scripted(config, text, **options), [1, 2, 3, 4], params))
+
+
 def test_an_end_of_text_with_everything_before_it_filled_ends_early():
-    params = SamplingParams(max_tokens=40, rule="top_k")
-    blocks = list(decode(Scripted(tiny_config(), [1, EOS, 2, 3]), [], params))
+    params = SamplingParams(max_tokens=40, rule="low_confidence")
+    blocks = scripted([1, EOS, 2, 3], params)
     assert [block.tokens for block in blocks] == [[1, EOS]]
     assert (blocks[0].finish_reason, blocks[0].steps) == ("stop", 2)
 
 
 def test_an_end_of_text_waits_until_everything_before_it_is_filled():
-    params = SamplingParams(max_tokens=40, rule="top_k")
-    blocks = list(decode(Scripted(tiny_config(), [1, EOS, 2, 3], left_first=False), [], params))
+    params = SamplingParams(max_tokens=40, rule="low_confidence")
+    blocks = scripted([1, EOS, 2, 3], params, left_first=False)
     assert [block.tokens for block in blocks] == [[1, EOS]]
     assert blocks[0].steps == 4
 
 
 def test_the_end_of_text_can_be_ignored():
     params = SamplingParams(max_tokens=8, stop_at_eos=False)
-    blocks = list(decode(Scripted(tiny_config(), [1, EOS, 2, 3]), [], params))
+    blocks = scripted([1, EOS, 2, 3], params)
     assert tokens_of(blocks) == [1, EOS, 2, 3] * 2
     assert [block.finish_reason for block in blocks] == [None, "length"]
 
 
-def test_passes_are_one_for_the_prompt_or_commit_and_one_a_step():
-    params = SamplingParams(max_tokens=8, rule="top_k", steps_per_block=2, stop_at_eos=False)
-    blocks = list(decode(UniformDenoiser(tiny_config()), [1, 2, 3, 4], params))
-    assert [(block.passes, block.steps) for block in blocks] == [(3, 2), (3, 2)]
+def test_passes_are_one_a_step():
+    params = SamplingParams(
+        max_tokens=8, rule="low_confidence", steps_per_block=2, stop_at_eos=False
+    )
+    blocks = list(decode(tiny_config(), UniformRunner(tiny_config()), [1, 2, 3, 4], params))
+    assert [(block.passes, block.steps) for block in blocks] == [(2, 2), (2, 2)]
 
 
 @pytest.mark.parametrize(
     ("axes", "prompt", "max_tokens", "message"),
     [
         ({}, [99], 4, "99, outside the vocabulary of 16"),
-        ({}, [MASK], 4, "mask token 15"),
-        ({"logits": "shifted"}, [], 4, "prompt is empty"),
-        ({}, [1] * 100, 40, "100 tokens plus max_tokens=40 exceeds .* 128"),
+        ({}, [MASK], 4, "mask or padding token 15"),
+        ({}, [], 4, "prompt is empty"),
+        ({}, [1] * 100, 40, "100 tokens plus max_tokens=40 makes 140, over the context of 128"),
     ],
 )
 def test_prompts_that_cannot_be_decoded_are_refused_with_the_cure(
@@ -278,3 +354,100 @@ def test_prompts_that_cannot_be_decoded_are_refused_with_the_cure(
 ):
     with pytest.raises(InputError, match=message):
         sample(lively_model(**axes), prompt, SamplingParams(max_tokens=max_tokens))
+
+
+@pytest.mark.parametrize(
+    ("axes", "options", "message"),
+    [
+        ({}, {"cache": "dual"}, "cache=dual is for bidirectional models"),
+        ({}, {"block_length": 8}, "block_length=8 is for bidirectional models"),
+        (
+            {"logits": "shifted", "first_place": "noisy", "clean_half": "token_causal"},
+            {},
+            "train with first_place=clean",
+        ),
+    ],
+)
+def test_settings_that_contradict_the_model_are_refused(axes, options, message):
+    with pytest.raises(InputError, match=message):
+        sample(lively_model(**axes), PROMPT, SamplingParams(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "first_hitting", "steps_per_block": 2}, "steps_per_block=2 contradicts"),
+        ({"min_steps_per_block": 3, "steps_per_block": 2}, "min_steps_per_block=3 is above"),
+        ({"remask_threshold": 0.5, "editing_threshold": 0.5}, "choose one"),
+        ({"rule": "sequential", "position_temperature": 1.0}, "has no meaning"),
+        ({"top_k": -1}, "top_k=-1 must not be negative"),
+    ],
+)
+def test_contradictory_settings_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        SamplingParams(**options)
+
+
+BIDIRECTIONAL = [axes for axes in AXES if "attention" in axes]
+
+
+@pytest.mark.parametrize("axes", BIDIRECTIONAL)
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_approximate_caches_are_exact_in_the_first_step_of_a_block(axes, cache):
+    """With one step a block every pass is a full one."""
+    model = lively_model(**axes)
+    plain, cached = (
+        SamplingParams(max_tokens=20, steps_per_block=1, cache=kind, stop_at_eos=False)
+        for kind in ("exact", cache)
+    )
+    assert tokens_of(sample(model, PROMPT, plain)) == tokens_of(sample(model, PROMPT, cached))
+
+
+@pytest.mark.parametrize("axes", BIDIRECTIONAL)
+def test_approximate_caches_feed_less(axes):
+    model = lively_model(**axes)
+    fed = {}
+    for cache in ("exact", "prefix", "dual"):
+        recorder = Recorder(model)
+        params = SamplingParams(max_tokens=24, rule="low_confidence", cache=cache)
+        list(decode(model.config, recorder, PROMPT, params))
+        fed[cache] = sum(len(wanted.tokens) for wanted in recorder.seen)
+    assert fed["dual"] < fed["prefix"] < fed["exact"]
+
+
+@pytest.mark.parametrize("axes", BIDIRECTIONAL)
+def test_a_bidirectional_hole_sees_its_suffix(axes):
+    model = lively_model(**axes)
+    text = [1, 2, MASK, MASK, 5, 6, 7, 8, 9, 10, 1, 2]
+    logits = []
+    for suffix in (3, 4):
+        recorder = Recorder(model)
+        plan_text = [*text[:-1], suffix]
+        plan = plan_infilling(model.config, plan_text, SamplingParams())
+        loop = denoise(plan.context, plan.canvas, plan.windows, plan.strategy)
+        list(drive(loop, recorder))
+        assert plan.canvas.tolist()[4:] == plan_text[4:]
+        assert not {MASK, PAD} & set(plan.canvas.tolist())
+        logits.append(recorder.given[0])
+    assert not torch.allclose(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("axes", CAUSAL[:7])
+def test_a_hole_sees_a_suffix_in_its_own_block_only(axes):
+    model = lively_model(**axes)
+    if model.config.block_size > 1:
+        filled = infill(model, [1, 2, 3, 4, 5, MASK, MASK, 8], SamplingParams())
+        assert filled[:5] + filled[7:] == [1, 2, 3, 4, 5, 8]
+        assert not {MASK, PAD} & set(filled)
+    with pytest.raises(InputError, match="followed by text beyond its block"):
+        infill(model, [1, 2, 3, MASK, 5, 6, 7, 8], SamplingParams())
+
+
+def test_guidance_of_scale_zero_is_no_guidance_and_a_large_one_changes_the_text():
+    model = lively_model()
+    texts = {
+        scale: tokens_of(sample(model, PROMPT, SamplingParams(guidance_scale=scale)))
+        for scale in (0.0, 1e-12, 4.0)
+    }
+    assert texts[0.0] == texts[1e-12]
+    assert texts[0.0] != texts[4.0]

@@ -1,95 +1,86 @@
-"""The rules: schedules, thresholds, draws and their keys."""
+"""The rules: what each scores and takes, and the laws of every choice."""
 
-import numpy as np
+import math
+
 import pytest
 import torch
 
 from cascade_model.config import SamplingParams
-from cascade_model.unmasking import RULES, choose, draw_tokens, quota, uniforms
+from cascade_model.unmasking import (
+    RULES,
+    choose,
+    leftmost,
+    margin,
+    negative_entropy,
+    probability,
+)
+
+SHARES = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25]], dtype=torch.float64)
+BEST = torch.tensor([0, 0])
 
 
-def schedule(masked: int, steps: int) -> list[int]:
-    counts = []
-    for left in range(steps, 0, -1):
-        counts.append(quota(masked, left))
-        masked -= counts[-1]
-    return counts
+def chosen(rule: str, scores: list[float], least: int = 1, most: int = 99, **settings):
+    params = SamplingParams(rule=rule, **settings)
+    values = torch.tensor(scores, dtype=torch.float64)
+    return choose(values, values, least, most, params).tolist()
 
 
-def test_the_even_schedule_of_llada():
-    assert schedule(32, 5) == [7, 7, 6, 6, 6]
-    assert schedule(8, 8) == [1] * 8
+def test_scores_are_what_their_names_say():
+    logits = SHARES.log() + 3.0
+    entropy = [sum(p * math.log(p) for p in row) for row in SHARES.tolist()]
+    wanted = {
+        probability: [0.7, 0.4],
+        margin: [0.5, 0.05],
+        negative_entropy: entropy,
+        leftmost: [0.0, -1.0],
+    }
+    for score, values in wanted.items():
+        torch.testing.assert_close(score(logits, BEST), torch.tensor(values, dtype=torch.float64))
 
 
-def test_top_k_takes_the_most_confident_and_ties_go_left():
-    confidence = torch.tensor([0.5, 0.9, 0.9, 0.9])
-    params = SamplingParams(rule="top_k")
-    assert choose(confidence, 2, params).tolist() == [False, True, True, False]
+def test_banned_tokens_do_not_disturb_the_entropy():
+    logits = torch.cat([SHARES.log(), torch.full((2, 2), float("-inf"))], dim=1)
+    plain = negative_entropy(SHARES.log(), BEST)
+    torch.testing.assert_close(negative_entropy(logits, BEST), plain)
 
 
-def test_sequential_takes_the_leftmost():
-    params = SamplingParams(rule="sequential")
-    assert choose(torch.tensor([0.1, 0.9, 0.9]), 2, params).tolist() == [True, True, False]
+def test_the_schedules_share_goes_to_the_best_and_ties_go_left():
+    assert chosen("low_confidence", [0.5, 0.9, 0.9, 0.9], least=2) == [False, True, True, False]
 
 
-def test_the_threshold_commits_all_sure_positions():
-    params = SamplingParams(confidence_threshold=0.8)
-    chosen = choose(torch.tensor([0.81, 0.1, 0.95, 0.8]), 4, params)
-    assert chosen.tolist() == [True, False, True, True]
+def test_the_threshold_commits_all_sure_positions_or_the_least():
+    settings = {"confidence_threshold": 0.8}
+    scores = [0.81, 0.1, 0.95, 0.8]
+    assert chosen("confidence_threshold", scores, **settings) == [True, False, True, True]
+    low = [0.1, 0.2, 0.3]
+    assert chosen("confidence_threshold", low, 2, **settings) == [False, True, True]
+
+
+def test_the_factor_rule_compares_the_rth_best_with_its_own_bar():
+    # f = 1: bars 2/3, 3/4, 4/5 from the second on; the first is always taken.
+    assert chosen("factor", [0.1, 0.68, 0.74], factor=1.0) == [False, True, True]
+    assert chosen("factor", [0.3, 0.2, 0.1], factor=1.0) == [True, False, False]
+    assert chosen("factor", [0.70, 0.66, 0.9], factor=1.0) == [True, False, True]
+
+
+def test_the_entropy_bound_adds_up_what_comes_before():
+    # Entropies 0.05, 0.06, 0.3: before the third stand 0.11, above 0.1.
+    assert chosen("entropy_bound", [-0.3, -0.05, -0.06], entropy_bound=0.1) == [False, True, True]
+    assert chosen("entropy_bound", [-0.3, -0.2], entropy_bound=0.0) == [False, True]
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("masked", [1, 2, 7])
-@pytest.mark.parametrize("steps_left", [1, 3, 7])
-def test_every_rule_commits_at_least_one_and_everything_in_the_last_step(rule, masked, steps_left):
-    params = SamplingParams(rule=rule, confidence_threshold=1.0)
-    chosen = choose(torch.full((masked,), 0.2), steps_left, params)
-    assert chosen.sum() >= 1
-    assert steps_left > 1 or chosen.all()
+@pytest.mark.parametrize("least", [1, 3, 7])
+def test_every_rule_commits_the_least_and_never_more_than_the_most(rule, masked, least):
+    generator = torch.Generator().manual_seed(masked)
+    scores = torch.rand(masked, generator=generator).tolist()
+    assert sum(chosen(rule, scores, least, confidence_threshold=1.0)) >= min(least, masked)
+    assert sum(chosen(rule, scores, 1, 2, confidence_threshold=0.0)) <= 2
 
 
-def test_temperature_zero_takes_the_best_token_whatever_the_numbers():
-    logits = torch.tensor([[0.0, 3.0, 1.0]])
-    for number in (0.0, 0.999):
-        uniform = torch.tensor([number], dtype=torch.float64)
-        tokens, confidence = draw_tokens(logits, SamplingParams(), uniform)
-        assert tokens.tolist() == [1]
-        torch.testing.assert_close(confidence, logits.softmax(-1)[:, 1])
-
-
-def test_draws_follow_the_tempered_distribution_and_confidence_does_not():
-    logits = torch.tensor([[1.0, 0.0, -1.0, float("-inf")]]).expand(4000, -1)
-    uniform = torch.from_numpy((np.arange(4000) + 0.5) / 4000)
-    tokens, confidence = draw_tokens(logits, SamplingParams(temperature=2.0), uniform)
-    found = torch.bincount(tokens, minlength=4) / 4000
-    torch.testing.assert_close(found, (logits[0] / 2).softmax(-1), rtol=0, atol=1e-3)
-    torch.testing.assert_close(confidence, logits.softmax(-1).gather(1, tokens[:, None])[:, 0])
-
-
-@pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])
-def test_banned_tokens_are_never_drawn(number):
-    logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]])
-    uniform = torch.tensor([number], dtype=torch.float64)
-    tokens, _ = draw_tokens(logits, SamplingParams(temperature=1.0), uniform)
-    assert tokens.item() in (1, 2)
-
-
-def test_top_p_keeps_the_smallest_set_that_reaches_it():
-    logits = torch.tensor([[0.6, 0.3, 0.1]]).log().expand(1000, -1)
-    uniform = torch.from_numpy((np.arange(1000) + 0.5) / 1000)
-    tokens, _ = draw_tokens(logits, SamplingParams(temperature=1.0, top_p=0.7), uniform)
-    counts = torch.bincount(tokens, minlength=3)
-    assert counts[2] == 0
-    assert abs(counts[0] / 1000 - 2 / 3) < 2e-3
-
-
-def test_random_numbers_are_keyed_by_seed_choice_block_step_and_place():
-    def numbers(seed=1, choice=2, block=3, step=4, places=(0, 5)):
-        return tuple(uniforms(SamplingParams(seed=seed), choice, block, step, list(places)))
-
-    base = numbers()
-    assert base == numbers()
-    assert all(0 <= number < 1 for number in base)
-    assert numbers(places=(5,)) == base[1:]
-    others = [numbers(seed=2), numbers(choice=3), numbers(block=4), numbers(step=5)]
-    assert len({base, *others, numbers(seed=-1)}) == 6
+def test_noise_on_the_order_changes_who_fills_the_share_and_not_who_is_sure():
+    scores = torch.tensor([0.95, 0.3, 0.2])
+    order = torch.tensor([0.0, 1.0, 2.0])
+    params = SamplingParams(confidence_threshold=0.9)
+    assert choose(scores, order, 1, 99, params).tolist() == [True, False, True]

@@ -101,10 +101,18 @@ def test_neutral_values_and_harmless_fields_are_taken():
 
 def test_the_settings_reach_the_engine():
     params = completion(
-        temperature=0, top_p=0.5, rule="top_k", confidence_threshold=0.25, steps_per_block=2
+        temperature=0,
+        top_p=0.5,
+        rule="low_confidence",
+        confidence_threshold=0.25,
+        steps_per_block=2,
     ).sampling(7, 11)
     assert (params.max_tokens, params.seed, params.temperature, params.top_p) == (7, 11, 0, 0.5)
-    assert (params.rule, params.confidence_threshold, params.steps_per_block) == ("top_k", 0.25, 2)
+    assert (params.rule, params.confidence_threshold, params.steps_per_block) == (
+        "low_confidence",
+        0.25,
+        2,
+    )
 
 
 def test_a_field_left_out_takes_openais_default():

@@ -1,0 +1,201 @@
+"""What a place is predicted from: which rows are fed, which are cached, who sees whom.
+
+A context turns "predict these places" into passes. `BlockCausal` has the exact cache: a finished
+block's keys and values are written once and never again. The pass that writes them is fused with
+the next block's first step, or made alone (`is_fused=False`); both give the same logits.
+`Bidirectional` feeds the whole canvas, or with the approximate caches of Fast-dLLM
+(arXiv 2505.22618) only what lies behind the block's start or the block itself. `Guided` mixes two
+contexts into classifier-free guidance.
+"""
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from cascade_model.canvas import Window
+from cascade_model.config import ModelConfig
+from cascade_model.passes import Pass, Predicting, Prediction
+
+
+class Context(Protocol):
+    """What the denoising loop asks of a model."""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes so far."""
+        ...
+
+    def predict(self, canvas: Tensor, window: Window, places: Tensor) -> Predicting:
+        """Logits of the masked `places` int64 [m] (rising) of the window, or of the first of
+        them only, where the others are better predicted with that one known."""
+        ...
+
+
+class BlockCausal:
+    """Exact cache. Blocks end at origin + k x block_size; finished ones are committed lazily.
+
+    With shifted logits the row on the left predicts, and a block's first place is predicted by the
+    last committed row: the commit pass itself yields it and counts as the block's first step
+    (Fast-dLLM v2), unless that is the last step and all places are predicted together. A checkpoint
+    trained with first_place "noisy" counts too: once its block is filled, the last noisy row sees
+    what the clean row sees. For block size 1 this is autoregressive decoding, one pass a token.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        origin: int = 0,
+        is_fused: bool = True,
+        is_first_alone: bool = True,
+        stream: int = 0,
+    ) -> None:
+        self.config, self.origin, self.stream = config, origin, stream
+        self.is_fused, self.is_first_alone = is_fused, is_first_alone
+        self.committed = 0
+        self.passes = 0
+        self._boundary: Tensor | None = None
+
+    def predict(self, canvas: Tensor, window: Window, places: Tensor) -> Predicting:
+        """See `Context`."""
+        if not (self.config.needs_boundary and places[0] == window.start):
+            rows = self._rows(places)
+            logits = yield from self._run(canvas, window, rows)
+            return Prediction(places, logits)
+        is_open = bool(canvas[window.start] == self.config.mask_id)
+        is_free = self.is_first_alone and is_open
+        is_alone = is_free and (not window.is_last_step or len(places) == 1)
+        if self.committed < window.start and (is_alone or not self.is_fused):
+            self._boundary = yield from self._commit(canvas, window.start, read_last=True)
+        if is_alone:
+            assert self._boundary is not None
+            return Prediction(places[:1], self._boundary)
+        inside = self._rows(places[1:])
+        if self.committed == window.start:
+            assert self._boundary is not None
+            logits = yield from self._run(canvas, window, inside)
+            return Prediction(places, torch.cat([self._boundary, logits]))
+        last = torch.tensor([window.start - 1], device=canvas.device)
+        logits = yield from self._run(canvas, window, torch.cat([last, inside]))
+        self._boundary = logits[:1]
+        return Prediction(places, logits)
+
+    def _rows(self, places: Tensor) -> Tensor:
+        """The place whose row predicts each place."""
+        return places if self.config.logits == "aligned" else (places - 1).clamp(min=0)
+
+    def _run(self, canvas: Tensor, window: Window, sources: Tensor):
+        """One pass over the window, with the finished blocks before it where they are pending."""
+        if self.committed < window.start and not self.is_fused:
+            yield from self._commit(canvas, window.start, read_last=False)
+        first = self.committed
+        own_row = self.config.first_place == "own" and self.config.logits == "shifted"
+        lowest = window.start if own_row else first
+        limits = torch.cat(
+            [
+                self._clean_limits(first, window.start, canvas.device),
+                torch.full((window.end - window.start,), window.end, device=canvas.device),
+            ]
+        )
+        self.committed = window.start
+        return (
+            yield from self._pass(
+                canvas[first : window.end], first, limits, sources.clamp(min=lowest) - first
+            )
+        )
+
+    def _commit(self, canvas: Tensor, end: int, *, read_last: bool):
+        """One pass that writes the pending finished blocks; their last row's logits [1, v]."""
+        first, count = self.committed, end - self.committed
+        reads = torch.tensor([count - 1] if read_last else [], dtype=torch.int64)
+        self.committed = end
+        limits = self._clean_limits(first, end, canvas.device)
+        return (yield from self._pass(canvas[first:end], first, limits, reads.to(canvas.device)))
+
+    def _pass(self, tokens: Tensor, start: int, limits: Tensor, reads: Tensor):
+        self.passes += 1
+        visible = start + len(tokens)
+        return (
+            yield Pass(
+                tokens=tokens.clone(),
+                start=start,
+                limits=limits,
+                visible=visible,
+                reads=reads,
+                stream=self.stream,
+            )
+        )
+
+    def _clean_limits(self, start: int, end: int, device: torch.device) -> Tensor:
+        """What finished tokens see: their whole block and all before, or themselves and before."""
+        place = torch.arange(start, end, device=device)
+        if self.config.clean_half == "token_causal":
+            return place + 1
+        size = self.config.block_size
+        return (((place - self.origin) // size + 1) * size + self.origin).clamp(max=end)
+
+
+class Bidirectional:
+    """Every row sees the whole canvas.
+
+    cache "exact" feeds the canvas in every pass. "prefix" and "dual" do so in the first pass of a
+    window and keep what it wrote: later ones feed only what lies behind the window's start, or the
+    window itself, against keys and values that have grown stale (Fast-dLLM). With shifted logits
+    such a piece begins `lead` rows earlier: the row on the left of its first place is in it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        cache: Literal["exact", "prefix", "dual"] = "exact",
+        lead: int | None = None,
+        stream: int = 0,
+    ) -> None:
+        self.config, self.cache, self.stream = config, cache, stream
+        self.lead = int(config.logits == "shifted") if lead is None else lead
+        self.passes = 0
+
+    def predict(self, canvas: Tensor, window: Window, places: Tensor) -> Predicting:
+        """See `Context`."""
+        start, end = 0, len(canvas)
+        if self.cache != "exact" and window.step > 0:
+            start = max(window.start - self.lead, 0)
+            end = window.end if self.cache == "dual" else end
+        sources = places - int(self.config.logits == "shifted")
+        self.passes += 1
+        logits = yield Pass(
+            tokens=canvas[start:end].clone(),
+            start=start,
+            limits=torch.full((end - start,), len(canvas), device=canvas.device),
+            visible=len(canvas),
+            reads=sources.clamp(min=start) - start,
+            stream=self.stream,
+        )
+        return Prediction(places, logits)
+
+
+class Guided:
+    """Classifier-free guidance: u + (scale + 1)(c - u), u being blind to what was given.
+
+    As in LLaDA (arXiv 2502.09992): the second pass sees a mask in place of every given token.
+    """
+
+    def __init__(
+        self, seeing: Context, blind: Context, *, scale: float, is_given: Tensor, mask_id: int
+    ) -> None:
+        self.seeing, self.blind, self.scale = seeing, blind, scale
+        self.is_given, self.mask_id = is_given, mask_id
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of both."""
+        return self.seeing.passes + self.blind.passes
+
+    def predict(self, canvas: Tensor, window: Window, places: Tensor) -> Predicting:
+        """See `Context`."""
+        c = yield from self.seeing.predict(canvas, window, places)
+        hidden = torch.where(self.is_given, self.mask_id, canvas)
+        u = yield from self.blind.predict(hidden, window, places)
+        return Prediction(c.places, u.logits + (self.scale + 1) * (c.logits - u.logits))
