@@ -1,5 +1,6 @@
 """A training batch as tensors on one device."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Self
 
@@ -23,7 +24,7 @@ class TrainBatch:
     is_maskable: Tensor
     """bool [n, L]: False for padding and prompts."""
     mask_rates: Tensor
-    """float32 [n, L / block_size]: the mask rate t of each block, threshold / 2^32."""
+    """float32 [n, blocks]: the mask rate t of each block of L / blocks tokens, threshold / 2^32."""
     positions: Tensor
     """int64 [n, L]: place within the document, counted from 0."""
     segments: Tensor
@@ -45,3 +46,48 @@ class TrainBatch:
             positions=move(batch.positions, np.int64),
             segments=move(batch.segments, np.int32),
         )
+
+    @classmethod
+    def of(
+        cls,
+        clean_tokens: Tensor,
+        is_masked: Tensor,
+        *,
+        block_size: int | None = None,
+        is_maskable: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Self:
+        """Sequences with given masks, each one document unless `segments` says otherwise.
+
+        The mask rates are 1, one for each block, or without `block_size` one for each sequence.
+        """
+        n, length = clean_tokens.shape
+        device = clean_tokens.device
+        if segments is None:
+            segments = torch.zeros(n, length, dtype=torch.int32, device=device)
+        place = torch.arange(length, device=device).expand(n, -1)
+        is_start = torch.ones_like(segments, dtype=torch.bool)
+        is_start[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        return cls(
+            sequence_ids=torch.arange(n, device=device),
+            clean_tokens=clean_tokens,
+            is_masked=is_masked,
+            is_maskable=torch.ones_like(is_masked) if is_maskable is None else is_maskable,
+            mask_rates=torch.ones(n, length // (block_size or length), device=device),
+            positions=place - torch.where(is_start, place, 0).cummax(dim=1).values,
+            segments=segments,
+        )
+
+    @property
+    def noise_block_size(self) -> int:
+        """Tokens that share a mask rate."""
+        return self.clean_tokens.shape[1] // self.mask_rates.shape[1]
+
+    def rates_at(self, sequences: Tensor, places: Tensor) -> Tensor:
+        """Mask rates of the given tokens, float32 [r]."""
+        return self.mask_rates[sequences, places // self.noise_block_size]
+
+    def select(self, sequences: Tensor) -> Self:
+        """These sequences, int64 [m]; one may come several times."""
+        names = (f.name for f in dataclasses.fields(self))
+        return type(self)(**{name: getattr(self, name)[sequences] for name in names})

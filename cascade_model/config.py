@@ -107,8 +107,11 @@ class TrainingNoise(NoiseConfig):
         )
         check(
             self.short_multiple >= 1
-            and (self.per == "sequence" or self.short_multiple % self.block_size == 0)
-            or self.short_rate == 0.0,
+            and (
+                self.short_rate == 0.0
+                or self.per == "sequence"
+                or self.short_multiple % self.block_size == 0
+            ),
             f"noise.short_multiple={self.short_multiple} must be a multiple of noise.block_size="
             f"{self.block_size} where each block has a rate of its own; use {self.block_size}",
         )

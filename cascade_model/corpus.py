@@ -1,17 +1,18 @@
 """The reader: global sample numbers to batches, the same for any number of ranks.
 
-Global sample g of a corpus of N sequences is rank g mod N in the order of draw g div N. What a
-sample looks like depends on (corpus, recipe, g) alone.
+Global sample g of a corpus of N sequences is rank g mod N in the order of draw g div N. With
+complementary pairs, samples 2k and 2k + 1 are both rank k mod N of draw k div N. What a sample
+looks like depends on (corpus, recipe, g) alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cascade_model import noise as mask_noise
 from cascade_model.commit import Folder
-from cascade_model.config import NoiseConfig
-from cascade_model.errors import CorpusMismatch
+from cascade_model.config import NoiseConfig, TrainingNoise
+from cascade_model.errors import CorpusMismatch, InputError
 from cascade_model.schema import MANIFEST, TOKENIZER, Manifest
 from cascade_model.shards import Shard
 from cascade_model.tokenizer import Tokenizer
@@ -30,7 +31,8 @@ class Batch:
     is_maskable: np.ndarray
     """bool [n, L]; false at PAD."""
     thresholds: np.ndarray
-    """uint32 [n, L / B]: mask rate of each block times 2^32."""
+    """uint32 [n, L / B]: mask rate of each block times 2^32; [n, 1] where a batch was cut within a
+    block, which is done to rates per sequence only."""
     positions: np.ndarray
     """int64 [n, L]; restart at 0 with each document."""
     segments: np.ndarray
@@ -170,37 +172,59 @@ class Corpus:
         world_size: int = 1,
     ) -> Batch:
         """Rank `rank`'s contiguous slice of global samples first_sample..+num_samples."""
+        noise = noise if isinstance(noise, TrainingNoise) else TrainingNoise.over(noise)
         self._require_noise(noise)
         low = first_sample + num_samples * rank // world_size
         high = first_sample + num_samples * (rank + 1) // world_size
         samples = np.arange(low, high, dtype=np.uint64)
-        draws = samples // np.uint64(self.num_sequences)
-        ranks = samples % np.uint64(self.num_sequences)
-        parts = [self._masked(ranks[draws == draw], noise, int(draw)) for draw in np.unique(draws)]
-        parts = parts or [self._masked(ranks, noise, 0)]
-        if len(parts) == 1:
-            return parts[0]
+        copies = np.uint64(2 if noise.complement else 1)
+        shown, is_second = samples // copies, samples % copies == 1
+        draws = shown // np.uint64(self.num_sequences)
+        ranks = shown % np.uint64(self.num_sequences)
+        parts = [
+            self._masked(ranks[draws == draw], is_second[draws == draw], noise, int(draw))
+            for draw in np.unique(draws)
+        ]
+        parts = parts or [self._masked(ranks, is_second, noise, 0)]
         names = Batch.__dataclass_fields__
-        return Batch(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+        whole = parts[0]
+        if len(parts) > 1:
+            whole = Batch(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+        return self._cut(whole, first_sample, num_samples, noise)
 
-    def _require_noise(self, noise: NoiseConfig) -> None:
+    def _require_noise(self, noise: TrainingNoise) -> None:
         if self.block_size % noise.block_size:
             raise CorpusMismatch(
                 f"noise.block_size={noise.block_size} does not divide the corpus's block size "
                 f"{self.block_size}; use a divisor or prepare the corpus with "
                 f"--noise.block_size {noise.block_size}"
             )
+        if noise.padding == "eos" and self.manifest.pad_id == self.manifest.eos_id:
+            raise InputError(
+                f"noise.padding=eos needs padding of its own, and pad_id and eos_id of the corpus "
+                f"are both {self.manifest.eos_id}; use noise.padding=never"
+            )
 
-    def _masked(self, ranks: np.ndarray, noise: NoiseConfig, draw: int) -> Batch:
-        """Samples of one draw, in its order."""
+    def _masked(
+        self, ranks: np.ndarray, is_second: np.ndarray, noise: TrainingNoise, draw: int
+    ) -> Batch:
+        """Samples of one draw, in its order; a second one is the complement of its first."""
         ids = mask_noise.sequence_at(ranks, self.num_sequences, noise, draw)
         rows = self.rows(ids)
+        if noise.padding == "eos":
+            is_padding = ~rows.is_maskable & (rows.tokens == self.manifest.pad_id)
+            tokens = np.where(is_padding, self.manifest.eos_id, rows.tokens)
+            rows = replace(rows, tokens=tokens, is_maskable=rows.is_maskable | is_padding)
         thresholds, is_masked = rows.thresholds, rows.is_masked
-        if draw != 0 or noise != self.manifest.noise:
+        if draw != 0 or noise.recipe != self.manifest.noise or noise.padding == "eos":
             blocks = self.sequence_length // noise.block_size
             thresholds = mask_noise.thresholds(noise, draw, ranks, blocks)
             bits = mask_noise.mask_bits(noise, draw, ids, thresholds, self.sequence_length)
             is_masked = bits & rows.is_maskable
+        if is_second.any():
+            other = is_second[:, None]
+            is_masked = np.where(other, rows.is_maskable & ~is_masked, is_masked)
+            thresholds = np.where(other, mask_noise.complement(thresholds), thresholds)
         places = np.arange(self.sequence_length, dtype=np.int64)
         starts = np.maximum.accumulate(np.where(rows.is_start, places, 0), axis=1)
         return Batch(
@@ -212,6 +236,27 @@ class Corpus:
             positions=places - starts,
             segments=np.cumsum(rows.is_start, axis=1, dtype=np.int32) - np.int32(1),
         )
+
+    def _cut(
+        self, batch: Batch, first_sample: int, num_samples: int, noise: TrainingNoise
+    ) -> Batch:
+        """The batch at the length that its global batch drew."""
+        if noise.short_rate == 0.0:
+            return batch
+        number = first_sample // noise.sequences_per_batch
+        if (first_sample + max(num_samples, 1) - 1) // noise.sequences_per_batch != number:
+            raise InputError(
+                f"samples {first_sample}..{first_sample + num_samples - 1} belong to several "
+                f"batches of noise.sequences_per_batch={noise.sequences_per_batch}, which are cut "
+                "apart; read one at a time"
+            )
+        length = mask_noise.cut_length(noise, number, self.sequence_length)
+        blocks = 1 if length % noise.block_size else length // noise.block_size
+        cut = {
+            name: getattr(batch, name)[:, :length]
+            for name in ("clean_tokens", "is_masked", "is_maskable", "positions", "segments")
+        }
+        return replace(batch, thresholds=batch.thresholds[:, :blocks], **cut)
 
 
 def read_manifest(folder: Folder) -> Manifest:

@@ -20,32 +20,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade_model.batch import TrainBatch
-from cascade_model.config import ModelConfig
+from cascade_model.config import ModelConfig, Normaliser, Weight
 from cascade_model.errors import CheckpointMismatch
-from cascade_model.loss import (
-    LossParts,
-    RowLosses,
-    Weight,
-    in_chunks,
-    loss_parts,
-    read_places,
-    source_rows,
-    supervised,
-)
-from cascade_model.model import Transformer, never_emitted, vocabulary_logits
+from cascade_model.loss import in_chunks, read_places, rows_of, source_rows, supervised
+from cascade_model.model import never_emitted, vocabulary_logits
+from cascade_model.networks import Network
+from cascade_model.objective import LossParts, loss_parts, weights_of
 
 
 def distillation_loss(
-    model: Transformer,
+    model: Network,
     batch: TrainBatch,
     *,
-    teacher: Transformer,
+    teacher: Network,
     alpha: float,
     weight: Weight = "elbo",
+    normaliser: Normaliser = "maskable",
 ) -> LossParts:
     """The distillation loss of one batch; at alpha = 0 it is `loss.diffusion_loss`.
 
-    `weight` is the cross entropy's: 1/t ("elbo") or 1 ("unit"); the KL's is always one per row.
+    `weight` is the cross entropy's, as in `objective`; the KL's is always one per row.
     The bands hold the plain cross entropy. Raises `CheckpointMismatch` as `require_teacher`.
     """
     require_teacher(teacher.config, model.config)
@@ -66,22 +60,16 @@ def distillation_loss(
         return in_chunks(both, hidden, targets, taught, vocabulary=config.vocab_size)
 
     losses, divergences = read_places(model, batch, sequences, places, read).unbind(dim=1)
-    rows = RowLosses(
-        sequences=sequences,
-        places=places,
-        losses=losses,
-        rates=batch.mask_rates[sequences, places // config.block_size].to(losses.dtype),
-        num_maskable=(batch.is_maskable & (source_rows(config, batch) >= 0)).sum(dim=1),
-    )
-    weights = rows.weights if weight == "elbo" else torch.ones_like(losses)
+    rows = rows_of(config, batch, sequences, places, losses)
+    weights = weights_of(config, batch, rows, weight)
     share = alpha * has_teacher.to(losses.dtype)
-    total = ((1 - share) * weights * losses + share * divergences).sum()
-    return loss_parts(total, rows)
+    values = (1 - share) * weights * losses + share * divergences
+    return loss_parts(values, batch, rows, normaliser)
 
 
 @torch.no_grad()
 def teacher_rows(
-    teacher: Transformer, batch: TrainBatch, sequences: Tensor, places: Tensor
+    teacher: Network, batch: TrainBatch, sequences: Tensor, places: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The teacher's last hidden states that predict the given tokens, and where there is one.
 

@@ -16,7 +16,7 @@ from cascade_model.config import ModelConfig, SamplingParams
 from cascade_model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from cascade_model.model import Transformer
+    from cascade_model.networks import Network
     from cascade_model.sampler import DecodedBlock
 
 FinishReason = Literal["stop", "length"]
@@ -135,7 +135,7 @@ def _overlap(text: str, stop: str) -> int:
 class LLM:
     """A model, its tokenizer and one lock: safe to call from many threads, one block at a time."""
 
-    def __init__(self, model: "Transformer", tokenizer: Tokenizer) -> None:
+    def __init__(self, model: "Network", tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config: ModelConfig = model.config
@@ -144,10 +144,10 @@ class LLM:
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Load a model folder; `CheckpointMismatch` if it is damaged or unfinished."""
-        from cascade_model.weights import load_model
+        from cascade_model.weights import load_model, require_text
 
         model, tokenizer = load_model(folder)
-        return cls(model.eval(), tokenizer)
+        return cls(model.eval(), require_text(tokenizer, folder))
 
     def blocks(
         self, prompt_tokens: Sequence[int], params: SamplingParams, choice: int = 0

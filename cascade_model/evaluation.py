@@ -3,22 +3,28 @@
 For a diffusion model the bound is the NELBO of the masked process (Sahoo et al., MDLM,
 arXiv 2406.07524; per block, Arriola et al., BD3-LM, arXiv 2503.09573): the expectation over the
 mask rate t of the sum over masked tokens of (1/t) x cross entropy. t is stratified over
-[1e-3, 1]. For an autoregressive model it is the exact negative log likelihood.
+[1e-3, 1], a rate per block, or in a bidirectional model per sequence. For an autoregressive model
+it is the exact negative log likelihood. `sequential` measures the likelihood of decoding each block
+from left to right instead, without noise.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cascade_model.batch import TrainBatch
-from cascade_model.config import NoiseConfig
+from cascade_model.config import ModelConfig, NoiseConfig, Outcomes
 from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch
-from cascade_model.loss import row_losses
-from cascade_model.model import Transformer
+from cascade_model.likelihood import sequential_nats
+from cascade_model.loss import row_losses, source_rows
+from cascade_model.networks import Network, build_network
 
 # Another key than any training recipe is likely to have; fixed, so that curves can be compared.
 EVALUATION_SEED = 0x5EED_0E7A
@@ -36,15 +42,17 @@ class Bound:
     """Tokens that counted, each draw's anew."""
     draws: int
     is_exact: bool
-    """True for an autoregressive model: a likelihood, not a bound."""
+    """True for an autoregressive model and for `sequential`: a likelihood, not a bound."""
 
 
-def evaluation_noise(block_size: int, strata: int = 32) -> NoiseConfig:
-    """The fixed noise of every evaluation: t per block, uniform on [1e-3, 1], stratified."""
+def evaluation_noise(
+    block_size: int, strata: int = 32, per: Literal["block", "sequence"] = "block"
+) -> NoiseConfig:
+    """The fixed noise of every evaluation: t uniform on [1e-3, 1], stratified."""
     return NoiseConfig(
         seed=EVALUATION_SEED,
         block_size=block_size,
-        per="block",
+        per=per,
         min_rate=1e-3,
         max_rate=1.0,
         strata=strata,
@@ -53,13 +61,14 @@ def evaluation_noise(block_size: int, strata: int = 32) -> NoiseConfig:
 
 @torch.no_grad()
 def bound(
-    model: Transformer,
+    model: Network,
     corpus: Corpus,
     *,
     draws: int = 4,
     max_sequences: int | None = None,
     sequences_per_forward: int = 16,
     strata: int = 32,
+    outcomes: Outcomes = "text",
 ) -> Bound:
     """The model's bound on a split of a corpus, all maskable tokens counted.
 
@@ -68,25 +77,67 @@ def bound(
     sequences with their draws summed.
     Raises `CheckpointMismatch` when model and corpus have different tokenizers.
     """
-    require_same_tokenizer(model, corpus)
     exact = model.config.is_autoregressive
-    draws = 1 if exact else draws
-    noise = evaluation_noise(model.config.block_size, strata)
-    size = corpus.num_sequences
-    count = min(size, max_sequences or size)
-    nats, tokens = np.zeros(size), np.zeros(size)
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    for draw in range(draws):
-        for first in range(0, count, sequences_per_forward):
-            step = min(sequences_per_forward, count - first)
-            rows = corpus.batch(draw * size + first, step, noise)
-            sums, counted = _sums(model, TrainBatch.from_numpy(rows, device))
-            nats[rows.sequence_ids] += sums
-            tokens[rows.sequence_ids] += counted
-    model.train(was_training)
-    seen = tokens > 0
-    return _estimate(nats[seen], tokens[seen], corpus, draws, exact)
+
+    def sums(batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        rows = row_losses(model, batch, outcomes=outcomes)
+        nats = torch.zeros(len(batch.clean_tokens), dtype=torch.float64, device=rows.losses.device)
+        nats.index_add_(0, rows.sequences, rows.weights.double() * rows.losses.double())
+        return nats, rows.num_maskable
+
+    return _measure(
+        model,
+        corpus,
+        sums,
+        noise=_noise(model.config, corpus, strata),
+        draws=1 if exact else draws,
+        max_sequences=max_sequences,
+        sequences_per_forward=sequences_per_forward,
+        exact=exact,
+    )
+
+
+@torch.no_grad()
+def sequential(
+    model: Network,
+    corpus: Corpus,
+    *,
+    max_sequences: int | None = None,
+    sequences_per_forward: int = 16,
+    outcomes: Outcomes = "text",
+) -> Bound:
+    """The likelihood of a split under the sequential factorisation of `likelihood`.
+
+    Without noise; its standard error is over sequences alone. Padding behind a text is masked, as
+    it is in decoding, so nothing tells the model where the text ends. A block-causal model makes as
+    many passes as a block has places, a bidirectional one as many as the longest document has
+    tokens. Raises `CheckpointMismatch` when model and corpus have different tokenizers.
+    """
+    config = model.config
+
+    def sums(batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        is_padding = ~batch.is_maskable & (batch.clean_tokens == config.pad_id)
+        is_target = batch.is_maskable & (source_rows(config, batch) >= 0)
+        nats = sequential_nats(
+            model,
+            batch,
+            batch.is_maskable | is_padding,
+            is_target,
+            outcomes=outcomes,
+            rows_per_forward=sequences_per_forward,
+        )
+        return nats.sum(dim=1), is_target.sum(dim=1)
+
+    return _measure(
+        model,
+        corpus,
+        sums,
+        noise=_noise(config, corpus, strata=32),
+        draws=1,
+        max_sequences=max_sequences,
+        sequences_per_forward=sequences_per_forward,
+        exact=True,
+    )
 
 
 def unigram_baseline(train: Corpus, held_out: Corpus) -> float:
@@ -104,14 +155,14 @@ def unigram_baseline(train: Corpus, held_out: Corpus) -> float:
     return float(nats[_tokens(held_out)].mean())
 
 
-def untrained(model: Transformer, seed: int = 0) -> Transformer:
+def untrained(model: Network, seed: int = 0) -> Network:
     """A model of the same shape with fresh weights: what training started from."""
-    fresh = Transformer(model.config)
+    fresh = build_network(model.config)
     fresh.init_weights(seed)
     return fresh.to(next(model.parameters()).device)
 
 
-def require_same_tokenizer(model: Transformer, corpus: Corpus) -> None:
+def require_same_tokenizer(model: Network, corpus: Corpus) -> None:
     """Raise `CheckpointMismatch`, both digests shown, unless model and corpus share one."""
     have, want = model.config.tokenizer_sha256, corpus.manifest.tokenizer_sha256
     if have != want:
@@ -121,13 +172,40 @@ def require_same_tokenizer(model: Transformer, corpus: Corpus) -> None:
         )
 
 
-def _sums(model: Transformer, batch: TrainBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Per sequence: the weighted nats and the number of tokens that count, float64 [n]."""
-    rows = row_losses(model, batch)
-    size = len(batch.clean_tokens)
-    nats = torch.zeros(size, dtype=torch.float64, device=rows.sequences.device)
-    nats.index_add_(0, rows.sequences, rows.weights.double() * rows.losses.double())
-    return nats.cpu().numpy(), rows.num_maskable.double().cpu().numpy()
+def _noise(config: ModelConfig, corpus: Corpus, strata: int) -> NoiseConfig:
+    if config.attention == "bidirectional":
+        return evaluation_noise(corpus.block_size, strata, per="sequence")
+    return evaluation_noise(config.block_size, strata)
+
+
+def _measure(
+    model: Network,
+    corpus: Corpus,
+    sums: Callable[[TrainBatch], tuple[Tensor, Tensor]],
+    *,
+    noise: NoiseConfig,
+    draws: int,
+    max_sequences: int | None,
+    sequences_per_forward: int,
+    exact: bool,
+) -> Bound:
+    """Add up what `sums` gives of each batch: nats and the tokens that count, by sequence [n]."""
+    require_same_tokenizer(model, corpus)
+    size = corpus.num_sequences
+    count = min(size, max_sequences or size)
+    nats, tokens = np.zeros(size), np.zeros(size)
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    for draw in range(draws):
+        for first in range(0, count, sequences_per_forward):
+            step = min(sequences_per_forward, count - first)
+            rows = corpus.batch(draw * size + first, step, noise)
+            found, counted = sums(TrainBatch.from_numpy(rows, device))
+            nats[rows.sequence_ids] += found.double().cpu().numpy()
+            tokens[rows.sequence_ids] += counted.double().cpu().numpy()
+    model.train(was_training)
+    seen = tokens > 0
+    return _estimate(nats[seen], tokens[seen], corpus, draws, exact)
 
 
 def _tokens(corpus: Corpus) -> np.ndarray:

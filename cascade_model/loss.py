@@ -21,7 +21,8 @@ from cascade_model.attention import Attend, Keep, dense, grouped_clean, grouped_
 from cascade_model.batch import TrainBatch
 from cascade_model.config import ModelConfig, Normaliser, Outcomes, Weight
 from cascade_model.errors import InputError
-from cascade_model.model import Transformer, vocabulary_logits
+from cascade_model.model import vocabulary_logits
+from cascade_model.networks import Network
 from cascade_model.objective import LossParts, RowLosses, banned_ids, loss_parts, weights_of
 
 T = TypeVar("T")
@@ -32,11 +33,11 @@ _LOGITS_PER_CHUNK = 2**24
 def source_rows(config: ModelConfig, batch: TrainBatch) -> Tensor:
     """Which input row predicts each token, int64 [n, L]; -1 where none can.
 
-    Rows are counted in the input that `read_places` runs: noisy 0..L-1 then clean L..2L-1, or 0..L-1
-    alone where there is one half. With shifted logits the row on the left predicts; a block's first
-    token takes the row that `first_place` names, and a document's first token has no left
-    neighbour, so only `own` predicts it. A bidirectional model has no blocks here: `own` is for a
-    document's first token (Dream), without it that token is not predicted (DiffuLLaMA).
+    Rows are counted in the input that `read_places` runs: noisy 0..L-1 then clean L..2L-1, or
+    0..L-1 alone where there is one half. With shifted logits the row on the left predicts; a
+    block's first token takes the row that `first_place` names, and a document's first token has no
+    left neighbour, so only `own` predicts it. A bidirectional model has no blocks here: `own` is
+    for a document's first token (Dream), without it that token is not predicted (DiffuLLaMA).
     """
     n, length = batch.clean_tokens.shape
     place = torch.arange(length, device=batch.clean_tokens.device)
@@ -64,7 +65,7 @@ def supervised(config: ModelConfig, batch: TrainBatch) -> Tensor:
 
 
 def read_places(
-    model: Transformer,
+    model: Network,
     batch: TrainBatch,
     sequences: Tensor,
     places: Tensor,
@@ -114,9 +115,7 @@ def whole_documents(segments: Tensor) -> Attend:
     return dense((segments[:, :, None] == segments[:, None, :])[:, None])
 
 
-def row_losses(
-    model: Transformer, batch: TrainBatch, *, outcomes: Outcomes = "text"
-) -> RowLosses:
+def row_losses(model: Network, batch: TrainBatch, *, outcomes: Outcomes = "text") -> RowLosses:
     """Cross entropy of every supervised token; differentiable."""
     config = model.config
     sequences, places = supervised(config, batch).nonzero(as_tuple=True)
@@ -133,7 +132,7 @@ def row_losses(
 def rows_of(
     config: ModelConfig, batch: TrainBatch, sequences: Tensor, places: Tensor, losses: Tensor
 ) -> RowLosses:
-    """Losses [r] of the given tokens beside their mask rates and all tokens that could be theirs."""
+    """Losses [r] of the given tokens, with their mask rates and the tokens that count."""
     if config.is_autoregressive:
         rates = torch.ones_like(losses)
     else:
@@ -148,7 +147,7 @@ def rows_of(
 
 
 def diffusion_loss(
-    model: Transformer,
+    model: Network,
     batch: TrainBatch,
     *,
     weight: Weight = "elbo",
@@ -202,8 +201,9 @@ def _recomputed(function: Callable[..., Tensor], chunk: tuple[Tensor, ...]) -> T
 
 
 def _require_block_size(config: ModelConfig, batch: TrainBatch) -> None:
-    if batch.noise_block_size != config.block_size:
+    found, wanted = batch.noise_block_size, config.block_size
+    if found != wanted:
         raise InputError(
-            f"noise.block_size={batch.noise_block_size} differs from model.block_size={config.block_size}; "
-            f"set noise.block_size={config.block_size}"
+            f"noise.block_size={found} differs from model.block_size={wanted}; "
+            f"set noise.block_size={wanted}"
         )

@@ -180,4 +180,6 @@ def vocabulary_logits(hidden: Tensor, head: nn.Module, banned: list[int]) -> Ten
     """Rows [r, d] -> logits [r, vocabulary] in float32 or wider, the banned ids at -inf."""
     logits = cast(Tensor, head(hidden))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.index_fill_(-1, torch.tensor(banned, device=logits.device), float("-inf"))
+    return logits.index_fill_(
+        -1, torch.tensor(banned, dtype=torch.int64, device=logits.device), float("-inf")
+    )

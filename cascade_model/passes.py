@@ -8,10 +8,11 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cascade_model.attention import Keep, dense, prefix_mask
 from cascade_model.kv_cache import KVCache
+from cascade_model.networks import Network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ Predicting = Generator[Pass, Tensor, Prediction]
 class Runner:
     """Runs the passes of one sequence, each stream with a cache of its own."""
 
-    def __init__(self, model: nn.Module, capacity: int) -> None:
+    def __init__(self, model: Network, capacity: int) -> None:
         self.model, self.capacity = model, capacity
         self._caches: dict[int, KVCache] = {}
 

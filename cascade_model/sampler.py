@@ -18,7 +18,7 @@ from torch import Tensor
 from cascade_model.canvas import Change, Window
 from cascade_model.config import ModelConfig, SamplingParams
 from cascade_model.contexts import Bidirectional, BlockCausal, Context, Guided
-from cascade_model.model import Transformer
+from cascade_model.networks import Network
 from cascade_model.passes import Pass, Prediction, Runner
 from cascade_model.requests import check_infilling, check_request
 from cascade_model.strategy import General
@@ -128,7 +128,7 @@ def plan_completion(
 
 
 def sample(
-    model: Transformer, prompt_tokens: list[int], params: SamplingParams, choice: int = 0
+    model: Network, prompt_tokens: list[int], params: SamplingParams, choice: int = 0
 ) -> Iterator[DecodedBlock]:
     """Decode one completion of a prompt, block by block.
 
@@ -142,9 +142,7 @@ def sample(
     return completed_blocks(plan, drive(_loop(plan), runner), len(prompt_tokens), params)
 
 
-def infill(
-    model: Transformer, tokens: list[int], params: SamplingParams, choice: int = 0
-) -> list[int]:
+def infill(model: Network, tokens: list[int], params: SamplingParams, choice: int = 0) -> list[int]:
     """Fill the mask tokens of a text; everything else stays.
 
     Raises `InputError` where a hole cannot see what follows it (`check_infilling`).

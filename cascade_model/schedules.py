@@ -1,9 +1,10 @@
 """How many of a block's masks may be left after each step.
 
 A schedule maps (masks at the beginning n, steps made k, steps in all T) to the masks left, falling
-from n at k = 0 to 0 at k = T. Sources: even is LLaDA's published code (ML-GSAI/LLaDA `generate.py`:
-32 masks in 5 steps go 7, 7, 6, 6, 6), linear the cumulative floor of its paper's Algorithm 5
-(6, 6, 7, 6, 7), cosine is MaskGIT's and exponential follows it (google-research/maskgit `mask_schedule.py`).
+from n at k = 0 to 0 at k = T. Sources: even is LLaDA's published code (ML-GSAI/LLaDA
+`generate.py`: 32 masks in 5 steps go 7, 7, 6, 6, 6), linear the cumulative floor of its paper's
+Algorithm 5 (6, 6, 7, 6, 7); cosine is MaskGIT's and exponential follows it (google-research/maskgit
+`mask_schedule.py`).
 """
 
 import itertools

@@ -113,15 +113,18 @@ class General:
             window.revised = torch.zeros(
                 window.end - window.start, dtype=torch.bool, device=places.device
             )
-        doubted = probability(logits, old) < self.params.remask_threshold
+        threshold = self.params.remask_threshold
+        assert threshold is not None
+        doubted = probability(logits, old) < threshold
         doubted &= ~window.revised[places - window.start]
         window.revised[places[doubted] - window.start] = True
         return Change(places[doubted], torch.full_like(places[doubted], self.config.mask_id))
 
     def _edit(self, window: Window, places: Tensor, old: Tensor, logits: Tensor) -> Change:
         """Rewrite where another token is now likelier than the threshold (LLaDA2.1)."""
-        best = logits.argmax(dim=-1)
-        is_better = probability(logits, best) > self.params.editing_threshold
+        best, threshold = logits.argmax(dim=-1), self.params.editing_threshold
+        assert threshold is not None
+        is_better = probability(logits, best) > threshold
         changed = is_better & (best != old)
         window.is_settled = window.post_steps > 0 and not bool(changed.any())
         return Change(places[changed], best[changed])

@@ -19,7 +19,7 @@ EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 # Ours come first, so that a file written by `with_specials` is read back with the same ids.
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
-MASK_NAMES = (MASK, "<|mdm_mask|>", "<|MASK|>", "[MASK]", "<mask>")
+MASK_NAMES = (MASK, "<|mdm_mask|>", "<|MASK|>", "|<MASK>|", "<MASK>", "[MASK]", "<mask>")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,122 +1,146 @@
 """A model folder: weights, configuration and tokenizer under one manifest of hashes.
 
-`model.safetensors`, `config.json` (format version and `ModelConfig`), `tokenizer.json`, and last
-`manifest.json` with the bytes and SHA-256 of each. The folder is written beside its place and
-renamed, so it is whole or not there; a reader trusts only the manifest.
+`model.safetensors`, `config.json` (format version and `ModelConfig`), `tokenizer.json`, for a model
+that came from a published checkpoint `published.json` (its own config and types, to export it
+again), and last `manifest.json` with the bytes and SHA-256 of each. The folder is written beside
+its place and renamed, so it is whole or not there; a reader trusts only the manifest. A folder as a
+published family has it is read too.
 """
 
-import contextlib
 import json
-import os
-import shutil
-import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from cascade_model.commit import Folder
 from cascade_model.config import ModelConfig, digest, to_dict
-from cascade_model.errors import CheckpointMismatch, InputError
-from cascade_model.model import Transformer
+from cascade_model.errors import CheckpointMismatch
+from cascade_model.families import read_checkpoint, read_description, read_dtypes
+from cascade_model.networks import Network, network_with, own_state
+from cascade_model.tensor_files import WEIGHTS, LoadedTensors, TensorFiles, TensorSource, kept
 from cascade_model.tokenizer import Tokenizer
+from cascade_model.whole_folder import whole_folder
 
 FORMAT_VERSION = 1
-WEIGHTS, CONFIG, TOKENIZER, MANIFEST = (
-    "model.safetensors",
+CONFIG, TOKENIZER, PUBLISHED, MANIFEST = (
     "config.json",
     "tokenizer.json",
+    "published.json",
     "manifest.json",
 )
 
 
-def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """What a published checkpoint was, besides its weights: all that an export needs."""
+
+    config: dict[str, Any]
+    """Its own config.json."""
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """Types of tensors that are not of the type that the config names."""
+
+
+def save_model(
+    folder: str | Path,
+    model: Network,
+    tokenizer: Tokenizer,
+    published: Published | None = None,
+) -> None:
     """Write a model folder; one that stands there is replaced whole.
 
     Raises `CheckpointMismatch` when the tokenizer is not the one that the model's config names.
     """
-    if "://" in str(folder):
-        raise InputError(f"output={folder} must be a local folder; write there and copy it")
     _require_tokenizer(str(folder), model.config, tokenizer)
-    target = Path(folder)
-    work = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    work.mkdir(parents=True)
-    try:
+    with whole_folder(folder, lambda old: (old / MANIFEST).is_file(), "model folder") as work:
         save_file(own_state(model), work / WEIGHTS, metadata={"format": "pt"})
         settings = {"format_version": FORMAT_VERSION, **to_dict(model.config)}
         (work / CONFIG).write_bytes(_json(settings))
         (work / TOKENIZER).write_bytes(tokenizer.to_bytes())
+        if published is not None:
+            (work / PUBLISHED).write_bytes(_json(to_dict(published)))
         (work / WEIGHTS).chmod((work / CONFIG).stat().st_mode)  # safetensors leaves it to its owner
         local = Folder(work)
         files = {
             name: {"bytes": local.size(name), "sha256": local.sha256_of(name)}
-            for name in (WEIGHTS, CONFIG, TOKENIZER)
+            for name in local.list()
         }
         (work / MANIFEST).write_bytes(_json({"format_version": FORMAT_VERSION, "files": files}))
-        _flush(work)
-        _replace(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def load_model(
-    folder: str | Path, dtype: torch.dtype = torch.float32
-) -> tuple[Transformer, Tokenizer]:
-    """Read a model folder (a local path or any fsspec URL) after checking every hash.
+    folder: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Network, Tokenizer | None]:
+    """Read a model folder (a local path or any fsspec URL) after checking every hash, or a local
+    folder of a published family. `dtype` none keeps each tensor's own.
 
-    Raises `CheckpointMismatch`, both values shown, when a file is missing, cut or altered, or when
-    weights, config and tokenizer do not belong together.
+    The tokenizer is none where a published folder has no tokenizer.json. Raises
+    `CheckpointMismatch`, both values shown, when a file is missing, cut or altered, or when
+    weights, config and tokenizer do not belong together, and what `read_checkpoint` raises.
     """
     files = Folder(folder)
+    if is_published(files):
+        read = read_checkpoint(folder, dtype=dtype, device=device)
+        return network_with(read.config, read.state, str(folder)), read.tokenizer
     _verify(files)
     config = _config(files)
     tokenizer = Tokenizer(files.read_bytes(TOKENIZER), f"{folder}/{TOKENIZER}")
     _require_tokenizer(str(folder), config, tokenizer)
-    model = Transformer(config)
-    fill(model, _tensors(files), str(folder))
-    return model.to(dtype), tokenizer
+    tensors = _tensors(files, dtype, torch.device(device))
+    return network_with(config, tensors, str(folder)), tokenizer
+
+
+def require_text(tokenizer: Tokenizer | None, folder: str | Path) -> Tokenizer:
+    """The tokenizer of a loaded model, for those who need text."""
+    if tokenizer is None:
+        raise CheckpointMismatch(
+            f"model {folder} has no {TOKENIZER}, so it cannot read or write text; add the "
+            "checkpoint's own"
+        )
+    return tokenizer
 
 
 def read_config(folder: str | Path) -> ModelConfig:
     """The configuration of a model folder; its hashes are checked when weights are loaded."""
-    return _config(Folder(folder))
+    files = Folder(folder)
+    return read_description(folder).config if is_published(files) else _config(files)
+
+
+def read_published(folder: str | Path) -> Published | None:
+    """What a model folder records of the published checkpoint it came from."""
+    files = Folder(folder)
+    if is_published(files):
+        return Published(config=read_description(folder).published, dtypes=read_dtypes(folder))
+    if PUBLISHED not in _manifest(files)["files"]:
+        return None
+    return Published(**json.loads(files.read_bytes(PUBLISHED)))
 
 
 def weights_digest(folder: str | Path) -> str:
-    """SHA-256 (hex) over the recorded hashes of all files: equal for equal models only."""
-    return digest(_manifest(Folder(folder))["files"])
+    """SHA-256 (hex) over the hashes of all files: equal for equal models only."""
+    files = Folder(folder)
+    if not is_published(files):
+        return digest(_manifest(files)["files"])
+    endings = (".safetensors", ".json")
+    names = [name for name in files.list() if name.endswith(endings)]
+    return digest({name: files.sha256_of(name) for name in names})
 
 
-def own_state(model: Transformer) -> dict[str, torch.Tensor]:
-    """The model's tensors by name, a tied head left out."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    if model.config.tied_head:
-        del state["head.weight"]
-    return state
-
-
-def fill(model: Transformer, tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Copy tensors into a model; missing, surplus and mis-shaped ones are refused by name."""
-    expected = {name: tuple(value.shape) for name, value in own_state(model).items()}
-    if set(expected) != set(tensors):
-        missing, surplus = (
-            sorted(set(expected) - set(tensors)),
-            sorted(set(tensors) - set(expected)),
-        )
-        raise CheckpointMismatch(
-            f"model {where} lacks the tensors {missing[:5]} and has the unknown {surplus[:5]}; "
-            "use weights and a config that belong together"
-        )
-    for name, shape in expected.items():
-        found = tuple(tensors[name].shape)
-        if found != shape:
-            raise CheckpointMismatch(
-                f"model {where} has {name} of shape {list(found)} where its config makes it "
-                f"{list(shape)}; use weights and a config that belong together"
-            )
-    model.load_state_dict(tensors, strict=False)
+def is_published(files: Folder) -> bool:
+    """Whether a local folder is one of a published family: a config.json that is not ours."""
+    if not files.is_local or MANIFEST in files.list() or CONFIG not in files.list():
+        return False
+    try:
+        return "model_type" in json.loads(files.read_bytes(CONFIG))
+    except (ValueError, TypeError):
+        return False
 
 
 def _verify(files: Folder) -> None:
@@ -143,8 +167,8 @@ def _manifest(files: Folder) -> dict:
         complete = {WEIGHTS, CONFIG, TOKENIZER} <= set(entries)
     except FileNotFoundError:
         raise CheckpointMismatch(
-            f"model {files.url} has no {MANIFEST}, so it is no finished model folder; "
-            "give the folder that `cascade pretrain` or `cascade convert` wrote"
+            f"model {files.url} has no {MANIFEST}, so it is no finished model folder; give the "
+            "folder that `cascade pretrain` or `cascade convert` wrote, or a published checkpoint"
         ) from None
     except (ValueError, KeyError, TypeError):
         manifest, version, complete = {}, "damaged", False
@@ -168,10 +192,24 @@ def _config(files: Folder) -> ModelConfig:
         ) from None
 
 
-def _tensors(files: Folder) -> dict[str, torch.Tensor]:
+def _tensors(
+    files: Folder, dtype: torch.dtype | None, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """All tensors, one at a time, in memory of their own."""
+    source: TensorSource
+    if files.is_local:
+        source = TensorFiles(Path(files.url), f"model {files.url}")
+    else:
+        source = LoadedTensors(_from_store(files))
+    tensors = {}
+    for name in source.headers:
+        with source.read([name]) as (tensor,):
+            tensors[name] = kept(source, tensor, dtype, device)
+    return tensors
+
+
+def _from_store(files: Folder) -> Mapping[str, torch.Tensor]:
     try:
-        if files.is_local:
-            return load_file(files.path(WEIGHTS))
         return tensors_from_bytes(files.read_bytes(WEIGHTS))
     except SafetensorError as error:
         raise CheckpointMismatch(
@@ -189,31 +227,3 @@ def _require_tokenizer(where: str, config: ModelConfig, tokenizer: Tokenizer) ->
 
 def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _flush(folder: Path) -> None:
-    """Bring every file, then the folder itself, to disk."""
-    for path in (*sorted(folder.iterdir()), folder):
-        _flush_entry(path)
-
-
-def _flush_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(work: Path, target: Path) -> None:
-    """Put a finished folder in its place; an older model there goes, anything else is refused."""
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old.tmp")
-    if target.exists() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise InputError(
-            f"output={target} exists and is no model folder; choose another folder or empty it"
-        )
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(target, old)
-    os.rename(work, target)
-    _flush_entry(target.parent)
-    shutil.rmtree(old, ignore_errors=True)

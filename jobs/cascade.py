@@ -6,7 +6,8 @@ import sys
 STAGES = {
     "prepare": "corpus -> pre-masked Arrow shards (Ray Data)",
     "pretrain": "shards -> block-diffusion or autoregressive checkpoint (Ray Train)",
-    "convert": "autoregressive checkpoint -> block-diffusion start",
+    "convert": "published checkpoint -> model folder, or a block-diffusion start",
+    "export": "model folder -> the layout of its published family",
     "distil": "student + autoregressive teacher -> checkpoint (Ray Train)",
     "evaluate": "checkpoint -> held-out bound per token and per byte",
     "generate": "prompts -> completions, exactly once (Ray Data)",

@@ -1,10 +1,13 @@
-"""Make an autoregressive checkpoint a starting point: of block diffusion, or as a teacher.
+"""Make a published checkpoint a model folder: to decode, as a teacher, or as a starting point.
 
-Rows for the mask and the padding token are added to the vocabulary and never emitted, so a
-converted model at `block_size=1 logits=shifted first_place=clean` predicts exactly what the
-checkpoint did. A larger `block_size` only changes who sees whom; the weights then need training.
+A diffusion checkpoint keeps what it records: who sees whom, shift, block size, mask token, types of
+weights. An autoregressive one becomes a start of block diffusion: rows for the mask and the padding
+token are added to the vocabulary and never emitted, so a converted model at `block_size=1
+logits=shifted first_place=clean` predicts exactly what the checkpoint did. A larger `block_size`
+only changes who sees whom; the weights then need training.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,113 +19,168 @@ from jobs.cli import command
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cascade_model.families import ARCheckpoint
+    from cascade_model.families import Checkpoint
     from cascade_model.tokenizer import Tokenizer
+    from cascade_model.weights import Published
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    """Turn an autoregressive checkpoint into a model folder of ours."""
+    """Turn a published checkpoint into a model folder of ours."""
 
     source: str
-    """Hugging Face folder (Llama, Qwen2 or Qwen3 type, safetensors), GGUF file, or model folder."""
+    """Hugging Face folder of a known family (safetensors), GGUF file, or model folder."""
     output: str
     """Model folder to write; a model there is replaced."""
-    block_size: int = 8
-    """Tokens per diffusion block, a power of two; 1 with shifted logits keeps the model
-    autoregressive, for a teacher."""
-    logits: Literal["aligned", "shifted"] = "shifted"
-    """shifted keeps row i-1 predicting token i, as the checkpoint does; aligned must be learnt."""
-    first_place: Literal["clean", "noisy", "own"] = "clean"
-    """With shifted logits, the row that predicts a block's first token."""
-    clean_half: Literal["block_causal", "token_causal"] = "block_causal"
-    """What a committed token sees: its whole block and all before, or only the tokens before it."""
+    block_size: int | None = None
+    """Tokens per diffusion block, a power of two; 1 with shifted logits keeps a model
+    autoregressive, for a teacher. None: what the checkpoint says, 8 for an autoregressive one."""
+    attention: Literal["block_causal", "bidirectional"] | None = None
+    """Who sees whom; none: what the checkpoint says."""
+    logits: Literal["aligned", "shifted"] | None = None
+    """shifted: row i-1 predicts token i, as in an autoregressive checkpoint. None: what the
+    checkpoint says."""
+    first_place: Literal["clean", "noisy", "own"] | None = None
+    """With shifted logits, the row that predicts a block's first token; none: what the checkpoint
+    says."""
+    clean_half: Literal["block_causal", "token_causal"] | None = None
+    """What a committed token sees: its whole block and all before, or only the tokens before it.
+    None: what the checkpoint says, block_causal for an autoregressive one."""
+    mask_id: int | None = None
+    """The mask token, where the checkpoint records none."""
+    eos_id: int | None = None
+    """The token that ends a text, where the checkpoint records none."""
+    pad_id: int | None = None
+    """The padding token; none: the recorded one, else the end of text."""
     max_sequence_length: int | None = None
     """Longest prompt plus completion; none: what the checkpoint says."""
+    ignore_settings: tuple[str, ...] = ()
+    """Fields of the checkpoint's config.json that are known to change no number."""
     seed: int = 0
-    """Seed of the noise on the new embedding rows."""
+    """Seed of the noise on new embedding rows."""
 
     def __post_init__(self) -> None:
+        size = self.block_size
         check(
-            self.block_size >= 1 and self.block_size & (self.block_size - 1) == 0,
-            f"block_size={self.block_size} must be a power of two; use 4, 8, 16 or 32",
+            size is None or (size >= 1 and size & (size - 1) == 0),
+            f"block_size={size} must be a power of two; use 4, 8, 16 or 32",
         )
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The settings of `ModelConfig` that were given."""
+        names = ("block_size", "attention", "logits", "first_place", "clean_half", "mask_id")
+        names += ("eos_id", "pad_id", "max_sequence_length")
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Converted:
+    """What a model folder is written from."""
+
+    config: ModelConfig
+    state: "dict[str, Tensor]"
+    tokenizer: "Tokenizer"
+    published: "Published | None"
+    rows_added: int = 0
+
+
+# What an autoregressive checkpoint becomes unless something else is chosen.
+_START = {
+    "attention": "block_causal",
+    "block_size": 8,
+    "logits": "shifted",
+    "first_place": "clean",
+    "clean_half": "block_causal",
+}
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:
     """Read, add the special rows, write the model folder; returns a summary."""
-    from cascade_model.model import Transformer
-    from cascade_model.weights import fill, save_model
+    from cascade_model.networks import network_with
+    from cascade_model.weights import save_model
 
-    shape, state, tokenizer, added = read_source(config)
-    model = Transformer(shape)
-    fill(model, state, config.source)
-    save_model(config.output, model, tokenizer)
+    made = convert(config)
+    shape = made.config
+    model = network_with(shape, made.state, config.source)
+    save_model(config.output, model, made.tokenizer, made.published)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"wrote {config.output}: {parameters:,} parameters, block size {shape.block_size}, "
-        f"{shape.logits} logits, {added} vocabulary rows added"
+        f"wrote {config.output}: {parameters:,} parameters, {shape.attention} attention, block "
+        f"size {shape.block_size}, {shape.logits} logits, {made.rows_added} vocabulary rows added"
     )
-    return {"model": config.output, "parameters": parameters, "rows_added": added}
+    return {"model": config.output, "parameters": parameters, "rows_added": made.rows_added}
 
 
-def read_source(
-    config: ConvertConfig,
-) -> "tuple[ModelConfig, dict[str, Tensor], Tokenizer, int]":
-    """The new config, its tensors, the tokenizer, and how many rows were added."""
+def convert(config: ConvertConfig) -> Converted:
+    """The new config and its tensors, from a model folder of ours or a published checkpoint."""
     if (Path(config.source) / "manifest.json").is_file():
-        from cascade_model.weights import load_model, own_state
+        return _from_model_folder(config)
+    from cascade_model.families import read_checkpoint
+    from cascade_model.weights import Published
 
-        model, tokenizer = load_model(config.source)
-        return (
-            _new_config(config, to_dict(model.config), tokenizer),
-            own_state(model),
-            tokenizer,
-            0,
-        )
-    from cascade_model.families import read_ar
-
-    checkpoint = read_ar(config.source)
-    if checkpoint.tokenizer is None:
+    read = read_checkpoint(
+        config.source, dtype=None, overrides=config.choices, ignore=config.ignore_settings
+    )
+    if read.tokenizer is None:
         raise CheckpointMismatch(
             f"source={config.source} has no tokenizer.json; add the checkpoint's own"
         )
-    tokenizer = checkpoint.tokenizer.with_specials()
-    state, added = _grow(checkpoint, tokenizer, config)
-    shape = checkpoint.shape | {"vocab_size": checkpoint.shape["vocab_size"] + added}
-    return _new_config(config, shape, tokenizer), state, tokenizer, added
+    published = Published(config=read.published, dtypes=read.dtypes)
+    if read.family.is_autoregressive:
+        return _from_autoregressive(config, read, read.tokenizer, published)
+    return Converted(
+        config=read.config, state=read.state, tokenizer=read.tokenizer, published=published
+    )
 
 
-def _new_config(
-    config: ConvertConfig, shape: dict[str, Any], tokenizer: "Tokenizer"
-) -> ModelConfig:
-    """The network's shape with this conversion's choices."""
-    choices = {
-        "block_size": config.block_size,
-        "logits": config.logits,
-        "first_place": config.first_place,
-        "clean_half": config.clean_half,
+def _from_model_folder(config: ConvertConfig) -> Converted:
+    """The same weights with other choices; an autoregressive folder becomes a start."""
+    from cascade_model.networks import own_state
+    from cascade_model.weights import load_model, read_published, require_text
+
+    model, tokenizer = load_model(config.source, dtype=None)
+    start = _START if model.config.is_autoregressive else {}
+    return Converted(
+        config=ModelConfig.from_dict(to_dict(model.config) | start | config.choices),
+        state=own_state(model),
+        tokenizer=require_text(tokenizer, config.source),
+        published=read_published(config.source),
+    )
+
+
+def _from_autoregressive(
+    config: ConvertConfig, read: "Checkpoint", original: "Tokenizer", published: "Published"
+) -> Converted:
+    """Special tokens and their rows are added."""
+    tokenizer = original.with_specials()
+    state, added = _grow(read, original, tokenizer, config)
+    ids = {
+        "vocab_size": read.rows + added,
         "mask_id": tokenizer.mask_id,
         "pad_id": tokenizer.pad_id,
         "eos_id": tokenizer.eos_id,
         "tokenizer_sha256": tokenizer.sha256,
     }
-    if config.max_sequence_length is not None:
-        choices["max_sequence_length"] = config.max_sequence_length
-    return ModelConfig(**(shape | choices))
+    return Converted(
+        config=dataclasses.replace(read.config, **(_START | ids | config.choices)),
+        state=state,
+        tokenizer=tokenizer,
+        published=published,
+        rows_added=added,
+    )
 
 
 def _grow(
-    checkpoint: "ARCheckpoint", tokenizer: "Tokenizer", config: ConvertConfig
+    read: "Checkpoint", original: "Tokenizer", tokenizer: "Tokenizer", config: ConvertConfig
 ) -> "tuple[dict[str, Tensor], int]":
     """Rows for tokens beyond the checkpoint's own, and fresh ones for mask and padding.
 
     A new row is the mean embedding plus noise, scaled to the typical norm of a row's difference
     from the mean: an unused row near zero makes gradients explode (LLaDA2.0 report, section 7.1).
     """
-    rows = checkpoint.shape["vocab_size"]
-    original = checkpoint.tokenizer
-    assert original is not None
+    rows = read.rows
     if original.vocab_size > rows:
         raise InputError(
             f"source={config.source} has a tokenizer of {original.vocab_size} tokens but "
@@ -130,10 +188,13 @@ def _grow(
         )
     fresh = [i for i in (tokenizer.pad_id, tokenizer.mask_id) if i >= original.vocab_size]
     added = max(0, tokenizer.vocab_size - rows)
-    state = dict(checkpoint.state)
+    state = {}
+    while read.state:  # one after the other, so that memory holds no second copy
+        name, tensor = read.state.popitem()
+        state[name] = tensor.float()  # to be trained
     for name in ("embed.weight", "head.weight"):
         if name in state:
-            state[name] = _with_rows(state[name], rows + added, fresh, config.seed)
+            state[name] = _with_rows(state[name][:rows], rows + added, fresh, config.seed)
     return state, added
 
 

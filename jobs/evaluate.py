@@ -1,17 +1,17 @@
-"""Measure a model on a corpus's held-out split: bound, unigram baseline, untrained model."""
+"""Measure a model on a corpus's held-out split: bound or likelihood, unigram, untrained model."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from cascade_model.config import ModelConfig
+from cascade_model.config import ModelConfig, Outcomes
 from cascade_model.errors import CheckpointMismatch, InputError
 from jobs.cli import command
 
 if TYPE_CHECKING:
     from cascade_model.evaluation import Bound
-    from cascade_model.model import Transformer
+    from cascade_model.networks import Network
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +24,12 @@ class EvaluateConfig:
     """Folder or URL that `cascade prepare` wrote; its held-out split is used."""
     output: str | None = None
     """JSON file for the same values; none: print only."""
+    measure: Literal["bound", "sequential"] = "bound"
+    """bound: over random masks (NELBO). sequential: the likelihood of decoding each block from left
+    to right, without noise; a pass for each place of a block."""
+    outcomes: Outcomes = "text"
+    """What can be predicted: text leaves out mask and padding, all_but_mask the mask alone (MDLM),
+    all nothing (LLaDA)."""
     max_sequences: int = 256
     """Held-out sequences to use at most, from the first on."""
     draws: int = 4
@@ -51,22 +57,22 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     import torch
 
     from cascade_model.corpus import Corpus
-    from cascade_model.evaluation import as_dict, bound, unigram_baseline, untrained
+    from cascade_model.evaluation import as_dict, bound, sequential, unigram_baseline, untrained
 
     if config.use_gpu and not torch.cuda.is_available():
         raise InputError("use_gpu=True and this machine has no CUDA device; use use_gpu=False")
     held_out = Corpus.open(config.corpus, split="held_out")
     model = open_model(config.model).to("cuda" if config.use_gpu else "cpu")
 
-    def measure(model: "Transformer") -> "Bound":
-        return bound(
-            model,
-            held_out,
-            draws=config.draws,
-            max_sequences=config.max_sequences,
-            sequences_per_forward=config.sequences_per_forward,
-            strata=config.strata,
-        )
+    def measure(model: "Network") -> "Bound":
+        shared: dict[str, Any] = {
+            "max_sequences": config.max_sequences,
+            "sequences_per_forward": config.sequences_per_forward,
+            "outcomes": config.outcomes,
+        }
+        if config.measure == "sequential":
+            return sequential(model, held_out, **shared)
+        return bound(model, held_out, draws=config.draws, strata=config.strata, **shared)
 
     unigram = unigram_baseline(Corpus.open(config.corpus), held_out)
     trained = measure(model)
@@ -74,6 +80,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "model": config.model,
         "corpus": config.corpus,
         "corpus_digest": held_out.digest,
+        "measure": config.measure,
+        "outcomes": config.outcomes,
         **as_dict(trained),
         "unigram_nats_per_token": unigram,
         "below_unigram": unigram - trained.nats_per_token,
@@ -85,7 +93,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def open_model(path: str) -> "Transformer":
+def open_model(path: str) -> "Network":
     """The model of a model folder, a checkpoint or a run folder, in float32 on the CPU.
 
     Raises `InputError` when the path is none of them, `CheckpointMismatch` when it is damaged.
@@ -130,11 +138,11 @@ def _nats(values: dict[str, Any]) -> str:
     return f"{values['nats_per_token']:.4f} ± {values['standard_error']:.4f} nats/token"
 
 
-def _from_checkpoint(found: Any) -> "Transformer":
+def _from_checkpoint(found: Any) -> "Network":
     from cascade_model import checkpoint
-    from cascade_model.model import Transformer
+    from cascade_model.networks import build_network
 
-    model = Transformer(ModelConfig.from_dict(found.facts["model"]))
+    model = build_network(ModelConfig.from_dict(found.facts["model"]))
     checkpoint.load_weights(found, model)
     return model
 

@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from cascade_model.config import (
     ModelConfig,
     NoiseConfig,
+    Normaliser,
     OptimizerConfig,
+    Outcomes,
     TrainerConfig,
+    TrainingNoise,
+    Weight,
+    check,
     to_dict,
 )
 from cascade_model.errors import CheckpointMismatch
@@ -21,7 +26,7 @@ from jobs.launch import launch, require_workers, run_folder, with_absolute_paths
 
 if TYPE_CHECKING:
     from cascade_model.corpus import Corpus
-    from cascade_model.model import Transformer
+    from cascade_model.networks import Network
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +44,9 @@ class ModelShape:
     """Longest prompt plus completion, in tokens."""
     qk_norm: bool = False
     tied_head: bool = True
+    attention: Literal["block_causal", "bidirectional"] = "block_causal"
+    """block_causal: a token sees its own block and those before it. bidirectional: its whole
+    document, as in LLaDA."""
     block_size: int | None = None
     """Tokens per diffusion block; none: the corpus's. It must divide the corpus's."""
     logits: Literal["aligned", "shifted"] = "aligned"
@@ -47,6 +55,30 @@ class ModelShape:
     """With shifted logits, the row that predicts a block's first token."""
     clean_half: Literal["block_causal", "token_causal"] = "block_causal"
     """What a committed token sees: its whole block and all before, or only the tokens before it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseChoices:
+    """What differs from the corpus's own mask recipe. Its stored masks are used as long as the
+    first five settings and the padding are left alone."""
+
+    seed: int | None = None
+    per: Literal["block", "sequence"] | None = None
+    """Whether each block draws a mask rate of its own or the whole sequence shares one; none: the
+    corpus's, and one per sequence for a bidirectional model."""
+    min_rate: float | None = None
+    """Lowest mask rate."""
+    max_rate: float | None = None
+    """Highest mask rate."""
+    strata: int | None = None
+    """Sequences over which the mask rates are stratified."""
+    complement: bool = False
+    """Show each sequence twice running, the second time with exactly the other tokens masked."""
+    padding: Literal["never", "eos"] = "never"
+    """never: padding carries no loss. eos: it holds EOS, is masked and counts as text does (LLaDA's
+    fine-tuning)."""
+    short_rate: float = 0.0
+    """Share of the steps whose sequences are cut to a random length (LLaDA: 0.01)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +93,16 @@ class PretrainConfig:
     model: ModelShape = field(default_factory=ModelShape)
     initial_model: str | None = None
     """Model folder to start from; its shape then replaces `model`."""
-    weight: Literal["elbo", "unit"] = "elbo"
-    """Weight of a masked token: elbo is 1 / mask rate, unit is 1."""
+    noise: NoiseChoices = field(default_factory=NoiseChoices)
+    weight: Weight = "elbo"
+    """Weight of a masked token: elbo is 1 / mask rate, unit is 1, cart grows with the visible
+    tokens nearby (Dream)."""
+    normaliser: Normaliser = "maskable"
+    """What the weighted sum is divided by: the tokens that could have been masked, those that were,
+    or each document by its own tokens and then the mean over documents."""
+    outcomes: Outcomes = "text"
+    """What can be predicted: text leaves out mask and padding, all_but_mask the mask alone (MDLM),
+    all nothing (LLaDA)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     num_workers: int = 2
@@ -75,7 +115,7 @@ class PretrainConfig:
 
 def run(config: PretrainConfig) -> dict[str, Any]:
     """Check the settings, train, and return the run's summary."""
-    check_start(config)
+    check_start(config, config.noise)
     folder = prepare_run(config)
     summary = launch(
         train,
@@ -99,12 +139,15 @@ def train(config: PretrainConfig, device: str) -> dict[str, Any]:
 
     corpus = Corpus.open(config.corpus)
     model = starting_model(config, corpus)
+    axes: dict[str, Any] = {
+        name: getattr(config, name) for name in ("weight", "normaliser", "outcomes")
+    }
     return Trainer(
         model=model,
         corpus=corpus,
-        noise=noise_of(model.config, corpus),
-        loss_fn=lambda model, batch: diffusion_loss(model, batch, weight=config.weight),
-        objective={"name": "diffusion", "weight": config.weight},
+        noise=noise_of(model.config, corpus, config.noise, config.trainer.sequences_per_step),
+        loss_fn=lambda model, batch: diffusion_loss(model, batch, **axes),
+        objective={"name": "diffusion", **axes},
         optimizer=config.optimizer,
         trainer=config.trainer,
         folder=Path(config.output).absolute(),
@@ -121,7 +164,7 @@ def prepare_run(config: Any) -> Path:
     return folder
 
 
-def check_start(config: Any) -> None:
+def check_start(config: Any, choices: NoiseChoices | None = None) -> None:
     """Find the user's mistakes here, before any worker starts."""
     from cascade_model import checkpoint
     from cascade_model.corpus import Corpus
@@ -132,11 +175,23 @@ def check_start(config: Any) -> None:
     sequences_per_rank(config.trainer, max(config.num_workers, 1))
     corpus = Corpus.open(config.corpus)
     shape = starting_config(config, corpus)
-    corpus.batch(0, 1, noise_of(shape, corpus))
+    noise = noise_of(shape, corpus, choices, config.trainer.sequences_per_step)
+    check_weight(config.weight, noise)
+    corpus.batch(0, 1, noise)
     found = checkpoint.newest(folder / "checkpoints", tell)
     if found is not None:
         expected = {"model": to_dict(shape), "corpus_digest": corpus.digest}
         checkpoint.require_same(found, expected)
+
+
+def check_weight(weight: Weight, noise: NoiseConfig) -> None:
+    """The complement of a rate near 1 is one near 0, whose weight 1/t has no finite variance."""
+    is_pair = isinstance(noise, TrainingNoise) and noise.complement
+    check(
+        not is_pair or weight != "elbo" or noise.max_rate <= 0.999,
+        f"noise.complement=True with weight=elbo weighs 1 / (1 - t), and noise.max_rate="
+        f"{noise.max_rate} comes too near 1; use weight=unit, or noise.max_rate=0.999",
+    )
 
 
 def starting_config(config: Any, corpus: "Corpus") -> ModelConfig:
@@ -165,22 +220,52 @@ def starting_config(config: Any, corpus: "Corpus") -> ModelConfig:
     )
 
 
-def starting_model(config: Any, corpus: "Corpus") -> "Transformer":
+def starting_model(config: Any, corpus: "Corpus") -> "Network":
     """The initial weights, equal on every rank: loaded, or drawn from `trainer.seed`."""
-    from cascade_model.model import Transformer
+    from cascade_model.networks import build_network
     from cascade_model.weights import load_model
 
     shape = starting_config(config, corpus)
     if config.initial_model is not None:
         return load_model(config.initial_model)[0]
-    model = Transformer(shape)
+    model = build_network(shape)
     model.init_weights(config.trainer.seed)
     return model
 
 
-def noise_of(shape: ModelConfig, corpus: "Corpus") -> NoiseConfig:
-    """The corpus's recipe at the model's block size; at the same size the stored bits are used."""
-    return dataclasses.replace(corpus.manifest.noise, block_size=shape.block_size)
+def noise_of(
+    shape: ModelConfig,
+    corpus: "Corpus",
+    choices: NoiseChoices | None = None,
+    sequences_per_step: int = 1,
+) -> NoiseConfig:
+    """The corpus's recipe with the run's choices.
+
+    A block-causal model's own block size replaces the corpus's; at the same size, and with the same
+    rates, the stored bits are used. A bidirectional model keeps the corpus's blocks as a grid.
+    """
+    choices = choices or NoiseChoices()
+    is_causal = shape.attention == "block_causal"
+    changes = {
+        name: getattr(choices, name)
+        for name in ("seed", "per", "min_rate", "max_rate", "strata")
+        if getattr(choices, name) is not None
+    }
+    if is_causal:
+        changes["block_size"] = shape.block_size
+    else:
+        changes.setdefault("per", "sequence")
+    recipe = dataclasses.replace(corpus.manifest.noise, **changes)
+    if not (choices.complement or choices.padding == "eos" or choices.short_rate):
+        return recipe
+    return TrainingNoise.over(
+        recipe,
+        complement=choices.complement,
+        padding=choices.padding,
+        short_rate=choices.short_rate,
+        short_multiple=recipe.block_size if is_causal or recipe.per == "block" else 1,
+        sequences_per_batch=sequences_per_step,
+    )
 
 
 def print_summary(summary: dict[str, Any]) -> None:

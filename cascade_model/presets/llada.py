@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cascade_model.canvas import Window
 from cascade_model.config import check
 from cascade_model.contexts import Bidirectional, Context, Guided
+from cascade_model.networks import Network
 from cascade_model.presets.published import Published, best, cut, even_quota, run, with_masks
 
 
@@ -47,7 +48,7 @@ class LLaDASettings:
         )
 
 
-def llada(model: nn.Module, prompt: list[int], settings: LLaDASettings) -> list[int]:
+def llada(model: Network, prompt: list[int], settings: LLaDASettings) -> list[int]:
     """The whole canvas after decoding: prompt and completion."""
     canvas = with_masks(prompt, settings.gen_length, settings.mask_id, model)
     blocks = settings.gen_length // settings.block_length
@@ -56,7 +57,7 @@ def llada(model: nn.Module, prompt: list[int], settings: LLaDASettings) -> list[
     return run(model, canvas, context, windows, LowConfidence(settings))
 
 
-def bidirectional(model: nn.Module, canvas: Tensor, cfg_scale: float, mask_id: int) -> Context:
+def bidirectional(model: Network, canvas: Tensor, cfg_scale: float, mask_id: int) -> Context:
     """The whole canvas in every pass, guided where a scale is given."""
     if cfg_scale == 0:
         return Bidirectional(model.config)

@@ -4,13 +4,15 @@ Unlike the general strategy they may predict the mask token, run out of steps wi
 commit nothing in a step. They exist to reproduce published results and are never a default.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cascade_model.canvas import Change, Window
 from cascade_model.contexts import Context
+from cascade_model.networks import Network
 from cascade_model.passes import Prediction, Runner
 from cascade_model.sampler import Strategy, denoise, drive
 
@@ -63,18 +65,18 @@ def cut(start: int, end: int, size: int, steps: int) -> list[Window]:
     edges = [*range(start, end, size), end]
     return [
         Window(number=number, start=first, end=last, keep=last, max_steps=steps)
-        for number, (first, last) in enumerate(zip(edges, edges[1:], strict=False))
+        for number, (first, last) in enumerate(itertools.pairwise(edges))
     ]
 
 
-def with_masks(prompt: list[int], masks: int, mask_id: int, model: nn.Module) -> Tensor:
+def with_masks(prompt: list[int], masks: int, mask_id: int, model: Network) -> Tensor:
     """A canvas: prompt, then masks; int64 [L] on the model's device."""
     device = next(model.parameters()).device
     return torch.tensor([*prompt, *[mask_id] * masks], dtype=torch.int64, device=device)
 
 
 def run(
-    model: nn.Module,
+    model: Network,
     canvas: Tensor,
     context: Context,
     windows: Iterable[Window],

@@ -160,7 +160,7 @@ def fused_against_separate(rounds: int, gen: int = 256) -> Iterator[Row]:
 
 
 def growth(rounds: int) -> Iterator[Row]:
-    """The test that decides the idea: tokens/s of cached block diffusion and of LLaDA, by length."""
+    """The test that decides the idea: tokens/s of cached blocks and of LLaDA, by length."""
     causal = model_of(vocab_size=8192, attention="block_causal", block_size=8)
     full = model_of(vocab_size=8192, attention="bidirectional", block_size=8)
     prompt = _prompt(8192)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cascade_model.families import read_checkpoint
-from cascade_model.weights import build_network, fill
+from cascade_model.networks import build_network, fill
 from tests.benchmarks.baselines import block_causal_loop, llada_loop
 
 DATA = Path(__file__).parents[1] / "data" / "conformance"

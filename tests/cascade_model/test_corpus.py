@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from cascade_model import noise as mask_noise
+from cascade_model.config import TrainingNoise
 from cascade_model.corpus import Batch, Corpus
-from cascade_model.errors import CorpusMismatch
+from cascade_model.errors import CorpusMismatch, InputError
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +168,98 @@ def test_a_tokenizer_that_does_not_match_is_refused_with_both_digests(tiny_corpu
 def test_a_split_that_is_not_there_names_those_that_are(tiny_corpus):
     with pytest.raises(CorpusMismatch, match=r"split 'test', only in \['held_out', 'train'\]"):
         Corpus.open(tiny_corpus, "test")
+
+
+def training_noise(corpus, **settings) -> TrainingNoise:
+    return TrainingNoise.over(corpus.manifest.noise, **settings)
+
+
+def test_a_run_without_settings_of_its_own_reads_the_stored_bits(corpus):
+    plain = corpus.batch(0, 6, corpus.manifest.noise)
+    assert same(plain, corpus.batch(0, 6, training_noise(corpus)))
+
+
+@pytest.mark.parametrize("first", [0, 10])
+def test_a_complementary_pair_is_one_sequence_that_masks_everything_once(corpus, first):
+    noise = training_noise(corpus, complement=True, sequences_per_batch=8)
+    batch = corpus.batch(first, 8, noise)
+    single = corpus.batch(first // 2, 4, corpus.manifest.noise)
+    one, two = slice(0, None, 2), slice(1, None, 2)
+    assert np.array_equal(batch.is_masked[one], single.is_masked)
+    assert np.array_equal(batch.thresholds[one], single.thresholds)
+    assert np.array_equal(batch.clean_tokens[one], batch.clean_tokens[two])
+    assert np.array_equal(batch.is_masked[one] ^ batch.is_masked[two], single.is_maskable)
+    assert not (batch.is_masked[one] & batch.is_masked[two]).any()
+    rates = batch.thresholds.astype(np.int64)
+    assert (rates[one] + rates[two] == 2**32).all()
+
+
+def test_the_complement_of_stored_bits_equals_that_of_recomputed_ones(corpus, monkeypatch):
+    noise = training_noise(corpus, complement=True, sequences_per_batch=2)
+    stored = corpus.batch(0, 12, noise)
+    other = dataclasses.replace(corpus.manifest, noise=dataclasses.replace(noise.recipe, seed=99))
+    monkeypatch.setattr(corpus, "manifest", other)
+    assert same(stored, corpus.batch(0, 12, noise))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_see_the_global_batch_of_pairs(corpus, world_size):
+    noise = training_noise(corpus, complement=True, sequences_per_batch=16)
+    first = 2 * corpus.num_sequences - 8  # the batch crosses into the next draw
+    whole = corpus.batch(first, 16, noise)
+    parts = [corpus.batch(first, 16, noise, rank, world_size) for rank in range(world_size)]
+    names = [f.name for f in dataclasses.fields(Batch)]
+    joined = Batch(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+    assert same(whole, joined)
+    assert np.array_equal(
+        whole.is_masked[8::2], corpus.batch(corpus.num_sequences, 4, noise.recipe).is_masked
+    )
+
+
+def test_padding_as_eos_is_masked_and_counted_like_text(corpus):
+    everything = corpus.num_sequences
+    plain = corpus.batch(0, everything, corpus.manifest.noise)
+    batch = corpus.batch(0, everything, training_noise(corpus, padding="eos"))
+    padding = ~plain.is_maskable
+    assert padding.any()
+    assert batch.is_maskable.all()
+    assert (batch.clean_tokens[padding] == corpus.manifest.eos_id).all()
+    assert 0.3 < batch.is_masked[padding].mean() < 0.7
+    assert np.array_equal(batch.is_masked[~padding], plain.is_masked[~padding])
+    assert np.array_equal(batch.clean_tokens[~padding], plain.clean_tokens[~padding])
+
+
+def test_padding_as_eos_needs_padding_of_its_own(corpus, monkeypatch):
+    changed = dataclasses.replace(corpus.manifest, pad_id=corpus.manifest.eos_id)
+    monkeypatch.setattr(corpus, "manifest", changed)
+    with pytest.raises(InputError, match=r"pad_id and eos_id .* use noise\.padding=never"):
+        corpus.batch(0, 1, training_noise(corpus, padding="eos"))
+
+
+def test_a_short_batch_is_the_beginning_of_the_whole_one(corpus):
+    size = corpus.block_size
+    noise = training_noise(corpus, short_rate=1.0, short_multiple=size, sequences_per_batch=4)
+    lengths = set()
+    for number in range(12):
+        whole = corpus.batch(4 * number, 4, corpus.manifest.noise)
+        short = corpus.batch(4 * number, 4, noise)
+        length = short.clean_tokens.shape[1]
+        lengths.add(length)
+        assert length == mask_noise.cut_length(noise, number, corpus.sequence_length)
+        assert short.thresholds.shape == (4, length // size)
+        for name in ("clean_tokens", "is_masked", "is_maskable", "positions", "segments"):
+            assert np.array_equal(getattr(short, name), getattr(whole, name)[:, :length])
+        halves = [corpus.batch(4 * number + start, 2, noise) for start in (0, 2)]
+        assert all(half.clean_tokens.shape[1] == length for half in halves)
+    assert len(lengths) > 3
+    with pytest.raises(InputError, match="several batches"):
+        corpus.batch(2, 4, noise)
+
+
+def test_a_rate_per_sequence_lets_a_batch_end_anywhere(corpus):
+    recipe = dataclasses.replace(corpus.manifest.noise, per="sequence")
+    noise = TrainingNoise.over(recipe, short_rate=1.0, sequences_per_batch=1)
+    batches = [corpus.batch(number, 1, noise) for number in range(40)]
+    odd = [b for b in batches if b.clean_tokens.shape[1] % corpus.block_size]
+    assert odd
+    assert all(batch.thresholds.shape == (1, 1) for batch in odd)

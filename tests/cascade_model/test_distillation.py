@@ -80,6 +80,17 @@ def test_alpha_zero_is_the_diffusion_loss():
     assert torch.allclose(parts.band_sums, plain.band_sums)
 
 
+@pytest.mark.parametrize("normaliser", ["maskable", "masked", "document"])
+@pytest.mark.parametrize("weight", ["elbo", "unit", "cart"])
+def test_alpha_zero_is_the_diffusion_loss_on_every_axis(weight, normaliser):
+    student = dataclasses.replace(STUDENT, attention="bidirectional")
+    model, batch, axes = fresh(student), batch_of(), {"weight": weight, "normaliser": normaliser}
+    parts = distillation_loss(model, batch, teacher=fresh(TEACHER, 1), alpha=0.0, **axes)
+    plain = diffusion_loss(model, batch, **axes)
+    torch.testing.assert_close(parts.sum, plain.sum)
+    assert parts.count == plain.count
+
+
 def test_teacher_row_is_the_one_before_the_token_and_starts_again_with_a_document():
     teacher, batch = fresh(TEACHER), batch_of()
     sequences, places = torch.tensor([0, 0, 0, 0]), torch.tensor([0, 3, 8, 11])

@@ -10,7 +10,14 @@ import torch
 from cascade_model.config import ModelConfig
 from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch
-from cascade_model.evaluation import bound, evaluation_noise, unigram_baseline, untrained
+from cascade_model.evaluation import (
+    bound,
+    evaluation_noise,
+    sequential,
+    unigram_baseline,
+    untrained,
+)
+from cascade_model.likelihood import sequential as sequential_answer
 from cascade_model.model import Transformer
 from cascade_model.noise import thresholds
 
@@ -118,3 +125,52 @@ def test_other_tokenizer_is_refused_with_both_digests(held_out):
     model.config = dataclasses.replace(model.config, tokenizer_sha256="abc")
     with pytest.raises(CheckpointMismatch, match=f"abc .* {held_out.manifest.tokenizer_sha256}"):
         bound(model, held_out)
+
+
+def test_a_bidirectional_model_has_a_rate_for_each_sequence(held_out):
+    measured = bound(uniform(held_out, attention="bidirectional"), held_out, draws=8)
+    exact = math.log(held_out.manifest.vocab_size - 2)
+    assert measured.nats_per_token == pytest.approx(exact, abs=5 * measured.standard_error)
+    assert not measured.is_exact
+
+
+def test_what_can_be_predicted_is_an_axis(held_out):
+    model = uniform(held_out, block_size=1, logits="shifted", clean_half="token_causal")
+    size = model.config.vocab_size
+    for outcomes, count in (("text", size - 2), ("all_but_mask", size - 1), ("all", size)):
+        measured = bound(model, held_out, max_sequences=2, outcomes=outcomes)
+        assert measured.nats_per_token == pytest.approx(math.log(count), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"block_size": 1, "logits": "shifted"}, {"attention": "bidirectional"}],
+)
+def test_sequential_measures_each_document_as_an_answer(held_out, shape):
+    model = shaped(held_out, **shape)
+    measured = sequential(model, held_out, max_sequences=2, sequences_per_forward=7)
+    rows = held_out.batch(0, 2, evaluation_noise(held_out.block_size))
+    total, count = 0.0, 0
+    for row in range(2):
+        for segment in range(rows.segments[row].max() + 1):
+            is_own = (rows.segments[row] == segment) & rows.is_maskable[row]
+            tokens = rows.clean_tokens[row][is_own].tolist()
+            given = 1 if model.config.logits == "shifted" else 0
+            if model.config.attention == "bidirectional":
+                # Its canvas ends with the padding, which the answer alone does not have.
+                tokens += [held_out.manifest.pad_id] * int(
+                    ((rows.segments[row] == segment) & ~rows.is_maskable[row]).sum()
+                )
+            answer = sequential_answer(model, tokens[:given], tokens[given:])
+            total -= float(answer[: int(is_own.sum()) - given].sum())
+            count += int(is_own.sum()) - given
+    assert measured.is_exact
+    assert measured.num_tokens == count
+    assert measured.nats_per_token == pytest.approx(total / count, rel=1e-5)
+
+
+def test_sequential_is_the_likelihood_of_an_autoregressive_model(held_out):
+    model = shaped(held_out, block_size=1, logits="shifted")
+    one, two = bound(model, held_out), sequential(model, held_out)
+    assert one.nats_per_token == pytest.approx(two.nats_per_token, rel=1e-6)
+    assert one.num_tokens == two.num_tokens

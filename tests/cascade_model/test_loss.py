@@ -1,5 +1,6 @@
 """The loss: its special cases, its expectation over masks, and where predictions come from."""
 
+import dataclasses
 import itertools
 import math
 
@@ -195,6 +196,101 @@ def test_the_loss_equals_a_plain_pass_under_the_dense_mask(clean_half, logits, f
         if sources[row, place] >= 0
     )
     torch.testing.assert_close(diffusion_loss(model, batch).sum, expected, rtol=1e-11, atol=0)
+
+
+def random_batch(*, length=16, segments=None, block_size=4):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 12, (2, length), generator=generator)
+    is_masked = torch.rand(2, length, generator=generator) < 0.5
+    rates = torch.full((2, length // block_size), 0.5, dtype=torch.float64)
+    return batch_of(
+        tokens, block_size=block_size, is_masked=is_masked, rates=rates, segments=segments
+    )
+
+
+BIDIRECTIONAL_SOURCES = {
+    ("aligned", "clean"): [0, 1, 2, 3, 4, 5, 6, 7],
+    ("shifted", "clean"): [-1, 0, 1, 2, 3, -1, 5, 6],
+    ("shifted", "own"): [0, 0, 1, 2, 3, 5, 5, 6],
+}
+
+
+@pytest.mark.parametrize(("axes", "expected"), BIDIRECTIONAL_SOURCES.items())
+def test_a_bidirectional_model_shifts_over_whole_documents(axes, expected):
+    model = lively_model(attention="bidirectional", logits=axes[0], first_place=axes[1])
+    segments = torch.tensor([[0] * 5 + [1] * 3], dtype=torch.int32)
+    batch = batch_of([[1] * 8], block_size=4, segments=segments)
+    assert source_rows(model.config, batch)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("axes", BIDIRECTIONAL_SOURCES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bidirectional_loss_equals_a_plain_pass_over_the_noisy_sequence(axes, packed):
+    model = lively_model(attention="bidirectional", logits=axes[0], first_place=axes[1])
+    segments = torch.zeros(2, 16, dtype=torch.int32)
+    segments[1, 6:] = int(packed)
+    batch = random_batch(segments=segments)
+    together = (segments[:, :, None] == segments[:, None, :])[:, None]
+    noisy = torch.where(batch.is_masked, MASK, batch.clean_tokens)
+    logits = model(
+        noisy,
+        batch.positions,
+        dense(together),
+        lambda hidden, head: vocabulary_logits(hidden, head, [PAD, MASK]),
+    )
+    sources = source_rows(model.config, batch)
+    expected = sum(
+        2 * F.cross_entropy(logits[row, sources[row, place]], batch.clean_tokens[row, place])
+        for row, place in batch.is_masked.nonzero().tolist()
+        if sources[row, place] >= 0
+    )
+    torch.testing.assert_close(diffusion_loss(model, batch).sum, expected, rtol=1e-11, atol=0)
+
+
+def test_a_bidirectional_model_is_fed_the_noisy_sequence_alone():
+    seen = []
+    model = lively_model(attention="bidirectional")
+    model.embed.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    batch = random_batch()
+    diffusion_loss(model, batch)
+    assert torch.equal(seen[0], torch.where(batch.is_masked, MASK, batch.clean_tokens))
+
+
+def test_one_block_over_the_whole_sequence_is_the_bidirectional_model():
+    batch = random_batch(block_size=16)
+    blocks = diffusion_loss(lively_model(block_size=16), batch)
+    whole = diffusion_loss(lively_model(attention="bidirectional"), batch)
+    torch.testing.assert_close(blocks.sum, whole.sum, rtol=1e-12, atol=0)
+    assert blocks.count == whole.count
+
+
+def test_a_bidirectional_model_may_have_a_rate_per_block_of_any_grid():
+    model = lively_model(attention="bidirectional", block_size=4)
+    rates = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]] * 2)
+    rows = row_losses(model, dataclasses.replace(random_batch(), mask_rates=rates))
+    torch.testing.assert_close(rows.rates.float(), rates[rows.sequences, rows.places // 2])
+
+
+@pytest.mark.parametrize("kind", [{}, {"attention": "bidirectional"}, AUTOREGRESSIVE])
+def test_only_supervised_rows_reach_the_head_and_never_all_at_once(kind, monkeypatch):
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 16 * 5)
+    model, seen = lively_model(**kind), []
+    model.head.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    batch = random_batch(block_size=model.config.block_size)
+    diffusion_loss(model, batch).sum.detach()
+    is_supervised = loss_module.supervised(model.config, batch)
+    assert sum(math.prod(shape[:-1]) for shape in seen) == int(is_supervised.sum())
+    assert max(math.prod(shape[:-1]) for shape in seen) <= 5
+
+
+def test_outcomes_change_what_takes_probability():
+    model, batch = lively_model(), random_batch()
+    text, all_but_mask, everything = (
+        row_losses(model, batch, outcomes=outcomes).losses
+        for outcomes in ("text", "all_but_mask", "all")
+    )
+    assert (text < all_but_mask).all()
+    assert (all_but_mask < everything).all()
 
 
 def test_one_document_does_not_change_the_loss_of_another():

@@ -5,11 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from cascade_model.config import NoiseConfig
+from cascade_model.config import NoiseConfig, TrainingNoise, digest, to_dict
 from cascade_model.errors import InputError
 from cascade_model.noise import (
     FULL,
+    complement,
     counters,
+    cut_length,
     mask_bits,
     philox4x32,
     rank_of,
@@ -53,7 +55,7 @@ def test_draws_and_seeds_differ():
     assert not any((a == b).all() for a, b in itertools.pairwise(orders))
 
 
-@pytest.mark.parametrize("num_blocks", [1, 3, 16, 64])
+@pytest.mark.parametrize("num_blocks", [1, 3, 16, 64, 128, 512, 1024])
 @pytest.mark.parametrize("draw", [0, 5])
 def test_a_group_of_ranks_takes_every_stratum_once(num_blocks, draw):
     noise = NoiseConfig(min_rate=2**-32, max_rate=1.0)
@@ -66,6 +68,65 @@ def test_a_group_of_ranks_takes_every_stratum_once(num_blocks, draw):
 def test_strata_are_permuted_over_rows():
     means = thresholds(NOISE, 0, np.arange(32), 16).mean(axis=1)
     assert not (np.diff(means.astype(float)) > 0).all()
+
+
+@pytest.mark.parametrize("num_blocks", [1, 16, 128])
+def test_no_row_and_no_block_is_tied_to_a_part_of_the_range(num_blocks):
+    """BD3-LM's published strata rise over rows and blocks; ours are uniform in every cell."""
+    groups = 20_000 // (32 * num_blocks) + 32
+    table = thresholds(NOISE, 0, np.arange(groups * 32), num_blocks) / 2**32
+    cells = table.reshape(groups, 32, num_blocks)
+    deviation = (0.999**2 / 12) ** 0.5
+    for axes, count in (((0, 2), groups * num_blocks), ((0, 1), groups * 32)):
+        error = deviation / count**0.5
+        assert np.abs(cells.mean(axis=axes) - 0.5005).max() < 4.5 * error
+    number = np.arange(32 * num_blocks)
+    slopes = [np.corrcoef(number, group.ravel())[0, 1] for group in cells]
+    assert abs(np.mean(slopes)) < 4 / (groups * 32 * num_blocks) ** 0.5
+
+
+def test_default_bits_and_digests_are_those_of_format_one():
+    table = thresholds(NoiseConfig(), 1, np.arange(4), 2)
+    bits = mask_bits(NoiseConfig(), 1, np.arange(4, dtype=np.uint64), table, 16)
+    assert digest(table.tolist())[:16] == "1745c1cf6e5754b6"
+    assert digest(bits.tolist())[:16] == "ff52f5b96e09139a"
+    assert digest(to_dict(NoiseConfig()))[:16] == "e37d95cefd03bb9c"
+
+
+def test_complementary_rates_add_up_to_one_and_never_leave_32_bits():
+    table = np.array([[1, 2**31, FULL, 7]], dtype=np.uint32)
+    assert complement(table).tolist() == [[FULL, 2**31, 1, 2**32 - 7]]
+    assert complement(np.zeros(1, dtype=np.uint32)).tolist() == [FULL]
+
+
+def short(rate, multiple=8):
+    return TrainingNoise(short_rate=rate, short_multiple=multiple)
+
+
+def test_cut_lengths_are_uniform_on_the_multiples_and_as_frequent_as_asked():
+    lengths = np.array([cut_length(short(1.0), number, 64) for number in range(4000)])
+    values, counts = np.unique(lengths, return_counts=True)
+    assert values.tolist() == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert np.abs(counts / 4000 - 1 / 8).max() < 4 * (7 / 64 / 4000) ** 0.5
+    some = np.array([cut_length(short(0.25), number, 64) for number in range(4000)])
+    expected = 0.25 * 7 / 8
+    error = (expected * (1 - expected) / 4000) ** 0.5
+    assert abs((some < 64).mean() - expected) < 4 * error
+    assert {cut_length(short(0.0), number, 64) for number in range(100)} == {64}
+
+
+def test_cut_lengths_depend_on_seed_and_number_alone():
+    one = [cut_length(short(1.0), number, 64) for number in range(50)]
+    assert one == [cut_length(short(1.0), number, 64) for number in range(50)]
+    other = TrainingNoise(short_rate=1.0, short_multiple=8, seed=1)
+    assert one != [cut_length(other, number, 64) for number in range(50)]
+
+
+def test_the_settings_of_a_run_leave_its_recipe_as_it_is():
+    recipe = NoiseConfig(seed=3, block_size=4, per="sequence")
+    noise = TrainingNoise.over(recipe, complement=True, sequences_per_batch=2, short_rate=0.1)
+    assert noise.recipe == recipe
+    assert digest(to_dict(noise)) != digest(to_dict(TrainingNoise.over(recipe)))
 
 
 def test_one_rate_per_sequence_when_asked():
@@ -115,3 +176,20 @@ def test_noise_of_a_sequence_does_not_depend_on_its_company():
 def test_bad_recipes_are_refused_by_name(values, named):
     with pytest.raises(InputError, match=named):
         NoiseConfig(**values)
+    with pytest.raises(InputError, match=named):
+        TrainingNoise(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"complement": True, "sequences_per_batch": 3}, "sequences_per_step=3 is odd; use 4"),
+        ({"short_rate": 1.5}, "noise.short_rate=1.5"),
+        ({"short_rate": 0.1, "short_multiple": 3}, "short_multiple=3 .*block_size=8"),
+        ({"short_rate": 0.1, "per": "sequence", "short_multiple": 0}, "short_multiple=0"),
+        ({"sequences_per_batch": 0}, "sequences_per_batch=0"),
+    ],
+)
+def test_bad_settings_of_a_run_are_refused_by_name(values, named):
+    with pytest.raises(InputError, match=named):
+        TrainingNoise(**values)

@@ -1,7 +1,7 @@
 """Model folders: round trips, and mismatches refused with both values."""
 
 import json
-import re
+import shutil
 
 import pytest
 import torch
@@ -9,9 +9,20 @@ from safetensors.torch import load_file, save_file
 
 from cascade_model.config import ModelConfig
 from cascade_model.errors import CheckpointMismatch, InputError
+from cascade_model.families import read_checkpoint
 from cascade_model.model import Transformer
+from cascade_model.networks import network_with
 from cascade_model.tokenizer import byte_tokenizer
-from cascade_model.weights import fill, load_model, read_config, save_model, weights_digest
+from cascade_model.weights import (
+    Published,
+    load_model,
+    read_config,
+    read_published,
+    require_text,
+    save_model,
+    weights_digest,
+)
+from tests.cascade_model.families import published_cases as published
 
 TOKENIZER = byte_tokenizer()
 
@@ -107,20 +118,6 @@ def test_a_missing_file_is_named(folder):
         load_model(folder)
 
 
-def test_missing_and_surplus_tensors_are_named(folder):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["layers.9.q_proj.weight"] = tensors.pop("layers.1.q_proj.weight")
-    found = r"lacks .*layers.1.q_proj.weight.* unknown .*layers.9.q_proj.weight"
-    with pytest.raises(CheckpointMismatch, match=found):
-        fill(small_model(), tensors, "here")
-
-
-def test_a_mis_shaped_tensor_is_refused_with_both_shapes(folder):
-    tensors = load_file(folder / "model.safetensors")
-    with pytest.raises(CheckpointMismatch, match=re.escape("[12, 8] where its config makes it")):
-        fill(small_model(intermediate_size=16), tensors, "here")
-
-
 def test_a_cut_weights_file_with_a_fitting_manifest_is_still_refused(folder):
     import hashlib
 
@@ -137,3 +134,57 @@ def test_saving_tensors_of_our_own_never_needs_pickle(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors, folder.parent / "copy.safetensors")
     assert set(tensors) == {name for name, _ in small_model().named_parameters()}
+
+
+def test_what_a_model_was_published_as_is_kept_with_it(tmp_path):
+    assert read_published_of(tmp_path / "own", None) is None
+    origin = Published(config={"model_type": "llada", "n_layers": 2}, dtypes={"a": "F32"})
+    assert read_published_of(tmp_path / "other", origin) == origin
+
+
+def read_published_of(folder, origin):
+    save_model(folder, small_model(), TOKENIZER, origin)
+    load_model(folder)
+    return read_published(folder)
+
+
+def test_a_published_folder_is_loaded_like_one_of_ours(tmp_path):
+    folder = published.copied("llada", tmp_path / "llada")
+    model, tokenizer = load_model(folder)
+    read = read_checkpoint(folder)
+    assert tokenizer is None
+    assert model.config == read.config == read_config(folder)
+    expected = network_with(read.config, read.state, "").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    origin = read_published(folder)
+    assert origin is not None
+    assert origin.config == read.published
+
+
+def test_a_published_folder_is_known_by_its_files(tmp_path):
+    first, second = (published.copied("llada", tmp_path / name) for name in "ab")
+    assert weights_digest(first) == weights_digest(second)
+    (second / "tokenizer.json").write_bytes(TOKENIZER.to_bytes())
+    assert weights_digest(first) != weights_digest(second)
+    tokenizer = load_model(second)[1]
+    assert require_text(tokenizer, second).sha256 == TOKENIZER.sha256
+
+
+def test_a_model_without_a_tokenizer_is_refused_where_text_is_needed():
+    with pytest.raises(CheckpointMismatch, match=r"model here has no tokenizer.json"):
+        require_text(None, "here")
+
+
+def test_our_own_config_without_a_manifest_is_no_published_folder(folder):
+    shutil.move(folder / "manifest.json", folder / "elsewhere")
+    with pytest.raises(CheckpointMismatch, match=r"no manifest.json, so it is no finished model"):
+        read_config(folder)
+
+
+def test_each_tensor_may_keep_its_type(tmp_path):
+    model = small_model().to(torch.bfloat16)
+    model.final_norm.float()
+    save_model(tmp_path / "model", model, TOKENIZER)
+    kept = load_model(tmp_path / "model", dtype=None)[0]
+    assert kept.embed.weight.dtype == torch.bfloat16
+    assert kept.final_norm.weight.dtype == torch.float32

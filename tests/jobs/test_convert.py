@@ -10,12 +10,15 @@ from safetensors.torch import load_file
 
 from cascade_model.attention import dense
 from cascade_model.config import SamplingParams
+from cascade_model.families import read_checkpoint
+from cascade_model.networks import own_state
 from cascade_model.sampler import sample
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer
-from cascade_model.weights import load_model, read_config
+from cascade_model.weights import load_model, read_config, read_published
 from jobs import convert
 
-LLAMA = Path(__file__).parents[1] / "data/conformance/ar/llama"
+DATA = Path(__file__).parents[1] / "data/conformance"
+LLAMA = DATA / "ar/llama"
 
 
 @pytest.fixture
@@ -116,3 +119,53 @@ def test_a_block_size_that_is_no_power_of_two_is_refused(tmp_path, capsys):
     flags = ["--source", str(LLAMA), "--output", str(tmp_path / "out"), "--block-size", "6"]
     assert convert.main(flags) == 2
     assert "block_size=6 must be a power of two" in capsys.readouterr().err
+
+
+def diffusion_checkpoint(tmp_path, system: str, **changes) -> Path:
+    """A recorded diffusion checkpoint with a byte tokenizer."""
+    folder = tmp_path / system
+    shutil.copytree(DATA / system, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_bytes(byte_tokenizer().to_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    "system",
+    ["a2d_qwen3", "bd3lm_dit", "dream", "fast_dllm_v2", "llada", "llada2", "llada_moe", "sdar"],
+)
+def test_a_diffusion_checkpoint_keeps_what_it_records(tmp_path, system):
+    source = diffusion_checkpoint(tmp_path, system)
+    expected = read_checkpoint(source)
+    folder = convert_to(source, "model")
+    model, tokenizer = load_model(folder)
+    assert tokenizer.sha256 == byte_tokenizer().sha256
+    assert model.config == expected.config
+    assert read_published(folder).config == expected.published
+    state = own_state(model)
+    assert all(torch.equal(state[name], value) for name, value in expected.state.items())
+
+
+def test_what_a_diffusion_checkpoint_records_can_be_overridden(tmp_path):
+    source = diffusion_checkpoint(tmp_path, "a2d_llama", novel=0.5)
+    flags = ["--block-size", "4", "--attention", "block_causal", "--logits", "shifted"]
+    flags += ["--mask-id", "383", "--eos-id", "7", "--ignore-settings", "novel"]
+    config = read_config(convert_to(source, "model", *flags))
+    assert (config.block_size, config.attention, config.logits) == (4, "block_causal", "shifted")
+    assert (config.mask_id, config.eos_id, config.pad_id) == (383, 7, 257)
+
+
+def test_a_converted_diffusion_model_keeps_its_choices_when_converted_again(tmp_path):
+    first = convert_to(diffusion_checkpoint(tmp_path, "sdar"), "first")
+    second = convert_to(first, "second", "--block-size", "8")
+    before, after = read_config(first), read_config(second)
+    assert (after.block_size, after.logits, after.attention) == (8, "aligned", "block_causal")
+    assert (after.mask_id, after.family) == (before.mask_id, "sdar")
+    assert read_published(second) == read_published(first)
+
+
+def test_an_unknown_setting_is_refused_with_the_flag_that_passes_it(tmp_path, capsys):
+    source = diffusion_checkpoint(tmp_path, "sdar", novel=0.5)
+    assert convert.main(["--source", str(source), "--output", str(tmp_path / "out")]) == 2
+    assert "--ignore-settings novel" in capsys.readouterr().err

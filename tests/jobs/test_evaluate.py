@@ -44,6 +44,27 @@ def test_run_model_and_checkpoint_give_the_same_values(run, tiny_corpus, tmp_pat
     assert reports[0]["untrained"] is None
 
 
+def test_sequential_likelihood_is_another_measure(run, tiny_corpus, tmp_path, capsys):
+    bound = measure(run, tiny_corpus, tmp_path / "a.json", "--untrained", "False")
+    exact = measure(
+        run, tiny_corpus, tmp_path / "b.json", "--untrained", "False", "--measure", "sequential"
+    )
+    assert (bound["measure"], exact["measure"]) == ("bound", "sequential")
+    assert exact["is_exact"]
+    assert exact["nats_per_token"] == pytest.approx(bound["nats_per_token"], rel=0.2)
+    assert "negative log likelihood" in capsys.readouterr().out
+
+
+def test_what_can_be_predicted_is_recorded(run, tiny_corpus, tmp_path):
+    words = ["--untrained", "False", "--outcomes"]
+    text, everything = (
+        measure(run, tiny_corpus, tmp_path / f"{name}.json", *words, name)
+        for name in ("text", "all")
+    )
+    assert everything["outcomes"] == "all"
+    assert everything["nats_per_token"] > text["nats_per_token"]
+
+
 def test_path_that_is_no_model_is_refused(tiny_corpus, tmp_path, capsys):
     assert evaluate.main(["--model", str(tmp_path), "--corpus", tiny_corpus]) == 2
     assert "no model folder, checkpoint or run folder" in " ".join(

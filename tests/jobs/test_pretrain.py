@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cascade_model.config import TrainerConfig
+from cascade_model.config import TrainerConfig, to_dict
+from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.metrics import read_metrics
 from cascade_model.weights import load_model
@@ -61,6 +62,52 @@ def test_one_block_shifted_is_an_autoregressive_model(tiny_corpus, tmp_path):
     assert load_model(str(tmp_path / "model"))[0].config.is_autoregressive
 
 
+def facts_of(folder):
+    return json.loads((folder / "checkpoints" / "step_00000004" / "config.json").read_text())
+
+
+def test_a_bidirectional_model_draws_a_rate_for_each_sequence(tiny_corpus, tmp_path):
+    more = ["--model.attention", "bidirectional", "--outcomes", "all", "--noise.short-rate", "0.5"]
+    assert pretrain.main(flags(tiny_corpus, tmp_path, *more)) == 0
+    facts = facts_of(tmp_path)
+    assert load_model(str(tmp_path / "model"))[0].config.attention == "bidirectional"
+    assert facts["noise"]["per"] == "sequence"
+    assert (facts["noise"]["short_rate"], facts["noise"]["short_multiple"]) == (0.5, 1)
+    assert facts["objective"] == {
+        "name": "diffusion",
+        "weight": "elbo",
+        "normaliser": "maskable",
+        "outcomes": "all",
+    }
+
+
+def test_every_choice_of_noise_and_loss_is_recorded_and_compared(tiny_corpus, tmp_path, capsys):
+    more = ["--noise.complement", "True", "--noise.min-rate", "0.3", "--noise.max-rate", "0.8"]
+    more += ["--noise.padding", "eos", "--weight", "cart", "--normaliser", "document"]
+    more += ["--noise.short-rate", "0.2", "--noise.seed", "4", "--noise.strata", "8"]
+    assert pretrain.main(flags(tiny_corpus, tmp_path, *more)) == 0
+    assert facts_of(tmp_path)["noise"] == {
+        "seed": 4,
+        "block_size": 4,
+        "per": "block",
+        "min_rate": 0.3,
+        "max_rate": 0.8,
+        "strata": 8,
+        "complement": True,
+        "padding": "eos",
+        "short_rate": 0.2,
+        "short_multiple": 4,
+        "sequences_per_batch": 4,
+    }
+    assert pretrain.main(flags(tiny_corpus, tmp_path, *more, "--noise.padding", "never")) == 3
+    assert "noise.padding" in capsys.readouterr().err
+
+
+def test_without_choices_the_corpus_recipe_is_recorded_as_it_is(tiny_corpus, tmp_path):
+    assert pretrain.main(flags(tiny_corpus, tmp_path)) == 0
+    assert facts_of(tmp_path)["noise"] == to_dict(Corpus.open(tiny_corpus).manifest.noise)
+
+
 def test_missing_corpus_leaves_nothing_behind(tmp_path, capsys):
     code = pretrain.main(flags(tmp_path / "nowhere", tmp_path / "run"))
     assert code == 3
@@ -74,6 +121,12 @@ def test_missing_corpus_leaves_nothing_behind(tmp_path, capsys):
         (["--trainer.sequences-per-step", "3", "--num-workers", "2"], "sequences_per_step=3"),
         (["--model.block-size", "8"], "block_size=8"),
         (["--num-workers", "-1"], "num_workers=-1"),
+        (["--noise.complement", "True"], "use weight=unit, or noise.max_rate=0.999"),
+        (
+            ["--noise.complement", "True", "--trainer.sequences-per-step", "3"],
+            "sequences_per_step=3 is odd; use 4",
+        ),
+        (["--noise.min-rate", "0"], "noise.min_rate=0.0"),
         (["--output", "s3://bucket/run"], "output=s3://bucket/run is a URL"),
         (["--output", "/dev/null/run"], "output=/dev/null/run"),
     ],

@@ -1,0 +1,162 @@
+"""What a masked token's cross entropy counts in the loss, and what the sum is divided by.
+
+Published systems differ on each of three axes, so each is a recorded setting of its own:
+
+- weight: 1/t ("elbo": LLaDA, MDLM, BD3-LM), 1 ("unit": Fast-dLLM v2, LLaDA2), or by how near the
+  visible tokens are ("cart": Dream, arXiv 2508.15487).
+- normaliser: the tokens that could have been masked ("maskable": LLaDA, MDLM, BD3-LM), those that
+  were ("masked": DiffuLLaMA, LLaDA2), or each document by its own maskable tokens and then the mean
+  over documents ("document": LLaDA's fine-tuning, where a document is an answer).
+- outcomes: whether the mask token can be predicted. "text": neither it nor padding takes
+  probability; "all_but_mask": the substitution parameterisation of MDLM and BD3-LM; "all": LLaDA.
+
+Weights and normalisers are small functions of a batch and its supervised tokens. A normaliser gives
+a sum and a count: the trainer adds both over micro-batches and ranks before it divides.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cascade_model.batch import TrainBatch
+from cascade_model.config import ModelConfig, Normaliser, Outcomes, Weight
+from cascade_model.model import never_emitted
+
+NUM_BANDS = 8
+CART_RATE = 0.3
+_CART_REACH = 100  # 0.7^100 = 3e-16: beyond it a visible token adds nothing in float64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowLosses:
+    """The supervised tokens of a batch, r in all."""
+
+    sequences: Tensor
+    """int64 [r]: row of the batch."""
+    places: Tensor
+    """int64 [r]: place in the sequence."""
+    losses: Tensor
+    """float32 [r]: cross entropy in nats."""
+    rates: Tensor
+    """float32 [r]: mask rate of the token's block; 1 for an autoregressive model."""
+    is_counted: Tensor
+    """bool [n, L]: tokens that could have been masked and predicted."""
+
+    @property
+    def num_maskable(self) -> Tensor:
+        """int64 [n]: maskable and predictable tokens of each sequence."""
+        return self.is_counted.sum(dim=1)
+
+    @property
+    def weights(self) -> Tensor:
+        """float32 [r]: 1/t, under which the sum is the bound's estimate."""
+        return self.rates.reciprocal()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossParts:
+    """Sums of one forward pass; the trainer divides by the count of the whole global batch."""
+
+    sum: Tensor
+    """float32 scalar, differentiable: weighted cross entropy, summed over supervised tokens."""
+    count: int
+    """What the normaliser counts: maskable tokens, masked tokens or documents."""
+    band_sums: Tensor
+    """float32 [8]: unweighted cross entropy by mask rate, band j being [j/8, (j+1)/8)."""
+    band_counts: Tensor
+    """float32 [8]: supervised tokens of each band."""
+
+    @property
+    def num_maskable(self) -> int:
+        """The trainer's name for `count`."""
+        return self.count
+
+
+def banned_ids(config: ModelConfig, outcomes: Outcomes) -> list[int]:
+    """Ids that take no probability."""
+    if outcomes == "text":
+        return never_emitted(config)
+    return [config.mask_id] if outcomes == "all_but_mask" else []
+
+
+def by_rate(config: ModelConfig, batch: TrainBatch, rows: RowLosses) -> Tensor:
+    """1/t."""
+    return rows.weights
+
+
+def by_one(config: ModelConfig, batch: TrainBatch, rows: RowLosses) -> Tensor:
+    """1."""
+    return torch.ones_like(rows.losses)
+
+
+def by_context(config: ModelConfig, batch: TrainBatch, rows: RowLosses) -> Tensor:
+    """CART: 1/2 x the sum over unmasked i of p (1 - p)^max(|n - i| - 1, 0), within the document.
+
+    Padding is no context. A token amid visible ones has weight 1, one far from all weight 0.
+    """
+    is_padding = ~batch.is_maskable & (batch.clean_tokens == config.pad_id)
+    is_visible = ~batch.is_masked & ~is_padding
+    total = torch.zeros(is_visible.shape, dtype=rows.losses.dtype, device=is_visible.device)
+    for distance in range(1, min(_CART_REACH, is_visible.shape[1] - 1) + 1):
+        together = batch.segments[:, distance:] == batch.segments[:, :-distance]
+        share = 0.5 * CART_RATE * (1 - CART_RATE) ** (distance - 1)
+        total[:, distance:] += share * (together & is_visible[:, :-distance]).to(total.dtype)
+        total[:, :-distance] += share * (together & is_visible[:, distance:]).to(total.dtype)
+    return total[rows.sequences, rows.places]
+
+
+WEIGHTS: dict[Weight, Callable[[ModelConfig, TrainBatch, RowLosses], Tensor]] = {
+    "elbo": by_rate,
+    "unit": by_one,
+    "cart": by_context,
+}
+
+
+def weights_of(config: ModelConfig, batch: TrainBatch, rows: RowLosses, weight: Weight) -> Tensor:
+    """The weight of each supervised token, [r]; 1 for an autoregressive model."""
+    chosen = by_one if config.is_autoregressive else WEIGHTS[weight]
+    return chosen(config, batch, rows)
+
+
+def over_maskable(batch: TrainBatch, rows: RowLosses, values: Tensor) -> tuple[Tensor, int]:
+    """The sum, and the tokens that could have been masked."""
+    return values.sum(), int(rows.is_counted.sum())
+
+
+def over_masked(batch: TrainBatch, rows: RowLosses, values: Tensor) -> tuple[Tensor, int]:
+    """The sum, and the supervised tokens: not the bound's scale."""
+    return values.sum(), len(values)
+
+
+def over_documents(batch: TrainBatch, rows: RowLosses, values: Tensor) -> tuple[Tensor, int]:
+    """The sum of each document's mean over its maskable tokens, and the documents that have any."""
+    segments = batch.segments.long()
+    lengths = values.new_zeros(len(segments), int(segments.max()) + 1)
+    lengths.scatter_add_(1, segments, rows.is_counted.to(values.dtype))
+    own = lengths[rows.sequences, segments[rows.sequences, rows.places]]
+    return (values / own).sum(), int((lengths > 0).sum())
+
+
+NORMALISERS: dict[Normaliser, Callable[[TrainBatch, RowLosses, Tensor], tuple[Tensor, int]]] = {
+    "maskable": over_maskable,
+    "masked": over_masked,
+    "document": over_documents,
+}
+
+
+def loss_parts(
+    values: Tensor, batch: TrainBatch, rows: RowLosses, normaliser: Normaliser = "maskable"
+) -> LossParts:
+    """What each supervised token adds, [r], as sum and count, beside the sums by mask rate."""
+    total, count = NORMALISERS[normaliser](batch, rows, values)
+    losses = rows.losses.detach().float()
+    band = (rows.rates * NUM_BANDS).long().clamp(max=NUM_BANDS - 1)
+    zeros = losses.new_zeros(NUM_BANDS)
+    return LossParts(
+        sum=total,
+        count=count,
+        band_sums=zeros.index_add(0, band, losses),
+        band_counts=zeros.index_add(0, band, torch.ones_like(losses)),
+    )

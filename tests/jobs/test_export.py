@@ -1,0 +1,96 @@
+"""A converted model goes back into its published layout, bit for bit; a trained one into it too."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cascade_model.families import read_checkpoint
+from cascade_model.tokenizer import byte_tokenizer
+from cascade_model.weights import load_model, save_model
+from jobs import convert, export
+from tests.cascade_model.families.published_cases import DATA, file_contents
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A LLaDA2 of mixed types, as such checkpoints are published."""
+    folder = tmp_path / "llada2"
+    shutil.copytree(DATA / "llada2", folder)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    halves = {n: t if "expert_bias" in n else t.bfloat16() for n, t in tensors.items()}
+    save_file(halves, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_bytes(byte_tokenizer().to_bytes())
+    return folder
+
+
+def converted(source: Path, *flags: str) -> Path:
+    output = source.with_name("model")
+    assert convert.main(["--source", str(source), "--output", str(output), *flags]) == 0
+    return output
+
+
+def exported(model: Path, *flags: str) -> Path:
+    output = model.with_name("exported")
+    assert export.main(["--model", str(model), "--output", str(output), *flags]) == 0
+    return output
+
+
+def test_convert_and_export_give_the_checkpoint_back(source):
+    found = exported(converted(source))
+    assert file_contents(found / "model.safetensors") == file_contents(source / "model.safetensors")
+    assert (found / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    config = json.loads((source / "config.json").read_text())
+    del config["auto_map"]
+    assert json.loads((found / "config.json").read_text()) == config
+
+
+def test_a_trained_model_is_exported_like_the_one_it_came_from(source):
+    folder = converted(source)
+    model, tokenizer = load_model(folder)
+    with torch.no_grad():
+        model.final_norm.weight.fill_(2.0)
+    trained = folder.with_name("trained")
+    save_model(trained, model, tokenizer)
+    found = exported(trained, "--like", str(folder))
+    state = load_file(found / "model.safetensors")
+    assert state["model.norm.weight"].dtype == torch.bfloat16
+    assert (state["model.norm.weight"] == 2.0).all()
+
+
+def test_an_autoregressive_model_loses_the_rows_that_were_added(tmp_path):
+    source = tmp_path / "llama"
+    shutil.copytree(DATA / "ar/llama", source)
+    document = json.loads(byte_tokenizer().to_bytes())
+    like = document["added_tokens"][0]
+    extra = [like | {"id": 257 + n, "content": f"<{n}>"} for n in range(127)]
+    document["added_tokens"] = [like, *extra]
+    (source / "tokenizer.json").write_text(json.dumps(document))
+    model = converted(source, "--block-size", "1")
+    assert load_model(model)[0].config.vocab_size == 386
+    found = exported(model)
+    assert file_contents(found / "model.safetensors") == file_contents(source / "model.safetensors")
+    assert json.loads((found / "tokenizer.json").read_text()) == document
+    assert json.loads((found / "config.json").read_text())["vocab_size"] == 384
+
+
+def test_a_published_folder_itself_is_exported(source):
+    found = exported(source)
+    assert file_contents(found / "model.safetensors") == file_contents(source / "model.safetensors")
+    assert read_checkpoint(found).config == read_checkpoint(source).config
+
+
+def test_a_model_of_our_own_has_no_published_layout(source, capsys):
+    folder = converted(source)
+    model, tokenizer = load_model(folder)
+    own = folder.with_name("own")
+    save_model(own, model, tokenizer)
+    assert export.main(["--model", str(own), "--output", str(own.with_name("out"))]) == 2
+    assert "came from no published checkpoint; give --like" in " ".join(
+        capsys.readouterr().err.replace("│", " ").split()
+    )
