@@ -182,10 +182,10 @@ class Corpus:
         draws = shown // np.uint64(self.num_sequences)
         ranks = shown % np.uint64(self.num_sequences)
         parts = [
-            self._masked(ranks[draws == draw], is_second[draws == draw], noise, int(draw))
+            self._ordered(ranks[draws == draw], is_second[draws == draw], noise, int(draw))
             for draw in np.unique(draws)
         ]
-        parts = parts or [self._masked(ranks, is_second, noise, 0)]
+        parts = parts or [self._ordered(ranks, is_second, noise, 0)]
         names = Batch.__dataclass_fields__
         whole = parts[0]
         if len(parts) > 1:
@@ -205,18 +205,40 @@ class Corpus:
                 f"are both {self.manifest.eos_id}; use noise.padding=never"
             )
 
-    def _masked(
+    def masked(
+        self, sequence_ids: np.ndarray, ranks: np.ndarray, noise: NoiseConfig, draw: int
+    ) -> Batch:
+        """Given sequences with the noise that `draw` has for these ranks, whatever its order."""
+        noise = TrainingNoise.over(noise)
+        self._require_noise(noise)
+        is_second = np.zeros(len(sequence_ids), dtype=bool)
+        return self._masked(sequence_ids, ranks, is_second, noise, draw, is_stored=False)
+
+    def _ordered(
         self, ranks: np.ndarray, is_second: np.ndarray, noise: TrainingNoise, draw: int
     ) -> Batch:
         """Samples of one draw, in its order; a second one is the complement of its first."""
         ids = mask_noise.sequence_at(ranks, self.num_sequences, noise, draw)
+        is_stored = draw == 0 and noise.recipe == self.manifest.noise and noise.padding != "eos"
+        return self._masked(ids, ranks, is_second, noise, draw, is_stored=is_stored)
+
+    def _masked(
+        self,
+        ids: np.ndarray,
+        ranks: np.ndarray,
+        is_second: np.ndarray,
+        noise: TrainingNoise,
+        draw: int,
+        *,
+        is_stored: bool,
+    ) -> Batch:
         rows = self.rows(ids)
         if noise.padding == "eos":
             is_padding = ~rows.is_maskable & (rows.tokens == self.manifest.pad_id)
             tokens = np.where(is_padding, self.manifest.eos_id, rows.tokens)
             rows = replace(rows, tokens=tokens, is_maskable=rows.is_maskable | is_padding)
         thresholds, is_masked = rows.thresholds, rows.is_masked
-        if draw != 0 or noise.recipe != self.manifest.noise or noise.padding == "eos":
+        if not is_stored:
             blocks = self.sequence_length // noise.block_size
             thresholds = mask_noise.thresholds(noise, draw, ranks, blocks)
             bits = mask_noise.mask_bits(noise, draw, ids, thresholds, self.sequence_length)

@@ -25,6 +25,7 @@ from cascade_model.errors import CheckpointMismatch
 from cascade_model.likelihood import sequential_nats
 from cascade_model.loss import row_losses, source_rows
 from cascade_model.networks import Network, build_network
+from cascade_model.noise import sequence_at
 
 # Another key than any training recipe is likely to have; fixed, so that curves can be compared.
 EVALUATION_SEED = 0x5EED_0E7A
@@ -70,12 +71,12 @@ def bound(
     strata: int = 32,
     outcomes: Outcomes = "text",
 ) -> Bound:
-    """The model's bound on a split of a corpus, all maskable tokens counted.
+    """The model's bound on a split of a corpus, over every maskable token that it can predict.
 
-    Each draw takes the first `max_sequences` sequences of its own order, with its own mask rates
-    and bits. The value is nats over tokens; its standard error is the ratio estimator's, over
-    sequences with their draws summed.
-    Raises `CheckpointMismatch` when model and corpus have different tokenizers.
+    With shifted logits a document's first token has no row that predicts it and is left out. All
+    draws take the same `chosen_sequences`, each with mask rates and bits of its own. The value is
+    nats over tokens; its standard error is the ratio estimator's, over sequences with their draws
+    summed. Raises `CheckpointMismatch` when model and corpus have different tokenizers.
     """
     exact = model.config.is_autoregressive
 
@@ -140,19 +141,27 @@ def sequential(
     )
 
 
-def unigram_baseline(train: Corpus, held_out: Corpus) -> float:
+def chosen_sequences(corpus: Corpus, max_sequences: int | None) -> np.ndarray:
+    """The sequences that every evaluation of a split takes, uint64 [m]: a fixed order's first."""
+    size = corpus.num_sequences
+    ranks = np.arange(min(size, max_sequences or size), dtype=np.uint64)
+    return sequence_at(ranks, size, evaluation_noise(1), 0)
+
+
+def unigram_baseline(train: Corpus, held_out: Corpus, max_sequences: int | None = None) -> float:
     """Nats per held-out token of add-one smoothed token frequencies of the training split.
 
     Mask and padding are no outcomes of the unigram model, as of ours.
     """
     manifest = train.manifest
-    counts = np.bincount(_tokens(train), minlength=manifest.vocab_size).astype(np.float64)
+    every = np.arange(train.num_sequences, dtype=np.uint64)
+    counts = np.bincount(_tokens(train, every), minlength=manifest.vocab_size).astype(np.float64)
     outcomes = np.ones(manifest.vocab_size, dtype=bool)
     outcomes[[manifest.mask_id, manifest.pad_id]] = False
     counts = np.where(outcomes, counts + 1.0, 0.0)
     with np.errstate(divide="ignore"):
         nats = -np.log(counts / counts.sum())
-    return float(nats[_tokens(held_out)].mean())
+    return float(nats[_tokens(held_out, chosen_sequences(held_out, max_sequences))].mean())
 
 
 def untrained(model: Network, seed: int = 0) -> Network:
@@ -191,29 +200,28 @@ def _measure(
 ) -> Bound:
     """Add up what `sums` gives of each batch: nats and the tokens that count, by sequence [n]."""
     require_same_tokenizer(model, corpus)
-    size = corpus.num_sequences
-    count = min(size, max_sequences or size)
-    nats, tokens = np.zeros(size), np.zeros(size)
+    ids = chosen_sequences(corpus, max_sequences)
+    ranks = np.arange(len(ids), dtype=np.uint64)
+    nats, tokens = np.zeros(len(ids)), np.zeros(len(ids))
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     for draw in range(draws):
-        for first in range(0, count, sequences_per_forward):
-            step = min(sequences_per_forward, count - first)
-            rows = corpus.batch(draw * size + first, step, noise)
+        for first in range(0, len(ids), sequences_per_forward):
+            part = slice(first, first + sequences_per_forward)
+            rows = corpus.masked(ids[part], ranks[part], noise, draw)
             found, counted = sums(TrainBatch.from_numpy(rows, device))
-            nats[rows.sequence_ids] += found.double().cpu().numpy()
-            tokens[rows.sequence_ids] += counted.double().cpu().numpy()
+            nats[part] += found.double().cpu().numpy()
+            tokens[part] += counted.double().cpu().numpy()
     model.train(was_training)
     seen = tokens > 0
     return _estimate(nats[seen], tokens[seen], corpus, draws, exact)
 
 
-def _tokens(corpus: Corpus) -> np.ndarray:
-    """All maskable tokens of a split, int64 [m]."""
+def _tokens(corpus: Corpus, ids: np.ndarray) -> np.ndarray:
+    """All maskable tokens of the given sequences, int64 [m]."""
     found = []
-    for first in range(0, corpus.num_sequences, 4096):
-        last = min(first + 4096, corpus.num_sequences)
-        rows = corpus.rows(np.arange(first, last, dtype=np.uint64))
+    for first in range(0, len(ids), 4096):
+        rows = corpus.rows(ids[first : first + 4096])
         found.append(rows.tokens[rows.is_maskable])
     return np.concatenate(found)
 

@@ -31,7 +31,7 @@ class EvaluateConfig:
     """What can be predicted: text leaves out mask and padding, all_but_mask the mask alone (MDLM),
     all nothing (LLaDA)."""
     max_sequences: int = 256
-    """Held-out sequences to use at most, from the first on."""
+    """Held-out sequences to use at most, the same ones for every model and draw."""
     draws: int = 4
     """Noise draws of each sequence; more give a smaller error."""
     strata: int = 32
@@ -74,7 +74,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             return sequential(model, held_out, **shared)
         return bound(model, held_out, draws=config.draws, strata=config.strata, **shared)
 
-    unigram = unigram_baseline(Corpus.open(config.corpus), held_out)
+    unigram = unigram_baseline(Corpus.open(config.corpus), held_out, config.max_sequences)
     trained = measure(model)
     report = {
         "model": config.model,

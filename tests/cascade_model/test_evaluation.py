@@ -12,6 +12,7 @@ from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch
 from cascade_model.evaluation import (
     bound,
+    chosen_sequences,
     evaluation_noise,
     sequential,
     unigram_baseline,
@@ -174,3 +175,13 @@ def test_sequential_is_the_likelihood_of_an_autoregressive_model(held_out):
     one, two = bound(model, held_out), sequential(model, held_out)
     assert one.nats_per_token == pytest.approx(two.nats_per_token, rel=1e-6)
     assert one.num_tokens == two.num_tokens
+
+
+def test_all_draws_and_all_models_take_the_same_sequences(held_out):
+    few = bound(uniform(held_out), held_out, draws=3, max_sequences=4)
+    assert few.num_sequences == 4
+    ids = chosen_sequences(held_out, 4)
+    assert len(set(ids.tolist())) == 4
+    assert ids.tolist() == chosen_sequences(held_out, None)[:4].tolist()
+    maskable = int(held_out.rows(ids).is_maskable.sum())
+    assert few.num_tokens == 3 * maskable

@@ -386,3 +386,17 @@ def test_noise_of_another_block_size_is_refused_with_both_values():
 def test_a_clean_mask_serves_the_likelihood_of_a_whole_document():
     mask = clean_mask(torch.zeros(1, 3, dtype=torch.int32), 1, "block_causal")
     assert torch.equal(mask[0, 0], torch.ones(3, 3, dtype=torch.bool).tril())
+
+
+@pytest.mark.parametrize("attention", ["block_causal", "bidirectional"])
+def test_nothing_in_the_noisy_half_tells_where_a_text_ends(attention):
+    """A masked token sees masks behind it, as in decoding, be they padding or not."""
+    model = lively_model(attention=attention)
+    clean = torch.tensor([[1, 2, 3, 4, 5, 6, EOS, PAD]])
+    is_masked = torch.tensor([[False, True, False, False, False, True, False, False]])
+    is_text = clean != PAD
+    padded = TrainBatch.of(clean, is_masked, block_size=4, is_maskable=is_text)
+    longer = TrainBatch.of(torch.where(is_text, clean, 7), is_masked | ~is_text, block_size=4)
+    seen = row_losses(model, padded)
+    masked = row_losses(model, longer)
+    torch.testing.assert_close(seen.losses, masked.losses[:2], rtol=0, atol=1e-12)

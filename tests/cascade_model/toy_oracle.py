@@ -263,7 +263,7 @@ def axis_rows() -> list[Row]:
         ("1/t, answers (SFT)", "bound of the answer given the prompt",
          expected(WHOLE, by_rate, maskable=PROMPTED) / 3,
          document | {"corpus": ToyCorpus(maskable=PROMPTED)}),
-        ("1/t, SFT, padding never", "bound of answer and EOS, PAD seen", only_eos / 2,
+        ("1/t, SFT, padding never", "bound of answer and EOS", only_eos / 2,
          document | {"corpus": padded}),
         ("1/t, SFT, padding eos", "bound of answer, EOS and padding",
          expected(WHOLE, by_rate, maskable=PROMPTED, tokens=eos) / 3,
