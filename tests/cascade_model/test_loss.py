@@ -14,12 +14,13 @@ from torch.distributed.fsdp import fully_shard
 
 from cascade_model import loss as loss_module
 from cascade_model.attention import clean_mask, dense, training_mask
+from cascade_model.batch import TrainBatch
 from cascade_model.config import NoiseConfig
 from cascade_model.errors import InputError
 from cascade_model.loss import diffusion_loss, row_losses, source_rows
 from cascade_model.model import vocabulary_logits
 from cascade_model.noise import mask_bits, thresholds
-from tests.tiny_models import MASK, PAD, batch_of, lively_model
+from tests.tiny_models import EOS, MASK, PAD, batch_of, lively_model
 
 TWO_ROWS = [[1, 5, 2, 8, 3, 3, 0, 11], [7, 7, 4, 9, 10, 2, 6, 1]]
 AUTOREGRESSIVE = {"block_size": 1, "logits": "shifted", "first_place": "clean"}
