@@ -8,7 +8,8 @@ from typing import Any, Literal
 from cascade_model.config import SamplingParams, check, to_dict
 from cascade_model.errors import InputError
 from jobs.cli import command
-from jobs.launch import absolute, cores, start_ray
+from jobs.launch import absolute
+from pipelines.cluster import cores, start_ray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from cascade_model.config import (
 )
 from cascade_model.errors import CheckpointMismatch
 from jobs.cli import command, dump
-from jobs.launch import launch, require_workers, run_folder, with_absolute_paths
+from jobs.launch import launch, require_room, require_workers, run_folder, with_absolute_paths
 
 if TYPE_CHECKING:
     from cascade_model.corpus import Corpus
@@ -115,6 +115,7 @@ def train(config: PretrainConfig, device: str) -> dict[str, Any]:
 
 def prepare_run(config: Any) -> Path:
     """Make the run folder and write its config.yaml, once everything has been checked."""
+    require_room(config.num_workers, config.use_gpu)
     folder = run_folder(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")

@@ -21,9 +21,10 @@ from typing import Any
 from cascade_model.config import check
 from cascade_model.errors import CheckpointMismatch, InputError
 from jobs.cli import command, parse_mapping
-from jobs.launch import absolute, start_ray
+from jobs.launch import absolute
 from jobs.replicas import KEYS_VARIABLE, Ingress, Sampler
 from jobs.serve_yaml import check_serve_document, read_serve_yaml
+from pipelines.cluster import start_ray
 
 APP = "cascade"
 BUILDER = "jobs.serve:build_app"

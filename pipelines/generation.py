@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from cascade_model.commit import Folder, Record
 from cascade_model.config import SamplingParams, digest
 from cascade_model.errors import CheckpointMismatch, InputError
+from pipelines.cluster import quiet_ray_data
 from pipelines.prompts import Columns, DeadRow, Part, Prompt, read_part
 
 FORMAT_VERSION = 1
@@ -251,7 +252,8 @@ def run_on_ray(
     parts: Sequence[Part], worker: dict[str, Any], num_workers: int
 ) -> Iterator[PartRecord]:
     """The Ray Data plan: parts -> pool of model-holding actors -> records, as they come."""
-    import ray
+    quiet_ray_data()
+    import ray.data
 
     rows = [{"part": json.dumps(dataclasses.asdict(part))} for part in parts]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

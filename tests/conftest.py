@@ -1,29 +1,34 @@
 """Shared fixtures: one local Ray, one small real corpus, one tiny model."""
 
-import os
-
-# Before any import of ray: the mode is never left to chance.
-os.environ["RAY_AUTH_MODE"] = "disabled"
-# Tiny models run faster on one thread, and worker processes do not fight over the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-
 import json
+import os
 import sysconfig
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from pipelines.cluster import settle_authentication
+
+# Before any import of ray: token mode, as the commands choose it, and never a user's own cluster.
+os.environ.pop("RAY_ADDRESS", None)
+os.environ["RAY_AUTH_MODE"] = "token"
+settle_authentication(os.environ)
+# Tiny models run faster on one thread, and worker processes do not fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
 
 @pytest.fixture(scope="session")
 def ray_local():
-    """One local Ray of two CPUs for the whole run, in a private short folder."""
+    """One local Ray of four logical CPUs for the whole run, in a private short folder."""
     import ray
 
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        ray.init(num_cpus=4, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+        ray.init(
+            "local", num_cpus=4, include_dashboard=False, _temp_dir=folder, log_to_driver=False
+        )
         yield ray
         ray.shutdown()
 
