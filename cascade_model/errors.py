@@ -21,6 +21,10 @@ class InputError(Exception):
         return kinds.get(data["kind"], InputError)(data["message"])
 
 
+class Unfinished(InputError):
+    """An input that stops a job which can go on from what it has made; so that is kept."""
+
+
 class CorpusMismatch(InputError):
     """A corpus that is damaged, unfinished or made for something else; both values are named."""
 

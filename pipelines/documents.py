@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, Unfinished
 
 EXCERPT = 200
 """Characters of a broken record that its dead letter keeps."""
@@ -59,7 +59,8 @@ class Document:
 
 
 def read_documents(part: Part, text_column: str) -> Iterator[Document]:
-    """The part's records in order; `InputError` when a file is missing or damaged as a whole."""
+    """The part's records in order; `InputError` when a file is damaged as a whole, `Unfinished`
+    when it cannot be read now."""
     row = 0
     for piece in part.pieces:
         for where, value in _records(piece, text_column):
@@ -207,14 +208,19 @@ def compression_of(url: str) -> str | None:
 
 
 def open_source(url: str) -> BinaryIO:
-    """Open a source file; `InputError` when it cannot be read."""
+    """Open a source file; `Unfinished` when it cannot be read now."""
     try:
         fs, place = fsspec.core.url_to_fs(url)
         return cast(BinaryIO, fs.open(place, "rb"))
     except OSError as error:
-        raise InputError(
-            f"source file {url} cannot be read ({type(error).__name__}); check path and rights"
-        ) from None
+        raise _unreadable(url, error) from None
+
+
+def _unreadable(url: str, error: OSError) -> Unfinished:
+    return Unfinished(
+        f"source file {url} cannot be read ({type(error).__name__}); check path and rights, then "
+        "run the same command again"
+    )
 
 
 @contextmanager
@@ -235,6 +241,9 @@ def whole(url: str, kind: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
+        # Arrow's own complaints have no number; those of a disk or a network do.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise _unreadable(url, error) from None
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
             f"source file {url} is a damaged {kind} ({reason}); mend it or leave it out"
