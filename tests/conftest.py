@@ -4,6 +4,7 @@ import json
 import os
 import sysconfig
 import tempfile
+import uuid
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,35 @@ def tiny_corpus(documents_jsonl, tmp_path_factory) -> str:
     argv += ["--noise.block-size", "4", "--held-out-rate", "0.1", "--runner", "local"]
     assert prepare.main(argv) == 0
     return str(output)
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """moto's S3 server on a free port of loopback."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_server, monkeypatch):
+    """A fresh bucket; the client finds the server through the usual environment."""
+    import fsspec
+    import s3fs
+
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "testtest"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", s3_server),
+    ):
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    yield f"s3://{bucket}/corpus"
+    s3fs.S3FileSystem.clear_instance_cache()

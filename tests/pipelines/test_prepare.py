@@ -349,6 +349,16 @@ def test_a_task_that_outlives_its_job_writes_nothing(documents_jsonl, tmp_path, 
         assert "_work/part-00000.arrow" in contents(output)
 
 
+def test_a_bucket_survives_a_failing_job_whose_output_it_is(tmp_path, s3_url):
+    bucket = s3_url.removesuffix("/corpus")
+    path = write_lines(tmp_path / "a.jsonl", [b'{"text": ""}'])
+    with pytest.raises(InputError, match="no document with text"):
+        prepare(config_for(bucket, path))
+    store = fsspec.filesystem("s3")
+    assert store.exists(bucket)
+    assert store.ls(bucket) == []
+
+
 @pytest.mark.parametrize("where", ["/dev/null/x", "/proc/x/corpus"])
 def test_an_output_that_cannot_be_written_is_one_sentence(documents_jsonl, where):
     with pytest.raises(InputError, match=f"output={where} cannot be written"):
