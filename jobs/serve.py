@@ -19,7 +19,7 @@ from typing import Any
 
 from cascade_model.config import check
 from cascade_model.errors import InputError
-from jobs.cli import command, parse_mapping
+from jobs.cli import build, command
 from jobs.deployment import deployed
 from jobs.launch import absolute
 from jobs.replicas import KEYS_VARIABLE, Ingress, Sampler
@@ -100,7 +100,7 @@ def build_app(args: dict[str, Any]) -> Any:
     """The Serve application; `args` are the settings of `ServeConfig`, checked as on the CLI."""
     from ray import serve
 
-    config = parse_mapping(ServeConfig, args, "args")
+    config = build(ServeConfig, args, "args")
     require_keys(config)
     options = deployment_options(config)
     sampler = serve.deployment(name="sampler", **options["sampler"])(Sampler)
@@ -149,7 +149,7 @@ def is_ours(application: dict[str, Any]) -> bool:
 
 def settings_of(application: dict[str, Any], source: str = "args") -> ServeConfig:
     """The checked settings of an application of ours."""
-    return parse_mapping(ServeConfig, application.get("args") or {}, source)
+    return build(ServeConfig, application.get("args") or {}, source)
 
 
 def require_keys(config: ServeConfig) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from cascade_model.errors import CheckpointMismatch, InputError
 from jobs import generate
-from jobs.cli import parse_mapping
+from jobs.cli import build
 from jobs.generate import GenerateConfig, input_urls, job_identity
 
 RECIPE = Path(generate.__file__).parent / "recipes/demo/generate.yaml"
@@ -73,7 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_shipped_recipe_parses():
     settings = {"model": "m", "input": "i", "output": "o", **yaml.safe_load(RECIPE.read_text())}
-    config = parse_mapping(GenerateConfig, settings, str(RECIPE))
+    config = build(GenerateConfig, settings, str(RECIPE))
     assert config.sampling.confidence_threshold < 0.9
 
 
