@@ -3,7 +3,6 @@ embedded in them as text: the Serve configuration, the runtime environment, a jo
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ import pytest
 import yaml
 
 from cascade_model.errors import InputError
-
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 FILES = ("kuberay-cluster.yaml", "kuberay-job.yaml", "kuberay-service.yaml")
