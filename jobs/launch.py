@@ -100,8 +100,15 @@ def launch(
         _fit(train, config, folder, num_workers, device, max_failures, name)
         _raise_refusal(refusal)
     finally:
-        mark.unlink(missing_ok=True)
+        _unmark(mark, name)
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def _unmark(mark: Path, name: str) -> None:
+    """Remove the mark, unless a run that took the folder over has put its own."""
+    with contextlib.suppress(FileNotFoundError):
+        if mark.read_text(encoding="utf-8") == name:
+            mark.unlink()
 
 
 def with_absolute_paths(config: Any) -> Any:
