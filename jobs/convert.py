@@ -51,9 +51,11 @@ class ConvertConfig:
 
 def run(config: ConvertConfig) -> dict[str, Any]:
     """Read, add the special rows, write the model folder; returns a summary."""
+    from cascade_model.commit import require_writable
     from cascade_model.model import Transformer
     from cascade_model.weights import fill, save_model
 
+    require_writable(config.output)
     shape, state, tokenizer, added = read_source(config)
     model = Transformer(shape)
     fill(model, state, config.source)

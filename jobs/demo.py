@@ -39,6 +39,9 @@ class DemoConfig:
 
 def run(config: DemoConfig) -> dict[str, Any]:
     """Run every stage and print the table; the summary stands in <output>/summary.json too."""
+    from cascade_model.commit import require_writable
+
+    require_writable(config.output)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
