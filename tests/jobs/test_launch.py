@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import sys
 import time
 from dataclasses import dataclass
 
@@ -96,6 +98,26 @@ def test_ranks_that_do_not_see_the_run_folder_are_told_in_one_sentence(
     with pytest.raises(InputError, match="all machines share"):
         launch.launch(never, None, folder=tmp_path, num_workers=1, max_failures=0)
     assert [path.name for path in tmp_path.iterdir()] == ["ray"]
+
+
+def dying(config, device):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.ray
+def test_a_death_without_a_restart_fails_the_run(ray_local, tmp_path):
+    """The control of the tests that kill a rank and see the run end all the same."""
+    from ray import cloudpickle
+    from ray.train import TrainingFailedError
+
+    here = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(here)
+    try:
+        with pytest.raises(TrainingFailedError):
+            launch.launch(dying, None, folder=tmp_path, num_workers=1, max_failures=0)
+    finally:
+        cloudpickle.unregister_pickle_by_value(here)
+    assert not (tmp_path / "summary.json").exists()
 
 
 never = dict  # an importable callable: no rank may reach it
