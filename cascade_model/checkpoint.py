@@ -4,16 +4,16 @@
         state/          weights and AdamW moments, written by all ranks (torch DCP, reshardable)
         config.json     facts: step, samples consumed, model, corpus digest, noise, settings
         manifest.json   size and SHA-256 of every file above
-        COMMIT          SHA-256 of the manifest; written last, by the project's commit protocol
+        COMMIT          SHA-256 of the manifest; written last
 
-A checkpoint is written under a temporary name and renamed before COMMIT is written. DCP's own
-index is a pickle, so every hash is verified before DCP opens anything.
+A checkpoint is written and brought to disk under a temporary name, COMMIT at the end; the rename to
+its own name makes it whole at once. DCP's own index is a pickle, so every hash is verified before
+DCP opens anything.
 """
 
 import contextlib
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
-from cascade_model.commit import Folder
+from cascade_model import parallel
+from cascade_model.commit import fsync, sha256_of
 from cascade_model.errors import CheckpointMismatch
 
 FORMAT = 1
@@ -56,29 +57,29 @@ class Checkpoint:
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: Optimizer, facts: dict[str, Any], keep_last: int
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    facts: dict[str, Any],
+    keep_last: int,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a checkpoint of all ranks and commit it; every rank must call this.
 
-    `facts` holds at least `step` and `samples` and must be JSON. Returns the checkpoint's folder.
+    `facts` holds at least `step` and `samples` and must be JSON. `check` raises where this process
+    may no longer write here: it is asked on the first rank before anything is written, and again
+    before the checkpoint gets its name. Returns the checkpoint's folder.
     """
     target = folder / f"step_{facts['step']:08d}"
-    work = Path(_from_first_rank(f"{target}.tmp-{secrets.token_hex(4)}"))
-    if _is_first_rank():
-        work.mkdir(parents=True)
-    _barrier()
+    work = parallel.on_first_rank(lambda: _make_work(target, check))
     with _quiet():
         dcp_save(
             _state(model, optimizer),
             checkpoint_id=work / "state",
             no_dist=not dist.is_initialized(),
         )
-    _barrier()
-    if _is_first_rank():
-        _seal(work, target, facts)
-        for old in _folders(folder)[:-keep_last]:
-            _discard(old)
-    _barrier()
+    parallel.barrier()
+    parallel.on_first_rank(lambda: _seal(work, target, facts, keep_last, check))
     return target
 
 
@@ -93,13 +94,17 @@ def newest(folder: Path, tell: Callable[[str], None]) -> Checkpoint | None:
 
 
 def newest_on_all_ranks(folder: Path, tell: Callable[[str], None]) -> Checkpoint | None:
-    """`newest`, decided by the first rank for all; leftovers of dead writers are removed."""
-    found = None
-    if _is_first_rank():
+    """`newest`, decided by the first rank for all; leftovers of dead writers are removed.
+
+    Only for the holder of the run folder: another writer's work would count as a leftover.
+    """
+
+    def tidy_and_find() -> Checkpoint | None:
         for leftover in folder.glob("step_*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        found = newest(folder, tell)
-    return _from_first_rank(found)
+        return newest(folder, tell)
+
+    return parallel.on_first_rank(tidy_and_find)
 
 
 def verify(path: Path) -> Checkpoint:
@@ -196,25 +201,53 @@ def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return state
 
 
-def _seal(work: Path, target: Path, facts: dict[str, Any]) -> None:
-    """Facts, manifest, rename, COMMIT: in this order, each on disk before the next."""
+def _make_work(target: Path, check: Callable[[], None]) -> Path:
+    """A folder that only this save knows."""
+    check()
+    work = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+    work.mkdir(parents=True)
+    return work
+
+
+def _seal(
+    work: Path, target: Path, facts: dict[str, Any], keep_last: int, check: Callable[[], None]
+) -> None:
+    """Facts, manifest, COMMIT, rename: in this order, each on disk before the next."""
     _write(work / "config.json", {"format": FORMAT, **facts})
     files = {
         name: {"bytes": (work / name).stat().st_size, "sha256": _sha256(work / name)}
         for name in sorted(_file_names(work))
     }
     for name in files:
-        _sync(work / name)
+        fsync(work / name)
     _write(work / "manifest.json", {"files": files})
-    _sync(work / "state")
-    _sync(work)
+    digest = _sha256(work / "manifest.json")
+    _write(work / "COMMIT", {"step": facts["step"], "manifest_sha256": digest})
+    fsync(work / "state")
+    fsync(work)
+    try:
+        check()
+    except Exception:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     if target.exists():
         _discard(target)
     work.rename(target)
-    _sync(target.parent)
-    digest = _sha256(target / "manifest.json")
-    text = json.dumps({"step": facts["step"], "manifest_sha256": digest}) + "\n"
-    Folder(target).publish("COMMIT", text.encode())
+    fsync(target.parent)
+    _retain(target, keep_last)
+
+
+def _retain(target: Path, keep_last: int) -> None:
+    """Of the checkpoints before `target`, keep the newest committed ones that have room beside it.
+
+    One after it is damaged, or the run would have gone on from there; its step will replace it.
+    """
+    before = [path for path in _folders(target.parent) if _step(path) < _step(target)]
+    committed = [path for path in before if (path / "COMMIT").is_file()]
+    kept = committed[max(0, len(committed) - keep_last + 1) :]
+    for path in before:
+        if path not in kept:
+            _discard(path)
 
 
 @contextlib.contextmanager
@@ -233,8 +266,11 @@ def _discard(path: Path) -> None:
 
 def _folders(folder: Path) -> list[Path]:
     """Checkpoints under their final names, oldest first, complete or not."""
-    found = [p for p in folder.glob("step_*") if _NAME.match(p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted((p for p in folder.glob("step_*") if _NAME.match(p.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _file_names(path: Path) -> set[str]:
@@ -254,7 +290,7 @@ def _compare(path: Path, recorded: str | None, found: str) -> None:
 def _sha256(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return sha256_of(file)
     except OSError as error:
         raise CheckpointMismatch(
             f"checkpoint file {path} cannot be read ({error.strerror}); choose another step"
@@ -282,31 +318,4 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _from_first_rank(value: Any) -> Any:
-    """The first rank's value on every rank."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    fsync(path)

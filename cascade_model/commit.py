@@ -15,9 +15,11 @@ import hashlib
 import json
 import os
 import posixpath
+import re
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -29,6 +31,8 @@ from cascade_model.errors import InputError
 
 RECORD_SUFFIX = ".record.json"
 _CHUNK = 1 << 20
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}(\.old)?\.tmp")
+"""Names of our own unfinished files; any other `.tmp` belongs to somebody."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,20 +164,29 @@ class Folder:
 
     def sha256_of(self, name: str) -> str:
         """Digest (hex) of a file as it is now."""
-        total = hashlib.sha256()
         with self.open(name) as file:
-            while chunk := file.read(_CHUNK):
-                total.update(chunk)
-        return total.hexdigest()
+            return sha256_of(file)
+
+    def is_there(self) -> bool:
+        """Whether the folder exists (in an object store: holds anything)."""
+        return self._fs.exists(self._root)
 
     def list(self) -> list[str]:
-        """Names in the folder, sorted, without temporary files; empty when there is no folder."""
-        return sorted(name for name in self._names() if not name.endswith(".tmp"))
+        """Names in the folder, sorted, but our own unfinished files; empty when it is not there."""
+        return sorted(name for name in self._names() if not _TEMPORARY.fullmatch(name))
 
-    def remove(self, name: str = "") -> None:
-        """Remove a file or sub-folder, or (no name) the folder itself; missing is fine."""
+    def remove(self, name: str) -> None:
+        """Remove a file or a sub-folder; missing is fine. The folder itself is never removed so."""
+        if name.strip("./") == "":
+            raise ValueError(f"{name!r} is no name inside {self.url}")
         with suppress(FileNotFoundError):
-            self._fs.rm(self.path(name) if name else self._root, recursive=True)
+            self._fs.rm(self.path(name), recursive=True)
+
+    def remove_if_empty(self) -> None:
+        """Remove a local folder that holds nothing; in an object store an empty one is no thing."""
+        if self.is_local:
+            with suppress(OSError):
+                os.rmdir(self._root)
 
     def publish(self, name: str, data: bytes) -> None:
         """Put one small file under its own name, atomically and once.
@@ -221,23 +234,18 @@ class Folder:
 
     def _write_local(self, name: str, write: Callable[[BinaryIO], Any], facts: dict) -> Record:
         """Temporary file, fsync, rename, fsync of the folder."""
+        hashed: list[HashingWriter] = []
+
+        def write_hashed(file: BinaryIO) -> None:
+            hashed.append(HashingWriter(file))
+            write(cast(BinaryIO, hashed[0]))
+
         target = Path(self.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("xb") as file:
-                writer = HashingWriter(file)
-                write(cast(BinaryIO, writer))
-                file.flush()
-                os.fsync(file.fileno())
-            record = Record(
-                name=name, object=name, bytes=writer.bytes, sha256=writer.sha256, facts=facts
-            )
+        with draft(target, write_hashed) as finished:
+            size, sha256 = hashed[0].bytes, hashed[0].sha256
+            record = Record(name=name, object=name, bytes=size, sha256=sha256, facts=facts)
             self._refuse_other(record)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _fsync_folder(target.parent)
+            os.replace(finished, target)
         return record
 
     def _refuse_other(self, record: Record) -> None:
@@ -262,7 +270,12 @@ class Folder:
     def _create(self, name: str, data: bytes) -> bytes:
         """Put a small file unless it is there; returns the bytes that stand there afterwards."""
         if self.is_local:
-            return self._create_local(Path(self.path(name)), data)
+            target = Path(self.path(name))
+            try:
+                create_file(target, data)
+            except FileExistsError:
+                return target.read_bytes()
+            return data
         try:
             self._fs.pipe_file(self.path(name), data, mode="create")
             return data
@@ -274,22 +287,84 @@ class Folder:
                 pass
             raise
 
-    def _create_local(self, target: Path, data: bytes) -> bytes:
-        """Link a finished temporary file to the name; the link fails if the name is taken."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            _link(temporary, target)
-        except FileExistsError:
-            return target.read_bytes()
-        finally:
-            temporary.unlink(missing_ok=True)
-        _fsync_folder(target.parent)
-        return data
+
+def require_writable(output: str | Path) -> None:
+    """Raise `InputError` unless a folder, which need not be there yet, can be written to.
+
+    It is tried, as rights alone do not tell; nothing stays behind.
+    """
+    folder = Folder(output)
+    try:
+        if folder.is_local:
+            places = [Path(folder.url), *Path(folder.url).parents]
+            with tempfile.TemporaryDirectory(dir=next(p for p in places if p.exists())):
+                return
+        name = f".writable.{uuid.uuid4().hex}.tmp"
+        folder._fs.pipe_file(folder.path(name), b"?")
+        folder.remove(name)
+    except Exception as error:  # each store has errors of its own
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(
+            f"output={output} cannot be written ({reason.splitlines()[0]}); choose another folder "
+            "or check its rights"
+        ) from None
+
+
+@contextmanager
+def draft(target: Path, write: Callable[[BinaryIO], Any]) -> Iterator[Path]:
+    """A finished temporary file, on disk, for the body to give the target's name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(target.parent)
+
+
+def create_file(target: Path, data: bytes) -> None:
+    """A small local file that appears whole or not at all; `FileExistsError` if one is there."""
+    with draft(target, _writer_of(data)) as finished:
+        link_new(finished, target)
+
+
+def replace_file(target: Path, data: bytes) -> None:
+    """A small local file that appears whole or stays as it was."""
+    with draft(target, _writer_of(data)) as finished:
+        os.replace(finished, target)
+
+
+def link_new(finished: Path, target: Path) -> None:
+    """Give a finished file its name unless the name is taken (`FileExistsError`)."""
+    try:
+        os.link(finished, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links, where the check is not atomic
+        if target.exists():
+            raise FileExistsError(target) from None
+        os.replace(finished, target)
+
+
+def fsync(path: str | Path) -> None:
+    """Bring a file, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Digest (hex) of what an open file still holds."""
+    total = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        total.update(chunk)
+    return total.hexdigest()
 
 
 def _writer_of(write: Callable[[BinaryIO], Any] | bytes) -> Callable[[BinaryIO], Any]:
@@ -297,24 +372,3 @@ def _writer_of(write: Callable[[BinaryIO], Any] | bytes) -> Callable[[BinaryIO],
     if callable(write):
         return write
     return lambda file: file.write(write)
-
-
-def _link(temporary: Path, target: Path) -> None:
-    """Give a finished file its name unless the name is taken (`FileExistsError`)."""
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links, where the check is not atomic
-        if target.exists():
-            raise FileExistsError(target) from None
-        os.replace(temporary, target)
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

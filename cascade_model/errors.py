@@ -10,6 +10,20 @@ class InputError(Exception):
 
     exit_code = 2
 
+    def to_data(self) -> dict[str, str]:
+        """As JSON-able data: a task sends it back, where an exception would arrive wrapped."""
+        return {"kind": type(self).__name__, "message": str(self)}
+
+    @staticmethod
+    def from_data(data: dict[str, str]) -> "InputError":
+        """The error that `to_data` told of, in its own class."""
+        kinds = {kind.__name__: kind for kind in _family(InputError)}
+        return kinds.get(data["kind"], InputError)(data["message"])
+
+
+class Unfinished(InputError):
+    """An input that stops a job which can go on from what it has made; so that is kept."""
+
 
 class CorpusMismatch(InputError):
     """A corpus that is damaged, unfinished or made for something else; both values are named."""
@@ -21,3 +35,8 @@ class CheckpointMismatch(InputError):
     """A checkpoint that is damaged, unfinished or made for something else; both are named."""
 
     exit_code = 3
+
+
+def _family(kind: type[InputError]) -> list[type[InputError]]:
+    """A class and everything derived from it."""
+    return [kind, *(each for child in kind.__subclasses__() for each in _family(child))]

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cascade_model.commit import replace_file
+
 
 @dataclass(kw_only=True)
 class Window:
@@ -55,9 +57,7 @@ class MetricsLog:
         self._path = folder / "metrics.jsonl"
         self._lines = [line for line in read_metrics(self._path) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in self._lines)
-        draft = self._path.with_suffix(".tmp")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(self._path)
+        replace_file(self._path, text.encode())
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
@@ -87,6 +87,16 @@ def progress_line(line: dict[str, Any]) -> str:
         f"grad norm {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} data tokens/s  "
         f"data wait {100 * line['data_wait_rate']:.1f} %"
     )
+
+
+def speed(lines: list[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds spent in the steps of a run, and their tokens per second.
+
+    From all lines, so that it is the same however often the run was interrupted.
+    """
+    seconds = sum(line["seconds"] for line in lines)
+    tokens = sum(line["tokens_per_second"] * line["seconds"] for line in lines)
+    return seconds, tokens / max(seconds, 1e-9)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -68,11 +68,6 @@ class LossParts:
     band_counts: Tensor
     """float32 [8]: supervised tokens of each band."""
 
-    @property
-    def num_maskable(self) -> int:
-        """The trainer's name for `count`."""
-        return self.count
-
 
 def banned_ids(config: ModelConfig, outcomes: Outcomes) -> list[int]:
     """Ids that take no probability."""

@@ -4,7 +4,8 @@ Everything works for one process without a group, so the trainer has a single pa
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+
+from cascade_model.errors import InputError
+
+Result = TypeVar("Result")
 
 
 def join_group(device: torch.device) -> None:
@@ -34,6 +39,32 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def on_first_rank(work: Callable[[], Result]) -> Result:
+    """Do something on the first rank alone; its result on every rank, which all must call.
+
+    If it fails, all fail: an `InputError` is the same on each, so none waits for one that stopped.
+    """
+    if world_size() == 1:
+        return work()
+    told: list[Any] = [None, None, None]
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            told[0] = work()
+        except InputError as error:
+            failure, told[1] = error, error.to_data()
+        except Exception as error:
+            failure, told[2] = error, f"the first rank failed: {type(error).__name__}: {error}"
+    dist.broadcast_object_list(told, src=0)
+    if failure is not None:
+        raise failure
+    if told[1] is not None:
+        raise InputError.from_data(told[1])
+    if told[2] is not None:
+        raise RuntimeError(told[2])
+    return told[0]
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -171,7 +171,7 @@ def rows_of(batch: pa.RecordBatch, geometry: Geometry) -> Rows:
         **_packed_fields(batch, geometry),
         sequence_ids=batch.column("sequence_id").to_numpy(zero_copy_only=True),
         thresholds=_flat(batch, "thresholds").reshape(-1, geometry.num_blocks),
-        is_masked=_bits(batch, "is_masked", geometry),
+        is_masked=unpacked(bitmap_of(batch, "is_masked", geometry), geometry),
     )
 
 
@@ -183,7 +183,7 @@ def _packed_fields(batch: pa.RecordBatch, geometry: Geometry) -> dict[str, np.nd
         "start_offsets": offsets - offsets[0],
         "document_starts": _flat(batch, "document_starts"),
         "document_ids": _flat(batch, "document_ids"),
-        "is_maskable": _bits(batch, "is_maskable", geometry),
+        "is_maskable": unpacked(bitmap_of(batch, "is_maskable", geometry), geometry),
     }
 
 
@@ -191,12 +191,16 @@ def _flat(batch: pa.RecordBatch, name: str) -> np.ndarray:
     return batch.column(name).flatten().to_numpy(zero_copy_only=True)
 
 
-def _bits(batch: pa.RecordBatch, name: str, geometry: Geometry) -> np.ndarray:
-    column = batch.column(name)
-    width = geometry.bitmap_bytes
+def bitmap_of(batch: pa.RecordBatch, name: str, geometry: Geometry) -> np.ndarray:
+    """A bitmap column as it lies in the file: a view, uint8 [n, bitmap_bytes]."""
+    column, width = batch.column(name), geometry.bitmap_bytes
     raw = np.frombuffer(column.buffers()[1], dtype=np.uint8)
-    raw = raw[column.offset * width : (column.offset + len(column)) * width].reshape(-1, width)
-    bits = np.unpackbits(raw, axis=1, bitorder="little", count=geometry.sequence_length)
+    return raw[column.offset * width : (column.offset + len(column)) * width].reshape(-1, width)
+
+
+def unpacked(bitmap: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """The bits of a bitmap, bool [n, L]."""
+    bits = np.unpackbits(bitmap, axis=1, bitorder="little", count=geometry.sequence_length)
     return bits.view(np.bool_)
 
 

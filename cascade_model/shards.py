@@ -6,6 +6,7 @@ validation, row ids, token ids and starts. Anything else is refused by name befo
 
 import bisect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
@@ -13,7 +14,15 @@ import pyarrow as pa
 
 from cascade_model.commit import Folder
 from cascade_model.errors import CorpusMismatch
-from cascade_model.schema import Geometry, Rows, ShardEntry, rows_of, shard_schema
+from cascade_model.schema import (
+    Geometry,
+    Rows,
+    ShardEntry,
+    bitmap_of,
+    rows_of,
+    shard_schema,
+    unpacked,
+)
 
 BATCH_TOKENS = 1 << 18
 """Tokens in a record batch, at most (one sequence at least)."""
@@ -65,6 +74,22 @@ def read_arrow(folder: Folder, name: str, size: int, sha256: str) -> pa.ipc.Reco
         raise CorpusMismatch(f"shard {where} is no Arrow file; prepare the corpus again") from None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stored:
+    """A checked record batch: views of the file, so that a shard that is open costs no memory."""
+
+    tokens: np.ndarray
+    thresholds: np.ndarray
+    start_offsets: np.ndarray
+    document_starts: np.ndarray
+    is_maskable: np.ndarray
+    """uint8 [n, bitmap_bytes], as it lies there; unpacked for the rows that are asked for."""
+    is_masked: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
 class Shard:
     """A checked shard; rows are read from a memory map (local) or from memory (remote)."""
 
@@ -77,22 +102,22 @@ class Shard:
             reader.schema.equals(shard_schema(geometry)),
             "has other columns than the manifest's sequence length, block size and vocabulary ask",
         )
-        self._batches: list[Rows] = []
+        self._batches: list[_Stored] = []
         self._first: list[int] = []
         position = 0
         for index in range(reader.num_record_batches):
-            rows = self._checked(reader.get_batch(index), entry.first_sequence + position)
+            batch = self._checked(reader.get_batch(index), entry.first_sequence + position)
             self._first.append(position)
-            self._batches.append(rows)
-            position += len(rows)
+            self._batches.append(batch)
+            position += len(batch)
         self._require(position == entry.rows, f"has {position} rows, the manifest {entry.rows}")
 
     def _require(self, condition: bool, what: str) -> None:
         if not condition:
             raise CorpusMismatch(f"shard {self._where} {what}; prepare the corpus again")
 
-    def _checked(self, batch: pa.RecordBatch, first: int) -> Rows:
-        """The arrays of a record batch whose meaning was checked."""
+    def _checked(self, batch: pa.RecordBatch, first: int) -> _Stored:
+        """A record batch whose meaning was checked."""
         try:
             batch.validate(full=True)
         except pa.ArrowInvalid:
@@ -111,7 +136,14 @@ class Shard:
         self._require(
             not bool(np.any(rows.is_masked & ~rows.is_maskable)), "masks places that must stay"
         )
-        return rows
+        return _Stored(
+            tokens=rows.tokens,
+            thresholds=rows.thresholds,
+            start_offsets=rows.start_offsets,
+            document_starts=rows.document_starts,
+            is_maskable=bitmap_of(batch, "is_maskable", self._geometry),
+            is_masked=bitmap_of(batch, "is_masked", self._geometry),
+        )
 
     def _starts_are_sound(self, batch: pa.RecordBatch, rows: Rows) -> bool:
         """Each row's starts begin at 0, go up, lie on the block grid; one document id for each."""
@@ -136,21 +168,19 @@ class Shard:
         low = 0
         while low < len(places):
             index = bisect.bisect_right(self._first, int(places[low])) - 1
-            rows, first = self._batches[index], self._first[index]
-            high = int(np.searchsorted(places, first + len(rows)))
+            batch, first = self._batches[index], self._first[index]
+            high = int(np.searchsorted(places, first + len(batch)))
             inside, target = places[low:high] - first, at[low:high]
-            for name in ("tokens", "is_maskable", "thresholds", "is_masked"):
-                into[name][target] = getattr(rows, name)[inside]
-            self._mark_starts(rows, inside, into["is_start"], target)
+            for name in ("tokens", "thresholds"):
+                into[name][target] = getattr(batch, name)[inside]
+            for name in ("is_maskable", "is_masked"):
+                into[name][target] = unpacked(getattr(batch, name)[inside], self._geometry)
+            self._mark_starts(batch, inside, into["is_start"], target)
             low = high
 
-    def _mark_starts(self, rows: Rows, inside, is_start: np.ndarray, target) -> None:
-        counts = rows.start_offsets[inside + 1] - rows.start_offsets[inside]
+    def _mark_starts(self, batch: _Stored, inside, is_start: np.ndarray, target) -> None:
+        counts = batch.start_offsets[inside + 1] - batch.start_offsets[inside]
         total = int(counts.sum())
         within = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-        values = rows.document_starts[np.repeat(rows.start_offsets[inside], counts) + within]
+        values = batch.document_starts[np.repeat(batch.start_offsets[inside], counts) + within]
         is_start[np.repeat(target, counts), values] = True
-
-    def rows(self) -> list[Rows]:
-        """Every record batch as arrays, in order."""
-        return self._batches

@@ -145,28 +145,13 @@ class Tokenizer:
         """Write the tokenizer.json."""
         Path(path).write_bytes(self._data)
 
-    def apply_chat_template(
-        self, messages: Sequence[dict[str, str]], template: str | None = None
-    ) -> str:
+    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
         """The prompt of a conversation, open for the assistant's answer.
 
-        `template` is Jinja in the convention of Hugging Face (variables `messages`,
-        `add_generation_prompt`) and runs in a sandbox; without one, each message is a paragraph
-        `Role: content`.
+        Each message is a paragraph `Role: content`.
         """
-        if template is None:
-            turns = [f"{m['role'].capitalize()}: {m['content'].strip()}\n\n" for m in messages]
-            return "".join(turns) + "Assistant:"
-        from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        try:
-            compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            return compiled.from_string(template).render(
-                messages=list(messages), add_generation_prompt=True, bos_token="", eos_token=""
-            )
-        except TemplateError as error:
-            raise InputError(f"the chat template fails ({error}); mend the template") from None
+        turns = [f"{m['role'].capitalize()}: {m['content'].strip()}\n\n" for m in messages]
+        return "".join(turns) + "Assistant:"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -6,6 +6,7 @@ run takes the steps that the uninterrupted one would have taken.
 """
 
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -16,18 +17,21 @@ from typing import Any
 
 import torch
 
-from cascade_model import checkpoint, parallel
+from cascade_model import checkpoint, lease, parallel
 from cascade_model.batch import TrainBatch
-from cascade_model.config import NoiseConfig, OptimizerConfig, TrainerConfig, to_dict
+from cascade_model.checkpoint import Checkpoint
+from cascade_model.commit import replace_file
+from cascade_model.config import ModelConfig, NoiseConfig, OptimizerConfig, TrainerConfig, to_dict
 from cascade_model.corpus import Corpus
 from cascade_model.errors import InputError
 from cascade_model.loss import LossParts
-from cascade_model.metrics import MetricsLog, Window, progress_line
-from cascade_model.model import Transformer
+from cascade_model.metrics import MetricsLog, Window, progress_line, speed
+from cascade_model.networks import Network, build_network
 from cascade_model.optim import learning_rate, make_optimizer, set_learning_rate
-from cascade_model.weights import save_model
+from cascade_model.weights import Published, save_model
 
-LossFn = Callable[[Transformer, TrainBatch], LossParts]
+LossFn = Callable[[Network, TrainBatch], LossParts]
+SUMMARY = "summary.json"
 
 
 def tell(line: str) -> None:
@@ -42,9 +46,11 @@ class Trainer:
 
     `model` holds the initial weights, equal on every rank. `objective` describes `loss_fn` and is
     compared on resume. `settings` is the job's resolved configuration, kept in each checkpoint.
+    `owner` holds the run folder; without one, this process does while it trains. `published` is
+    what the initial weights came from, passed on to `model/` for an export.
     """
 
-    model: Transformer
+    model: Network
     corpus: Corpus
     noise: NoiseConfig
     loss_fn: LossFn
@@ -53,23 +59,44 @@ class Trainer:
     trainer: TrainerConfig
     folder: Path
     settings: dict[str, Any] = field(default_factory=dict)
+    owner: lease.Owner | None = None
+    published: Published | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, from the newest complete checkpoint if there is one.
 
         Returns the run's summary (on every rank) and leaves `model/` and `summary.json` in the run
-        folder. Raises `InputError` when the loss stops being finite, `CheckpointMismatch` when the
-        folder's checkpoint belongs to another run.
+        folder; a run that is finished is left as it is. Raises `InputError` when the loss stops
+        being finite or another run holds the folder, `LeaseLost` when another took it over,
+        `CheckpointMismatch` when the folder's checkpoint belongs to another run.
         """
         parallel.join_group(self.device)
         self._local = sequences_per_rank(self.trainer, parallel.world_size())
+        with contextlib.ExitStack() as held:
+            self._attempt = parallel.on_first_rank(lambda: self._take_folder(held))
+            found = self._found()
+            finished = functools.partial(finished_summary, self.folder, found, self.trainer)
+            return parallel.on_first_rank(finished) or self._run(found)
+
+    def _take_folder(self, held: contextlib.ExitStack) -> lease.Attempt:
+        owner = self.owner or held.enter_context(lease.hold(self.folder))
+        return lease.begin(self.folder, owner)
+
+    def _found(self) -> Checkpoint | None:
+        """The checkpoint to go on from, of this very run."""
+        found = checkpoint.newest_on_all_ranks(self.folder / "checkpoints", tell)
+        if found is not None:
+            checkpoint.require_same(found, self._facts())
+        return found
+
+    def _run(self, found: Checkpoint | None) -> dict[str, Any]:
+        """The steps that are left."""
         self._shard()
         self._adam = make_optimizer(self.model, self.optimizer)
-        step, samples, window = self._resume()
+        step, samples, window = self._resume(found)
         log = MetricsLog(self.folder, step) if parallel.rank() == 0 else None
         total = self.trainer.num_steps * self.trainer.sequences_per_step
-        started, first_step = time.perf_counter(), step
         while samples < total:
             rate = self._step(step + 1, samples, total, window)
             step, samples = step + 1, samples + self.trainer.sequences_per_step
@@ -78,7 +105,7 @@ class Trainer:
                 window = Window()
             if step % self.trainer.checkpoint_every == 0 or samples >= total:
                 self._save(step, samples, window)
-        return self._finish(log, step, samples, step - first_step, time.perf_counter() - started)
+        return self._finish(log, step, samples)
 
     def _shard(self) -> None:
         self.model.to(self.device)
@@ -86,20 +113,11 @@ class Trainer:
         self.model.train()
 
     def _facts(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that resumes it."""
-        return {
-            "model": to_dict(self.model.config),
-            "corpus_digest": self.corpus.digest,
-            "noise": to_dict(self.noise),
-            "objective": self.objective,
-            "sequences_per_step": self.trainer.sequences_per_step,
-        }
+        return facts_of(self.model.config, self.corpus, self.noise, self.objective, self.trainer)
 
-    def _resume(self) -> tuple[int, int, Window]:
-        found = checkpoint.newest_on_all_ranks(self.folder / "checkpoints", tell)
+    def _resume(self, found: Checkpoint | None) -> tuple[int, int, Window]:
         if found is None:
             return 0, 0, Window()
-        checkpoint.require_same(found, self._facts())
         checkpoint.load(found, self.model, self._adam)
         if parallel.rank() == 0:
             tell(f"resuming from {found.path} (step {found.step}, {found.samples} samples)")
@@ -113,8 +131,9 @@ class Trainer:
             "settings": self.settings,
             "window": to_dict(window),
         }
-        folder = self.folder / "checkpoints"
-        checkpoint.save(folder, self.model, self._adam, facts, self.trainer.keep_last)
+        folder, keep_last = self.folder / "checkpoints", self.trainer.keep_last
+        check = self._attempt.check
+        checkpoint.save(folder, self.model, self._adam, facts, keep_last, check)
 
     def _step(self, step: int, samples: int, total: int, window: Window) -> float:
         """One optimiser step over `sequences_per_step` samples of all ranks.
@@ -130,8 +149,8 @@ class Trainer:
         started = time.perf_counter()
         sums, waited = self._accumulate(samples, world / scale)
         sums = parallel.sum_over_ranks(sums)
-        loss_sum, num_maskable = float(sums[0]), float(sums[1])
-        correction = scale / max(num_maskable, 1.0)
+        loss_sum, count = float(sums[0]), float(sums[1])
+        correction = scale / max(count, 1.0)
         norm = float(parallel.gradient_norm(self.model)) * correction
         if not (torch.isfinite(sums).all() and torch.isfinite(torch.tensor(norm))):
             self._stop(step, samples, loss_sum, norm)
@@ -174,61 +193,102 @@ class Trainer:
     def _stop(self, step: int, samples: int, loss_sum: float, norm: float) -> None:
         """Every rank holds the same sums, so all of them come here in the same step."""
         path = self.folder / f"not_finite_step_{step:08d}.json"
-        if parallel.rank() == 0:
-            rows = self.corpus.batch(samples, self.trainer.sequences_per_step, self.noise)
-            record = {
-                "step": step,
-                "first_sample": samples,
-                "num_samples": self.trainer.sequences_per_step,
-                "sequence_ids": [int(i) for i in rows.sequence_ids],
-                "loss_sum": repr(loss_sum),
-                "grad_norm": repr(norm),
-            }
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        parallel.barrier()
+        parallel.on_first_rank(lambda: self._keep_evidence(path, step, samples, loss_sum, norm))
         raise InputError(
             f"the loss or its gradient is not finite at step {step} (sample ids in {path}); "
             f"lower optimizer.peak_lr={self.optimizer.peak_lr} and run again"
         )
 
+    def _keep_evidence(
+        self, path: Path, step: int, samples: int, loss_sum: float, norm: float
+    ) -> None:
+        rows = self.corpus.batch(samples, self.trainer.sequences_per_step, self.noise)
+        record = {
+            "step": step,
+            "first_sample": samples,
+            "num_samples": self.trainer.sequences_per_step,
+            "sequence_ids": [int(i) for i in rows.sequence_ids],
+            "loss_sum": repr(loss_sum),
+            "grad_norm": repr(norm),
+        }
+        self._attempt.check()
+        replace_file(path, _json(record))
+
     def _log(
         self, log: MetricsLog | None, window: Window, rate: float, step: int, samples: int
     ) -> None:
-        if log is None:
-            return
         length = self.corpus.sequence_length
         line = {"step": step, "samples": samples, "tokens": samples * length}
         line |= {"lr": rate, **window.means(self.trainer.sequences_per_step * length)}
+        parallel.on_first_rank(lambda: self._write_line(log, line))
+
+    def _write_line(self, log: MetricsLog | None, line: dict[str, Any]) -> None:
+        assert log is not None
+        self._attempt.check()
         log.write(line)
         tell(progress_line(line))
 
-    def _finish(
-        self, log: MetricsLog | None, step: int, samples: int, steps: int, seconds: float
-    ) -> dict[str, Any]:
+    def _finish(self, log: MetricsLog | None, step: int, samples: int) -> dict[str, Any]:
         """Export the whole weights as a model folder and write the summary."""
         state = parallel.full_state(self.model)
-        tokens = steps * self.trainer.sequences_per_step * self.corpus.sequence_length
-        summary: dict[str, Any] = {
+        export = functools.partial(self._export, log, state, step, samples)
+        return parallel.on_first_rank(export)
+
+    def _export(
+        self, log: MetricsLog | None, state: dict[str, torch.Tensor], step: int, samples: int
+    ) -> dict[str, Any]:
+        assert log is not None
+        self._attempt.check()
+        lines = log.close()
+        seconds, tokens_per_second = speed(lines)
+        summary = {
             "run": str(self.folder),
             "model": str(self.folder / "model"),
             "steps": step,
             "samples": samples,
             "tokens": samples * self.corpus.sequence_length,
             "seconds": seconds,
-            "tokens_per_second": tokens / seconds if steps else 0.0,
+            "tokens_per_second": tokens_per_second,
             "world_size": parallel.world_size(),
+            "first_loss": lines[0]["loss"] if lines else None,
+            "last_loss": lines[-1]["loss"] if lines else None,
         }
-        if log is not None:
-            lines = log.close()
-            summary["first_loss"] = lines[0]["loss"] if lines else None
-            summary["last_loss"] = lines[-1]["loss"] if lines else None
-            whole = Transformer(self.model.config)
-            whole.load_state_dict(state)
-            save_model(self.folder / "model", whole, self.corpus.tokenizer())
-            text = json.dumps(summary, indent=1) + "\n"
-            (self.folder / "summary.json").write_text(text, encoding="utf-8")
-        parallel.barrier()
+        whole = build_network(self.model.config)
+        whole.load_state_dict(state)
+        save_model(self.folder / "model", whole, self.corpus.tokenizer(), self.published)
+        replace_file(self.folder / SUMMARY, _json(summary))
         return summary
+
+
+def facts_of(
+    model: ModelConfig,
+    corpus: Corpus,
+    noise: NoiseConfig,
+    objective: dict[str, Any],
+    trainer: TrainerConfig,
+) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it."""
+    return {
+        "model": to_dict(model),
+        "corpus_digest": corpus.digest,
+        "noise": to_dict(noise),
+        "objective": objective,
+        "sequences_per_step": trainer.sequences_per_step,
+    }
+
+
+def finished_summary(
+    folder: Path, found: Checkpoint | None, trainer: TrainerConfig
+) -> dict[str, Any] | None:
+    """The summary of a run that has taken all its steps and said so; none if something is left."""
+    total = trainer.num_steps * trainer.sequences_per_step
+    if found is None or found.samples < total or not (folder / "model").is_dir():
+        return None
+    try:
+        summary = json.loads((folder / SUMMARY).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return summary if summary.get("steps") == found.step else None
 
 
 def sequences_per_rank(config: TrainerConfig, world_size: int) -> int:
@@ -244,6 +304,10 @@ def sequences_per_rank(config: TrainerConfig, world_size: int) -> int:
 def _vector(parts: LossParts) -> torch.Tensor:
     """The detached sums of one forward pass, float64 [2 + 2 bands]."""
     head = torch.stack(
-        [parts.sum.detach().double(), parts.sum.new_tensor(float(parts.num_maskable)).double()]
+        [parts.sum.detach().double(), parts.sum.new_tensor(float(parts.count)).double()]
     )
     return torch.cat([head, parts.band_sums.double(), parts.band_counts.double()])
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

@@ -1,9 +1,9 @@
 """Settings of a job: defaults < YAML files in order (`--config a.yaml`) < flags.
 
-A YAML file is a list of flags written down: its mapping is checked against the dataclass, flattened
-to `--model.num_layers 6` and put before the user's own flags, so there is one parser and the last
-word wins. A user's mistake ends in one box on stderr and exit code 2 (settings) or 3 (damaged or
-foreign data), never in a traceback.
+The files are checked against the dataclass, laid one over the other, and become the defaults of the
+one parser of flags; the dataclass checks itself once, when all settings are known. A user's mistake
+ends in one box on stderr and exit code 2 (settings) or 3 (damaged or foreign data), never in a
+traceback.
 """
 
 import dataclasses
@@ -54,18 +54,18 @@ def parse(config_class: type[Config], argv: Sequence[str], stage: str = "STAGE")
     import tyro
 
     flags, files = _split_config_files(argv)
-    written = [flag for file in files for flag in _file_flags(config_class, file)]
+    settings: dict[str, Any] = {}
+    for file in files:
+        mapping = read_yaml(file)
+        _check_mapping(config_class, mapping, file)
+        settings = _laid_over(settings, mapping)
     return tyro.cli(
         config_class,
-        args=[*written, *flags],
+        default=_draft(config_class, settings, tyro.MISSING),
+        args=flags,
         prog=f"cascade {stage} [--config FILE.yaml]...",
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
-
-
-def parse_mapping(config_class: type[Config], mapping: dict[str, Any], source: str) -> Config:
-    """Build the config from a mapping, such as the `args` of a Serve application."""
-    return build(config_class, mapping, source)
 
 
 def dump(config: Any) -> str:
@@ -104,11 +104,46 @@ def _split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, files
 
 
-def _file_flags(config_class: type, file: str) -> list[str]:
-    """A YAML file as flags, after its keys and types were checked against the dataclass."""
-    mapping = read_yaml(file)
-    _check_mapping(config_class, mapping, file)
-    return _flatten(mapping)
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both mappings as one; where both have a setting, that of `above`."""
+    merged = {**below, **above}
+    for key, value in below.items():
+        if isinstance(value, dict) and isinstance(above.get(key), dict):
+            merged[key] = _laid_over(value, above[key])
+    return merged
+
+
+def _draft(config_class: Any, mapping: dict[str, Any], missing: Any, base: Any = None) -> Any:
+    """The dataclass filled from a checked mapping but not yet checking itself.
+
+    Flags may still complete or correct it; `missing` marks what has neither value nor default.
+    """
+    hints = typing.get_type_hints(config_class)
+    draft = object.__new__(config_class)
+    for field in dataclasses.fields(config_class):
+        value = missing if base is None else getattr(base, field.name)
+        if base is None and field.default is not dataclasses.MISSING:
+            value = field.default
+        elif base is None and field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        if dataclasses.is_dataclass(hints[field.name]):
+            own = mapping.get(field.name, {})
+            nested = None if value is missing else value
+            value = _draft(hints[field.name], own, missing, nested)
+        elif field.name in mapping:
+            value = _typed(mapping[field.name], hints[field.name])
+        object.__setattr__(draft, field.name, value)
+    return draft
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """A YAML value that fits the type, in the type: whole numbers as floats, lists as tuples."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _typed(value, next(arg for arg in args if _fits(value, arg)))
+    if origin in (tuple, list):
+        return tuple(_typed(item, args[0]) for item in value)
+    return float(value) if hint is float else value
 
 
 def read_yaml(file: str) -> dict[str, Any]:
@@ -130,19 +165,6 @@ def read_yaml(file: str) -> dict[str, Any]:
             f"--config {file}: holds no mapping of settings; write `name: value` lines"
         )
     return mapping
-
-
-def _flatten(mapping: dict[str, Any], prefix: str = "") -> list[str]:
-    """{model: {num_layers: 6}} -> ["--model.num_layers", "6"]."""
-    flags: list[str] = []
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            flags += _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, (list, tuple)):
-            flags += [f"--{prefix}{key}", *map(str, value)]
-        else:
-            flags += [f"--{prefix}{key}", str(value)]
-    return flags
 
 
 def _check_mapping(
@@ -168,24 +190,24 @@ def _check_mapping(
             raise InputError(f"{source}: `{prefix}{key}` is {value!r}; it must be {_spoken(hint)}")
 
 
-def build(
-    config_class: type[Config], mapping: dict[str, Any], source: str, prefix: str = ""
-) -> Config:
-    """The dataclass from a checked mapping; a missing required setting is named."""
-    if not prefix:
-        _check_mapping(config_class, mapping, source)
-    hints = typing.get_type_hints(config_class)
-    values = {}
-    for field in dataclasses.fields(typing.cast(Any, config_class)):
-        if field.name in mapping:
-            value, hint = mapping[field.name], hints[field.name]
-            nested = dataclasses.is_dataclass(hint)
-            if nested:
-                value = build(typing.cast(type, hint), value, source, f"{prefix}{field.name}.")
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-        elif field.default is field.default_factory is dataclasses.MISSING:
-            raise InputError(f"{source}: the setting `{prefix}{field.name}` is missing; add it")
-    return config_class(**values)
+def build(config_class: type[Config], mapping: dict[str, Any], source: str) -> Config:
+    """The dataclass from a mapping, such as the `args` of a Serve application, checked.
+
+    A required setting that is missing is named.
+    """
+    _check_mapping(config_class, mapping, source)
+    return _finished(_draft(config_class, mapping, dataclasses.MISSING), source)
+
+
+def _finished(draft: Any, source: str, prefix: str = "") -> Any:
+    """The dataclass of a draft, which now checks itself."""
+    values = {field.name: getattr(draft, field.name) for field in dataclasses.fields(draft)}
+    for name, value in values.items():
+        if value is dataclasses.MISSING:
+            raise InputError(f"{source}: the setting `{prefix}{name}` is missing; add it")
+        if dataclasses.is_dataclass(value):
+            values[name] = _finished(value, source, f"{prefix}{name}.")
+    return type(draft)(**values)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -98,9 +98,11 @@ _START = {
 
 def run(config: ConvertConfig) -> dict[str, Any]:
     """Read, add the special rows, write the model folder; returns a summary."""
+    from cascade_model.commit import require_writable
     from cascade_model.networks import network_with
     from cascade_model.weights import save_model
 
+    require_writable(config.output)
     made = convert(config)
     shape = made.config
     model = network_with(shape, made.state, config.source)

@@ -23,6 +23,7 @@ from jobs.cli import command
 
 RECIPES = Path(__file__).parent / "recipes" / "demo"
 SAMPLING = {"temperature": 0.7, "seed": 1}
+LEAST_GAIN = 0.3  # nats per token below an add-one unigram model; less is no model of the text
 PROMPTS = ("def read_file(path):\n", "import os\n\nclass ", "    if not isinstance(")
 
 
@@ -38,6 +39,9 @@ class DemoConfig:
 
 def run(config: DemoConfig) -> dict[str, Any]:
     """Run every stage and print the table; the summary stands in <output>/summary.json too."""
+    from cascade_model.commit import require_writable
+
+    require_writable(config.output)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
@@ -64,6 +68,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     summary = summarise(folder, measured, answer, steps.seconds, time.perf_counter() - began)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
     print(table(summary))
+    require_gain(summary)
     return summary
 
 
@@ -201,6 +206,16 @@ def table(summary: dict[str, Any]) -> str:
     rows.append(("run folder", summary["folder"]))
     width = max(len(name) for name, _ in rows)
     return "\n" + "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def require_gain(summary: dict[str, Any]) -> None:
+    """Raise `InputError` unless the distilled model is well below the unigram model."""
+    gain = summary["evaluations"]["distil"]["below_unigram"]
+    if not gain >= LEAST_GAIN:
+        raise InputError(
+            f"the distilled model is {gain:.3f} nats per token below the unigram model, and the "
+            f"demonstration asks for {LEAST_GAIN}; remove {summary['folder']} and run it again"
+        )
 
 
 def nats(values: dict[str, Any]) -> str:

@@ -56,11 +56,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure, print the table, write the JSON, return its content."""
     import torch
 
+    from cascade_model.commit import require_writable
     from cascade_model.corpus import Corpus
     from cascade_model.evaluation import as_dict, bound, sequential, unigram_baseline, untrained
 
     if config.use_gpu and not torch.cuda.is_available():
         raise InputError("use_gpu=True and this machine has no CUDA device; use use_gpu=False")
+    if config.output is not None:
+        require_writable(Path(config.output).parent)
     held_out = Corpus.open(config.corpus, split="held_out")
     model = open_model(config.model).to("cuda" if config.use_gpu else "cpu")
 

@@ -3,12 +3,18 @@
 import json
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cascade_model.config import SamplingParams, check, to_dict
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, Unfinished
 from jobs.cli import command
-from jobs.launch import absolute, cores, start_ray
+from jobs.launch import absolute
+from pipelines.cluster import cores, start_ray
+
+if TYPE_CHECKING:
+    from cascade_model.commit import Folder
+    from pipelines.generation import PartRecord
+    from pipelines.prompts import Columns, Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,9 @@ class GenerateConfig:
     """Format of the output shards."""
     rows_per_shard: int = 64
     """Prompts per output shard: the unit of retry."""
+    max_dead_rate: float = 0.01
+    """Share of rows that cannot be answered above which the job stops instead of setting them
+    aside; the same job may go on with another share."""
     num_workers: int = 1
     """Actors, each holding the model once."""
     threads_per_worker: int | None = None
@@ -43,6 +52,10 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         for name in ("rows_per_shard", "num_workers"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        check(
+            0.0 <= self.max_dead_rate <= 1.0,
+            f"max_dead_rate={self.max_dead_rate} must be in 0..1; use 0.01",
+        )
         threads = self.threads_per_worker
         check(
             threads is None or threads >= 1,
@@ -52,42 +65,70 @@ class GenerateConfig:
 
 def run(config: GenerateConfig) -> dict[str, Any]:
     """Answer what is not answered yet, then write the manifest; returns its counts."""
-    from cascade_model.commit import Folder
+    from cascade_model.commit import Folder, require_writable
     from cascade_model.weights import weights_digest
     from pipelines import generation
-    from pipelines.prompts import plan
+    from pipelines.prompts import plan, require_columns
 
-    began = time.perf_counter()
+    require_writable(config.output)
     urls = input_urls(config.input)
     weights = weights_digest(config.model)
     parts, input_sha256 = plan(urls, config.rows_per_shard)
+    require_columns(urls, columns_of(config))
     job = job_identity(config, weights, input_sha256)
     folder = Folder(config.output)
-    if generation.claim(folder, job):
+    was_there, is_new = folder.is_there(), generation.claim(folder, job)
+    if folder.exists(generation.MANIFEST):
         manifest = json.loads(folder.read_bytes(generation.MANIFEST))
         print(f"{config.output} is finished already: {manifest['counts']}")
         return manifest["counts"]
-    found = [generation.read_record(folder, part, config.format) for part in parts]
-    records = [record for record in found if record is not None]
-    missing = [part for part, record in zip(parts, found, strict=True) if record is None]
-    if missing:
-        threads = config.threads_per_worker or max(1, cores() // config.num_workers)
-        start_ray(num_cpus=threads * config.num_workers)
-        settings = worker_settings(config, threads)
-        for record in generation.run_on_ray(missing, settings, config.num_workers):
-            records.append(record)
-            show_progress(records, parts, time.perf_counter() - began)
+    try:
+        records = answer_all(config, folder, parts)
+    except Unfinished:
+        raise
+    except InputError:
+        if is_new:
+            generation.take_back(folder, parts, config.format)
+            if not was_there:
+                folder.remove_if_empty()
+        raise
     manifest = generation.manifest_of(job, parts, records)
     folder.publish(generation.MANIFEST, json.dumps(manifest, indent=1).encode())
     show_counts(manifest["counts"], config.output)
     return manifest["counts"]
 
 
+def answer_all(config: GenerateConfig, folder: "Folder", parts: "list[Part]") -> "list[PartRecord]":
+    """The records of all parts; those that are there already are not made again."""
+    from pipelines import generation
+
+    began = time.perf_counter()
+    found = [generation.read_record(folder, part, config.format) for part in parts]
+    records = [record for record in found if record is not None]
+    missing = [part for part, record in zip(parts, found, strict=True) if record is None]
+    generation.require_sound(records, parts, config.max_dead_rate, config.output)
+    if not missing:
+        return records
+    threads = config.threads_per_worker or max(1, cores() // config.num_workers)
+    start_ray(num_cpus=threads * config.num_workers)
+    settings = worker_settings(config, threads)
+    for record in generation.run_on_ray(missing, settings, config.num_workers):
+        records.append(record)
+        show_progress(records, parts, time.perf_counter() - began)
+        generation.require_sound(records, parts, config.max_dead_rate, config.output)
+    return records
+
+
 def input_urls(source: str) -> list[str]:
     """The input's files in the order of their names."""
     import fsspec
 
-    system, path = fsspec.core.url_to_fs(source)
+    try:
+        system, path = fsspec.core.url_to_fs(source)
+    except (ValueError, ImportError) as error:
+        raise InputError(
+            f"input={source} cannot be opened ({error}); use a local path or an fsspec URL"
+        ) from None
     if not system.exists(path):
         raise InputError(f"input={source} does not exist; give a JSONL or Parquet file of prompts")
     if system.isfile(path):
@@ -102,7 +143,7 @@ def input_urls(source: str) -> list[str]:
 
 def job_identity(config: GenerateConfig, weights: str, input_sha256: str) -> dict[str, Any]:
     """What the completions depend on; an output folder belongs to one such job."""
-    same_answer = ("model", "input", "output", "num_workers", "threads_per_worker")
+    same_answer = {"model", "input", "output", "num_workers", "threads_per_worker", "max_dead_rate"}
     settings = {key: value for key, value in to_dict(config).items() if key not in same_answer}
     # Through JSON, so that it compares equal to what is read back.
     return json.loads(
@@ -110,17 +151,22 @@ def job_identity(config: GenerateConfig, weights: str, input_sha256: str) -> dic
     )
 
 
-def worker_settings(config: GenerateConfig, threads: int) -> dict[str, Any]:
-    """The arguments of `PartWorker`."""
+def columns_of(config: GenerateConfig) -> "Columns":
+    """The input's columns by their use."""
     from pipelines.prompts import Columns
 
+    return Columns(
+        prompt=config.prompt_column, messages=config.messages_column, id=config.id_column
+    )
+
+
+def worker_settings(config: GenerateConfig, threads: int) -> dict[str, Any]:
+    """The arguments of `PartWorker`."""
     return {
         "model": absolute(config.model),
         "output": absolute(config.output),
         "params": config.sampling,
-        "columns": Columns(
-            prompt=config.prompt_column, messages=config.messages_column, id=config.id_column
-        ),
+        "columns": columns_of(config),
         "format": config.format,
         "threads": threads,
         "stop": config.stop,

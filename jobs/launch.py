@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -16,15 +17,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cascade_model.errors import CheckpointMismatch, CorpusMismatch, InputError
+from cascade_model.errors import InputError
 from cascade_model.metrics import progress_line, read_metrics
+from pipelines.cluster import cores, require_resources, start_ray
 
 Train = Callable[[Any, str], dict[str, Any]]
 """(config, device type) -> summary; runs in every rank, inside its process group."""
 
 _REFUSAL = "refused.json"
+_MARK = "launched"
 _PATHS = ("corpus", "output", "teacher", "initial_model")
-_KINDS = {kind.__name__: kind for kind in (InputError, CorpusMismatch, CheckpointMismatch)}
+# Ray Train asks for the ranks' machines again every 60 s; a cluster has this long to grow.
+_STARTS = 30
 
 
 def run_folder(output: str) -> Path:
@@ -52,6 +56,22 @@ def require_workers(num_workers: int) -> None:
         raise InputError(f"num_workers={num_workers} must be 0 (no Ray) or more; use 2")
 
 
+def require_room(num_workers: int, use_gpu: bool) -> None:
+    """Raise `InputError` for more ranks than there is room for; call it before anything is written.
+
+    Starts Ray. A cluster that may grow is not judged here: `launch` gives it half an hour.
+    """
+    if num_workers == 0:
+        _require_gpu(use_gpu)
+        return
+    start_ray(num_workers)
+    asks = f"num_workers={num_workers} with use_gpu={use_gpu}"
+    if use_gpu:
+        require_resources(0, num_workers, asks, "use fewer ranks or use_gpu=False")
+    else:
+        require_resources(num_workers, 0, asks, "use fewer ranks")
+
+
 def launch(
     train: Train,
     config: Any,
@@ -71,11 +91,24 @@ def launch(
     if num_workers == 0:
         _require_gpu(use_gpu)
         return train(config, device)
-    refusal = folder / _REFUSAL
+    refusal, mark = folder / _REFUSAL, folder / _MARK
     refusal.unlink(missing_ok=True)
-    _fit(train, config, folder, num_workers, device, max_failures)
-    _raise_refusal(refusal)
+    # A name used twice would silently continue Ray's own notes of the earlier run.
+    name = f"launch-{time.time_ns()}"
+    mark.write_text(name, encoding="utf-8")
+    try:
+        _fit(train, config, folder, num_workers, device, max_failures, name)
+        _raise_refusal(refusal)
+    finally:
+        _unmark(mark, name)
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def _unmark(mark: Path, name: str) -> None:
+    """Remove the mark, unless a run that took the folder over has put its own."""
+    with contextlib.suppress(FileNotFoundError):
+        if mark.read_text(encoding="utf-8") == name:
+            mark.unlink()
 
 
 def with_absolute_paths(config: Any) -> Any:
@@ -91,32 +124,17 @@ def absolute(place: str) -> str:
     return place if "://" in place else str(Path(place).absolute())
 
 
-def start_ray(num_cpus: int) -> None:
-    """Join the Ray of this process, of `RAY_ADDRESS` or of the submitted job, or start a local one.
-
-    The local one listens on this machine only and gets at least `num_cpus` logical CPUs.
-    """
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+def _fit(
+    train: Train,
+    config: Any,
+    folder: Path,
+    num_workers: int,
+    device: str,
+    max_failures: int,
+    name: str,
+) -> None:
     # Ray's default of 2 s is how long a death goes unseen; it is read when Ray Train starts.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    import ray
-
-    if ray.is_initialized():
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-        return
-    ray.init(num_cpus=max(num_cpus, cores()), include_dashboard=False, log_to_driver=False)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def _fit(
-    train: Train, config: Any, folder: Path, num_workers: int, device: str, max_failures: int
-) -> None:
     start_ray(num_workers)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -129,22 +147,38 @@ def _fit(
             "config": config,
             "folder": str(folder),
             "device": device,
+            "mark": name,
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
         run_config=RunConfig(
-            # A name used twice would silently continue Ray's own notes of the earlier run.
-            name=f"launch-{time.time_ns()}",
+            name=name,
             storage_path=str(folder / "ray"),
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(
+                max_failures=max_failures, controller_failure_limit=_STARTS
+            ),
         ),
     )
     try:
         with _shown(folder / "metrics.jsonl"):
             trainer.fit()
-    except Exception:
+    except Exception as error:
         _raise_refusal(folder / _REFUSAL)
-        raise
+        raise _mistake_in(error, num_workers, use_gpu) or error from None
+
+
+def _mistake_in(error: Exception, num_workers: int, use_gpu: bool) -> InputError | None:
+    """The user's mistake behind an error of Ray Train, or None."""
+    ranks = getattr(error, "worker_failures", {})
+    told = [failure for failure in ranks.values() if isinstance(failure, InputError)]
+    if told:
+        return told[0]
+    if "StartupTimeout" in type(getattr(error, "controller_failure", None)).__name__:
+        return InputError(
+            f"num_workers={num_workers} with use_gpu={use_gpu}: the cluster did not give that many "
+            "machines in half an hour; use fewer ranks, or let the cluster grow larger"
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -190,7 +224,9 @@ def _rank(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    refusal = Path(settings["folder"]) / _REFUSAL
+    folder = Path(settings["folder"])
+    require_shared(folder, settings["mark"])
+    refusal = folder / _REFUSAL
     if refusal.exists():
         return
     if settings["device"] == "cpu":
@@ -203,9 +239,22 @@ def _rank(settings: dict[str, Any]) -> None:
         raise
 
 
+def require_shared(folder: Path, mark: str) -> None:
+    """Raise `InputError` in a rank that does not see the run folder of the command."""
+    try:
+        found = (folder / _MARK).read_text(encoding="utf-8")
+    except OSError:
+        found = ""
+    if found != mark:
+        raise InputError(
+            f"output={folder} on the machine {socket.gethostname()} is not the run folder that the "
+            "command made; give a folder on a disk that all machines share"
+        )
+
+
 def _write_refusal(path: Path, error: InputError) -> None:
     draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}))
+    draft.write_text(json.dumps(error.to_data()))
     draft.replace(path)
 
 
@@ -213,7 +262,7 @@ def _raise_refusal(path: Path) -> None:
     if path.exists():
         refusal = json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
-        raise _KINDS.get(refusal["kind"], InputError)(refusal["message"])
+        raise InputError.from_data(refusal)
 
 
 def _require_gpu(use_gpu: bool) -> None:

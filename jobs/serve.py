@@ -5,25 +5,26 @@ called by handle. Flags and a Serve YAML (`--serve-config`) lead to the same thi
 config that names `jobs.serve:build_app`.
 """
 
-import contextlib
 import dataclasses
 import ipaddress
 import json
+import math
 import os
 import signal
 import socket
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cascade_model.config import check
-from cascade_model.errors import CheckpointMismatch, InputError
-from jobs.cli import command, parse_mapping
-from jobs.launch import absolute, start_ray
+from cascade_model.errors import InputError
+from jobs.cli import build, command
+from jobs.deployment import deployed
+from jobs.launch import absolute
 from jobs.replicas import KEYS_VARIABLE, Ingress, Sampler
-from jobs.serve_yaml import check_serve_document, read_serve_yaml
+from jobs.serve_yaml import check_serve_document, cpus_of, read_serve_yaml
+from pipelines.cluster import require_resources, start_ray
 
 APP = "cascade"
 BUILDER = "jobs.serve:build_app"
@@ -57,13 +58,22 @@ class ServeConfig:
     threads_per_replica: int = 1
     """Torch threads and Ray CPUs of one sampler replica."""
     serve_config: str | None = None
-    """A Serve config YAML to start instead; the other settings then stand in its `args`."""
+    """A Serve config YAML to start instead; the other settings then stand in the YAML."""
 
     def __post_init__(self) -> None:
-        check(
-            bool(self.model) != bool(self.serve_config),
-            "model and serve_config: give exactly one, a model folder or a Serve YAML",
-        )
+        if self.serve_config:
+            ignored = [
+                f"{field.name}={getattr(self, field.name)}"
+                for field in dataclasses.fields(self)
+                if field.name != "serve_config" and getattr(self, field.name) != field.default
+            ]
+            check(
+                not ignored,
+                f"serve_config={self.serve_config} is started as it stands and would ignore "
+                f"{', '.join(ignored)}; write that into the YAML instead",
+            )
+            return
+        check(bool(self.model), "model and serve_config: give one, a model folder or a Serve YAML")
         check(0 <= self.port < 65536, f"port={self.port} must be in 0..65535; use 8000")
         check(
             0 <= self.min_replicas <= self.max_replicas and self.max_replicas >= 1,
@@ -90,26 +100,56 @@ def build_app(args: dict[str, Any]) -> Any:
     """The Serve application; `args` are the settings of `ServeConfig`, checked as on the CLI."""
     from ray import serve
 
-    config = parse_mapping(ServeConfig, args, "args")
+    config = build(ServeConfig, args, "args")
     require_keys(config)
-    sampler = serve.deployment(
-        name="sampler",
-        max_ongoing_requests=config.streams_per_replica,
-        max_queued_requests=config.max_in_flight,
-        ray_actor_options={"num_cpus": config.threads_per_replica},
-        autoscaling_config={
+    options = deployment_options(config)
+    sampler = serve.deployment(name="sampler", **options["sampler"])(Sampler)
+    ingress = serve.deployment(name="ingress", **options["ingress"])(serve.ingress()(Ingress))
+    return ingress.bind(config, sampler.bind(config.model, config.threads_per_replica))
+
+
+def deployment_options(config: ServeConfig) -> dict[str, dict[str, Any]]:
+    """Serve's options of the two tiers, where a Serve YAML does not override them."""
+    sampler = {
+        "max_ongoing_requests": config.streams_per_replica,
+        "max_queued_requests": config.max_in_flight,
+        "ray_actor_options": {"num_cpus": config.threads_per_replica},
+        "autoscaling_config": {
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
             "target_ongoing_requests": config.streams_per_replica,
         },
-        graceful_shutdown_timeout_s=60,
-        max_constructor_retry_count=2,
-    )(Sampler)
+        "graceful_shutdown_timeout_s": 60,
+        "max_constructor_retry_count": 2,
+    }
     # The ingress counts requests itself, so that its refusals have OpenAI's shape.
-    ingress = serve.deployment(
-        name="ingress", max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}
-    )(serve.ingress()(Ingress))
-    return ingress.bind(config, sampler.bind(config.model, config.threads_per_replica))
+    ingress = {"max_ongoing_requests": 100_000, "ray_actor_options": {"num_cpus": 0}}
+    return {"sampler": sampler, "ingress": ingress}
+
+
+def cpus_wanted(document: dict[str, Any]) -> tuple[float, float]:
+    """CPUs that the replicas of a checked document take: at the start, and when all have come."""
+    start = most = 0.0
+    for application in document["applications"]:
+        options: dict[str, dict[str, Any]] = {}
+        if is_ours(application):
+            options = deployment_options(settings_of(application))
+        for deployment in application.get("deployments", []):
+            name = deployment["name"]
+            options[name] = {**options.get(name, {}), **deployment}
+        for first, last in map(cpus_of, options.values()):
+            start, most = start + first, most + last
+    return start, most
+
+
+def is_ours(application: dict[str, Any]) -> bool:
+    """Whether an application of a Serve config is this endpoint."""
+    return application["import_path"] == BUILDER
+
+
+def settings_of(application: dict[str, Any], source: str = "args") -> ServeConfig:
+    """The checked settings of an application of ours."""
+    return build(ServeConfig, application.get("args") or {}, source)
 
 
 def require_keys(config: ServeConfig) -> None:
@@ -144,10 +184,10 @@ def validate_serve_config(path: str | Path) -> dict[str, Any]:
     check_serve_document(document, str(path))
     host = document.get("http_options", {}).get("host", "127.0.0.1")
     for index, application in enumerate(document["applications"]):
-        if application["import_path"] != BUILDER:
+        if not is_ours(application):
             continue
         place = f"{path}: applications[{index}]"
-        config = parse_mapping(ServeConfig, application.get("args", {}), f"{place}.args")
+        config = settings_of(application, f"{place}.args")
         dataclasses.replace(config, host=host)  # no_auth is judged by the address listened on
         for deployment in application.get("deployments", []):
             name = deployment["name"]
@@ -182,8 +222,6 @@ def require_free_port(host: str, port: int) -> None:
 
 def run(config: ServeConfig) -> dict[str, Any]:
     """Start the endpoint and keep it until SIGTERM or Ctrl-C; then end it cleanly."""
-    import ray
-
     from cascade_model.weights import read_config
 
     if config.serve_config:
@@ -191,81 +229,44 @@ def run(config: ServeConfig) -> dict[str, Any]:
     else:
         document = serve_document(config)
     http = {"host": "127.0.0.1", "port": 8000, **document.get("http_options", {})}
-    for application in document["applications"]:
-        if application["import_path"] == BUILDER:
-            own = parse_mapping(ServeConfig, application["args"], "args")
-            require_keys(own)
-            read_config(own.model)
+    for application in filter(is_ours, document["applications"]):
+        own = settings_of(application)
+        require_keys(own)
+        read_config(own.model)
     require_free_port(http["host"], http["port"])
+    start_ray_for(document)
+    import ray
+
     stop = threading.Event()
-    start_ray(num_cpus=2)
     # After Ray's start, which puts handlers of its own in place.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    url = f"http://{http['host']}:{http['port']}"
     with deployed(document, stop):
         if not stop.is_set():
-            announce(document, f"http://{http['host']}:{http['port']}")
+            announce(document, url)
         stop.wait()
         print("ending: open streams get their time", flush=True)
     ray.shutdown()
-    return {"url": f"http://{http['host']}:{http['port']}"}
+    return {"url": url}
 
 
-@contextlib.contextmanager
-def deployed(document: dict[str, Any], stop: threading.Event | None = None):
-    """The applications of a Serve config, running on this process's Ray; ended on leaving."""
-    from ray import serve
-    from ray.serve._private.api import serve_start
-    from ray.serve.schema import ServeDeploySchema
-
-    schema = ServeDeploySchema.model_validate(document)
-    try:
-        client = serve_start(
-            http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location
-        )
-        client.deploy_apps(schema)
-        wait_until_running([application.name for application in schema.applications], stop)
-        yield
-    finally:
-        serve.shutdown()
-
-
-def wait_until_running(
-    names: list[str], stop: threading.Event | None, seconds: float = 600
-) -> None:
-    """Block until every application answers; a failed one raises with Serve's own words."""
-    from ray import serve
-
-    deadline = time.monotonic() + seconds
-    while stop is None or not stop.is_set():
-        applications = serve.status().applications
-        states = {name: applications[name] for name in names if name in applications}
-        if len(states) == len(names) and all(s.status == "RUNNING" for s in states.values()):
-            return
-        for name, state in states.items():
-            if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                causes = [deployment.message for deployment in state.deployments.values()]
-                reason = "\n".join([state.message, *causes])
-                raise refusal_in(reason) or RuntimeError(f"{name} did not start: {reason}")
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"the applications {names} were not ready in {seconds:.0f} s")
-        time.sleep(0.2)
-
-
-def refusal_in(message: str) -> InputError | None:
-    """The user's mistake in a traceback that Serve reports as text, or None."""
-    for line in message.splitlines():
-        for kind in (CheckpointMismatch, InputError):
-            before, found, sentence = line.partition(f"cascade_model.errors.{kind.__name__}: ")
-            if found and not before.strip():
-                return kind(sentence.strip())
-    return None
+def start_ray_for(document: dict[str, Any]) -> None:
+    """A Ray of this machine with a place for every replica, or one that can start them at least."""
+    start, most = cpus_wanted(document)
+    start_ray(num_cpus=max(1, math.ceil(most)))
+    cure = "lower min_replicas or threads_per_replica, or use a larger cluster"
+    require_resources(start, 0, "the replicas to start (min_replicas x threads_per_replica)", cure)
 
 
 def announce(document: dict[str, Any], url: str) -> None:
     """Say that it is up, with a line to try it."""
     for application in document["applications"]:
-        config = parse_mapping(ServeConfig, application["args"], "args")
+        if not is_ours(application):
+            place = f"{url}{application.get('route_prefix', '/')}"
+            print(f"serving {application.get('name', 'default')} at {place}", flush=True)
+            continue
+        config = settings_of(application)
         key = "" if config.no_auth else ' -H "Authorization: Bearer $KEY"'
         body = json.dumps({"model": config.name, "prompt": "def main():", "max_tokens": 32})
         print(

@@ -48,6 +48,18 @@ def check_serve_document(document: dict[str, Any], source: str) -> None:
         raise InputError(f"{source}: `{place}`: {first['msg']}; mend that line") from None
 
 
+def cpus_of(deployment: dict[str, Any]) -> tuple[float, float]:
+    """CPUs of a deployment's replicas: of those it starts with, and of all it may have."""
+    each = (deployment.get("ray_actor_options") or {}).get("num_cpus", 1) or 0
+    fixed, scaling = deployment.get("num_replicas"), deployment.get("autoscaling_config")
+    if isinstance(fixed, int) or not scaling:
+        count = fixed if isinstance(fixed, int) else 1
+        return each * count, each * count
+    first = scaling.get("initial_replicas")
+    start = scaling.get("min_replicas", 1) if first is None else first
+    return each * start, each * max(start, scaling.get("max_replicas", 1))
+
+
 def _check_keys(model: Any, mapping: dict[str, Any], source: str, prefix: str) -> None:
     for key, value in mapping.items():
         if key not in model.model_fields:

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cascade_model.config import NoiseConfig, check
-from cascade_model.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +23,7 @@ class SourceConfig:
     """Column that holds the document (JSONL, Parquet, hf)."""
 
     def __post_init__(self) -> None:
-        if not self.paths:
-            raise InputError("source.paths is empty; name at least one file or folder")
+        check(bool(self.paths), "source.paths is empty; name at least one file or folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,8 @@ class PrepareConfig:
     held_out_rate: float = 0.02
     """Share of the documents kept from training, chosen by a hash of their text."""
     max_dead_rate: float = 0.01
-    """Share of unreadable documents above which the job fails instead of setting them aside."""
+    """Share of unreadable documents above which the job fails instead of setting them aside; the
+    same job may go on with another share."""
     num_workers: int = 2
     """Parts worked on at a time on Ray; the result does not depend on it."""
     runner: Literal["ray", "local"] = "ray"

@@ -7,17 +7,19 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, Unfinished
 
 EXCERPT = 200
 """Characters of a broken record that its dead letter keeps."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""May stand before the first line of a file, and is no part of it."""
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -59,7 +61,8 @@ class Document:
 
 
 def read_documents(part: Part, text_column: str) -> Iterator[Document]:
-    """The part's records in order; `InputError` when a file is missing or damaged as a whole."""
+    """The part's records in order; `InputError` when a file is damaged as a whole, `Unfinished`
+    when it cannot be read now."""
     row = 0
     for piece in part.pieces:
         for where, value in _records(piece, text_column):
@@ -72,14 +75,14 @@ def read_documents(part: Part, text_column: str) -> Iterator[Document]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Dead:
-    """Why a record has no text."""
+class Dead:
+    """Why a record cannot be used."""
 
     reason: str
     excerpt: str
 
 
-def _records(piece: Piece, column: str) -> Iterator[tuple[str, "str | _Dead"]]:
+def _records(piece: Piece, column: str) -> Iterator[tuple[str, "str | Dead"]]:
     if piece.format == "jsonl":
         return _jsonl(piece, column)
     if piece.format == "parquet":
@@ -89,12 +92,12 @@ def _records(piece: Piece, column: str) -> Iterator[tuple[str, "str | _Dead"]]:
     return _text(piece)
 
 
-def _text(piece: Piece) -> Iterator[tuple[str, "str | _Dead"]]:
+def _text(piece: Piece) -> Iterator[tuple[str, "str | Dead"]]:
     with open_source(piece.url) as file:
-        yield "whole file", _decoded(file.read())
+        yield "whole file", decoded(file.read())
 
 
-def _jsonl(piece: Piece, column: str) -> Iterator[tuple[str, "str | _Dead"]]:
+def _jsonl(piece: Piece, column: str) -> Iterator[tuple[str, "str | Dead"]]:
     for position, line in _lines(piece):
         if line.strip():
             yield f"byte {position}", _json_text(line, column)
@@ -110,7 +113,7 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
         else:
             data, position = _whole_lines(raw, piece)
     for line in data.split(b"\n"):
-        yield position, line.removeprefix(b"\xef\xbb\xbf") if position == 0 else line
+        yield position, line.removeprefix(BYTE_ORDER_MARK) if position == 0 else line
         position += len(line) + 1
 
 
@@ -126,65 +129,86 @@ def _whole_lines(file: BinaryIO, piece: Piece) -> tuple[bytes, int]:
     return (data if data.endswith(b"\n") else data + file.readline()), position
 
 
-def _json_text(line: bytes, column: str) -> "str | _Dead":
-    decoded = _decoded(line)
-    if isinstance(decoded, _Dead):
-        return decoded
-    try:
-        record = json.loads(decoded)
-    except (ValueError, RecursionError):
-        return _Dead("broken_json", decoded[:EXCERPT])
-    if not isinstance(record, dict):
-        return _Dead("not_an_object", decoded[:EXCERPT])
-    if record.get(column) is None:
-        return _Dead("missing_text", decoded[:EXCERPT])
-    return _checked(record[column], decoded)
-
-
-def _checked(text: object, shown: str) -> "str | _Dead":
+def _json_text(line: bytes, column: str) -> "str | Dead":
+    record = json_object(line)
+    if isinstance(record, Dead):
+        return record
+    text, shown = record.get(column), line.decode()[:EXCERPT]
+    if text is None:
+        return Dead("missing_text", shown)
     if not isinstance(text, str):
-        return _Dead("text_is_no_string", shown[:EXCERPT])
+        return Dead("text_is_no_string", shown)
+    return text if is_sound(text) else Dead("lone_surrogate", shown)
+
+
+def json_object(line: bytes) -> "dict[str, Any] | Dead":
+    """A line of JSONL as a mapping."""
+    text = decoded(line)
+    if isinstance(text, Dead):
+        return text
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return Dead("broken_json", text[:EXCERPT])
+    return record if isinstance(record, dict) else Dead("not_an_object", text[:EXCERPT])
+
+
+def is_sound(text: str) -> bool:
+    """Whether a text can be written at all: JSON may hold halves of characters (\\ud800)."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return _Dead("lone_surrogate", shown[:EXCERPT])
-    return text
+        return False
+    return True
 
 
-def _decoded(data: bytes) -> "str | _Dead":
+def decoded(data: bytes) -> "str | Dead":
+    """Bytes as the text that they spell."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        around = data[max(0, error.start - 40) : error.start + 40]
-        return _Dead("invalid_utf8", around.decode("utf-8", "backslashreplace"))
+        return _no_utf8(error)
 
 
-def _parquet(piece: Piece, column: str) -> Iterator[tuple[str, "str | _Dead"]]:
+def _no_utf8(error: UnicodeDecodeError) -> Dead:
+    around = error.object[max(0, error.start - 40) : error.start + 40]
+    return Dead("invalid_utf8", around.decode("utf-8", "backslashreplace"))
+
+
+def _parquet(piece: Piece, column: str) -> Iterator[tuple[str, "str | Dead"]]:
     with open_source(piece.url) as file, whole(piece.url, "Parquet file"):
         parquet = pq.ParquetFile(file)
         tables = [
             parquet.read_row_group(i, columns=[column]) for i in range(piece.start, piece.stop)
         ]
     for group, table in enumerate(tables, piece.start):
-        for row, value in enumerate(_cells(table.column(column))):
+        for row, value in enumerate(_texts(table.column(column))):
             yield f"row group {group} row {row}", value
 
 
-def _dataset(piece: Piece, column: str) -> Iterator[tuple[str, "str | _Dead"]]:
+def _dataset(piece: Piece, column: str) -> Iterator[tuple[str, "str | Dead"]]:
     with whole(piece.url, "Arrow stream"), open_arrow_stream(piece.url) as reader:
         batches = [
             batch.column(column) if index >= piece.start else None
             for index, batch in zip(range(piece.stop), reader, strict=False)
         ]
-    for index, cells in enumerate(batches):
-        for row, value in enumerate(_cells(cells)) if cells is not None else ():
+    for index, batch in enumerate(batches):
+        for row, value in enumerate(_texts(batch)) if batch is not None else ():
             yield f"batch {index} row {row}", value
 
 
-def _cells(column: "pa.ChunkedArray | pa.Array") -> Iterator["str | _Dead"]:
-    """Values of a text column; read as bytes, since Arrow does not vouch for UTF-8."""
-    for value in column.cast(pa.large_binary()).to_pylist():
-        yield _Dead("missing_text", "") if value is None else _decoded(value)
+def cells(column: "pa.ChunkedArray | pa.Array") -> Iterator[Any]:
+    """Values of a column, one by one: Arrow does not vouch that its texts are UTF-8."""
+    for cell in column:
+        try:
+            yield cell.as_py()
+        except UnicodeDecodeError as error:
+            yield _no_utf8(error)
+
+
+def _texts(column: "pa.ChunkedArray | pa.Array") -> Iterator["str | Dead"]:
+    for value in cells(column):
+        yield Dead("missing_text", "") if value is None else value
 
 
 def require_column(schema: pa.Schema, column: str, url: str) -> None:
@@ -207,14 +231,19 @@ def compression_of(url: str) -> str | None:
 
 
 def open_source(url: str) -> BinaryIO:
-    """Open a source file; `InputError` when it cannot be read."""
+    """Open a source file; `Unfinished` when it cannot be read now."""
     try:
         fs, place = fsspec.core.url_to_fs(url)
         return cast(BinaryIO, fs.open(place, "rb"))
     except OSError as error:
-        raise InputError(
-            f"source file {url} cannot be read ({type(error).__name__}); check path and rights"
-        ) from None
+        raise _unreadable(url, error) from None
+
+
+def _unreadable(url: str, error: OSError) -> Unfinished:
+    return Unfinished(
+        f"source file {url} cannot be read ({type(error).__name__}); check path and rights, then "
+        "run the same command again"
+    )
 
 
 @contextmanager
@@ -235,6 +264,9 @@ def whole(url: str, kind: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
+        # Arrow's own complaints have no number; those of a disk or a network do.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise _unreadable(url, error) from None
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
             f"source file {url} is a damaged {kind} ({reason}); mend it or leave it out"

@@ -3,7 +3,8 @@
 A part is a run of rows of one input file, and the unit of retry: its output is a pure function of
 (weights, settings, rows), committed under a fixed name, so a part that is done twice gives the same
 bytes and a part that is done is never done again. The manifest comes last. A row that cannot be
-answered goes to a dead-letter shard with its reason: rows in = rows out + dead rows.
+answered goes to a dead-letter shard with its reason: rows in = rows out + dead rows. Too many of
+them stop the job, which can go on from there.
 """
 
 import dataclasses
@@ -17,9 +18,10 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cascade_model.commit import Folder, Record
+from cascade_model.commit import RECORD_SUFFIX, Folder, Record
 from cascade_model.config import SamplingParams, digest
-from cascade_model.errors import CheckpointMismatch, InputError
+from cascade_model.errors import InputError, Unfinished
+from pipelines.cluster import quiet_ray_data
 from pipelines.prompts import Columns, DeadRow, Part, Prompt, read_part
 
 FORMAT_VERSION = 1
@@ -61,6 +63,8 @@ class PartRecord:
     rows: int
     dead: dict[str, int]
     """Dead rows by reason."""
+    first_dead: dict[str, Any] | None
+    """The first of them, where there are any."""
     num_tokens: int
     passes: int
     file: dict[str, Any]
@@ -135,7 +139,7 @@ class PartWorker:
         try:
             records = [self.answer(Part(**json.loads(text))) for text in batch["part"]]
         except InputError as error:
-            refusal = json.dumps([type(error).__name__, str(error)])
+            refusal = json.dumps(error.to_data())
             return {"record": [""] * len(batch["part"]), "refusal": [refusal] * len(batch["part"])}
         written = [json.dumps(dataclasses.asdict(record)) for record in records]
         return {"record": written, "refusal": [""] * len(written)}
@@ -177,15 +181,18 @@ class PartWorker:
 
     def _commit(self, part: Part, done: list[dict[str, Any]], dead: list[DeadRow]) -> PartRecord:
         """Dead letters first: where the completions are committed, both are there."""
-        reasons = [row.reason for row in dead]
+        if not self._folder.exists(JOB):
+            raise InputError(f"{self._folder.url} has no {JOB}; the job ended while this part ran")
+        reasons, rows = [row.reason for row in dead], [dataclasses.asdict(row) for row in dead]
         letters = None
         if dead:
-            data = encode_rows([dataclasses.asdict(row) for row in dead], DEAD, "jsonl")
+            data = encode_rows(rows, DEAD, "jsonl")
             letters = file_of(self._folder.commit(dead_name(part), data))
         facts = {
             "index": part.index,
             "rows": len(done),
             "dead": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+            "first_dead": rows[0] if rows else None,
             "num_tokens": sum(row["num_tokens"] for row in done),
             "passes": sum(row["passes"] for row in done),
             "dead_file": letters,
@@ -196,7 +203,7 @@ class PartWorker:
 
 
 def claim(folder: Folder, job: dict[str, Any]) -> bool:
-    """Bind the output folder to one job; True if that job is finished already.
+    """Bind the output folder to one job; True if this run is the first to do so.
 
     `InputError` names the first setting in which an earlier job in this folder differs.
     """
@@ -208,13 +215,56 @@ def claim(folder: Folder, job: dict[str, Any]) -> bool:
                     f"output={folder.url} holds a job with {key}={earlier.get(key)!r}, this one "
                     f"has {key}={job.get(key)!r}; give another output folder"
                 )
-        return folder.exists(MANIFEST)
-    if folder.list():
+        return False
+    names = folder.list()
+    if names:
         raise InputError(
-            f"output={folder.url} is not empty and holds no generate job; give another folder"
+            f"output={folder.url} holds {names[0]!r} and no generate job; give another folder"
         )
     folder.publish(JOB, json.dumps(job, sort_keys=True, indent=1).encode())
-    return False
+    return True
+
+
+def take_back(folder: Folder, parts: Sequence[Part], format: Format) -> None:
+    """Remove the files of a job that nothing can come of, and no others."""
+    folder.remove(JOB)  # first: a part that is still being decoded is then not written
+    units = {name for part in parts for name in (shard_name(part, format), dead_name(part))}
+    units |= {unit + RECORD_SUFFIX for unit in units}
+    for name in folder.list():
+        if name.partition("~")[0] in units:
+            folder.remove(name)
+
+
+def require_sound(
+    records: Sequence[PartRecord], parts: Sequence[Part], max_dead_rate: float, output: str
+) -> None:
+    """Stop the job as soon as it is sure that too many of all rows are dead.
+
+    `Unfinished` when some rows are answered, which stay for a run with a higher rate.
+    """
+    counts, total = dead_by_reason(records), sum(part.num_rows for part in parts)
+    dead = sum(counts.values())
+    if dead <= max_dead_rate * total:
+        return
+    letters = (record.first_dead for record in records if record.first_dead)
+    first = min(letters, key=lambda letter: letter["row"])
+    sentence = (
+        f"{dead} of {total} rows cannot be answered ({counts}, the first is row {first['row']}: "
+        f"{first['input'][:80]!r}), more than max_dead_rate={max_dead_rate} allows; mend the "
+        "input, set prompt_column, or raise max_dead_rate"
+    )
+    if not any(record.rows for record in records):
+        raise InputError(sentence)
+    raise Unfinished(f"{sentence}, which goes on from here: what is answered stays in {output}")
+
+
+def dead_by_reason(records: Sequence[PartRecord]) -> dict[str, int]:
+    """Dead rows of several parts."""
+    counts: dict[str, int] = {}
+    for record in records:
+        for reason, count in record.dead.items():
+            counts[reason] = counts.get(reason, 0) + count
+    return dict(sorted(counts.items()))
 
 
 def read_record(folder: Folder, part: Part, format: Format) -> PartRecord | None:
@@ -224,26 +274,31 @@ def read_record(folder: Folder, part: Part, format: Format) -> PartRecord | None
 
 
 def manifest_of(job: dict[str, Any], parts: Sequence[Part], records: Sequence[PartRecord]) -> dict:
-    """The manifest; every part must have its record, and every row must be accounted for."""
+    """The manifest; every part must have its record, and every row must be accounted for.
+
+    `files` are the completions, `dead_files` the dead letters.
+    """
     by_index = {record.index: record for record in records}
-    dead: dict[str, int] = {}
-    for part in parts:
-        record = by_index[part.index]
+    ordered = [by_index[part.index] for part in parts]
+    for part, record in zip(parts, ordered, strict=True):
         if record.rows + sum(record.dead.values()) != part.num_rows:
             raise RuntimeError(f"part {part.index} lost rows: {record} of {part.num_rows}")
-        for reason, count in record.dead.items():
-            dead[reason] = dead.get(reason, 0) + count
-    ordered = [by_index[part.index] for part in parts]
+    dead = dead_by_reason(ordered)
     counts = {
         "rows_in": sum(part.num_rows for part in parts),
         "rows_out": sum(record.rows for record in ordered),
         "rows_dead": sum(dead.values()),
-        "dead_by_reason": dict(sorted(dead.items())),
+        "dead_by_reason": dead,
         "num_tokens": sum(record.num_tokens for record in ordered),
         "passes": sum(record.passes for record in ordered),
     }
-    files = [file for r in ordered for file in (r.dead_file, r.file) if file]
-    body = {"format_version": FORMAT_VERSION, "job": job, "counts": counts, "files": files}
+    body = {
+        "format_version": FORMAT_VERSION,
+        "job": job,
+        "counts": counts,
+        "files": [record.file for record in ordered],
+        "dead_files": [record.dead_file for record in ordered if record.dead_file],
+    }
     return {**body, "digest": digest(body)}
 
 
@@ -251,7 +306,8 @@ def run_on_ray(
     parts: Sequence[Part], worker: dict[str, Any], num_workers: int
 ) -> Iterator[PartRecord]:
     """The Ray Data plan: parts -> pool of model-holding actors -> records, as they come."""
-    import ray
+    quiet_ray_data()
+    import ray.data
 
     rows = [{"part": json.dumps(dataclasses.asdict(part))} for part in parts]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -263,6 +319,5 @@ def run_on_ray(
     )
     for row in data.iter_rows():
         if row["refusal"]:
-            kind, sentence = json.loads(row["refusal"])
-            raise {"CheckpointMismatch": CheckpointMismatch}.get(kind, InputError)(sentence)
+            raise InputError.from_data(json.loads(row["refusal"]))
         yield PartRecord(**json.loads(row["record"]))

@@ -34,6 +34,8 @@ from cascade_model.tokenizer import Encoded, Tokenizer
 from pipelines.documents import Document, Part, read_documents
 from pipelines.packing import pack
 
+JOB = "job.json"
+"""In the work folder: what the job is. Gone when the job was taken back."""
 CHUNK_CHARACTERS = 1 << 20
 """Text handed to the tokenizer in one call."""
 
@@ -101,6 +103,7 @@ def pack_part(job: Job, part: Part) -> Record:
         intake.take(document, part.index << 32 | document.row)
     intake.flush()
     packed = {split: intake.packed(split) for split in SPLITS}
+    _require_job(work)
     if intake.dead:
         lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in intake.dead)
         Folder(job.output).commit(dead_letter_name(part.index), lines.encode())
@@ -223,11 +226,18 @@ def mask_part(job: Job, order: MaskOrder) -> dict[str, Record]:
         expected = {"rows": facts["rows"], "tokens": facts["tokens"], "first_sequence": first}
         record = output.record(name)
         if record is None:
+            _require_job(Folder(job.work))
             schema = shard_schema(job.geometry, _metadata(job, split))
             columns = (rows_columns(rows) for rows in _masked(job, mine, first, total))
             record = output.commit(name, arrow_writer(schema, columns), expected)
         made[split] = record
     return made
+
+
+def _require_job(work: Folder) -> None:
+    """Stop a task that outlived its job: what was taken back must not come again."""
+    if not work.exists(JOB):
+        raise InputError(f"{work.url} is no longer there; the job ended while this task ran")
 
 
 def _masked(job: Job, batches: list[Packed], first: int, total: int) -> Iterator[Rows]:

@@ -8,15 +8,16 @@ comes last. A task whose record is there is not run again.
 
 import json
 import logging
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from cascade_model.commit import Folder, Record
+from cascade_model.commit import RECORD_SUFFIX, Folder, Record, require_writable
 from cascade_model.corpus import read_manifest
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, Unfinished
 from cascade_model.schema import (
     MANIFEST,
     SPLITS,
@@ -30,8 +31,10 @@ from cascade_model.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
 from pipelines.config import PrepareConfig
 from pipelines.documents import Part, Piece, read_documents
 from pipelines.parts import (
+    JOB,
     Job,
     MaskOrder,
+    dead_letter_name,
     is_held_out,
     mask_part,
     pack_part,
@@ -44,7 +47,7 @@ from pipelines.sources import Plan, make_plan
 
 log = logging.getLogger(__name__)
 WORK = "_work"
-_JOB = "job.json"
+_RUN = "run-"
 _SAMPLED_PARTS = 32
 _SAMPLED_CHARACTERS = 1 << 16
 
@@ -52,9 +55,11 @@ _SAMPLED_CHARACTERS = 1 << 16
 def prepare(config: PrepareConfig) -> Manifest:
     """Make the corpus, or finish it, or (when it is finished) do nothing; returns the manifest.
 
-    `InputError` when sources, settings or the output folder cannot do; a job that fails so in its
-    first run leaves nothing behind.
+    `InputError` when sources, settings or the output folder cannot do; nothing stays behind, as the
+    same command would fail again. `Unfinished` when the same job can go on from here: packed parts
+    and dead letters stay. Either way nothing is touched that this run did not write.
     """
+    require_writable(config.output)
     folder = Folder(config.output)
     given = None
     if config.tokenizer not in ("train", "bytes"):
@@ -64,21 +69,25 @@ def prepare(config: PrepareConfig) -> Manifest:
     finished = _finished(folder, identity)
     if finished is not None:
         return finished
-    is_new = _begin(folder, identity)
+    was_there = folder.is_there()
+    _begin(folder, identity)
     try:
         manifest = _run(config, folder, plan, given, identity)
+    except Unfinished:
+        raise
     except InputError:
-        if is_new:
-            folder.remove()
+        _take_back(folder, plan)
+        if not was_there:
+            folder.remove_if_empty()
         raise
     folder.remove(WORK)
     return manifest
 
 
 def _identity(config: PrepareConfig, plan: Plan, given: Tokenizer | None) -> dict[str, Any]:
-    """Everything that the corpus's bytes depend on, as plain JSON values."""
+    """Everything that the shards' bytes depend on, as plain JSON values."""
     settings = asdict(config)
-    for name in ("output", "num_workers", "runner"):
+    for name in ("output", "num_workers", "runner", "max_dead_rate"):
         del settings[name]
     settings["tokenizer_sha256"] = given.sha256 if given else None
     sources = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in plan.files]
@@ -96,18 +105,36 @@ def _finished(folder: Folder, identity: dict[str, Any]) -> Manifest | None:
     return manifest
 
 
-def _begin(folder: Folder, identity: dict[str, Any]) -> bool:
-    """Claim an empty folder (true), or check that an unfinished one is of this very job (false)."""
-    work, names = folder / WORK, folder.list()
-    if work.exists(_JOB):
-        _require_same(json.loads(work.read_bytes(_JOB)), identity, folder)
-        return False
-    if set(names) - {WORK}:
-        raise InputError(
-            f"output={folder.url} already holds {names[0]!r} but no corpus; choose an empty folder"
-        )
-    work.publish(_JOB, json.dumps(identity, sort_keys=True).encode())
-    return True
+def _begin(folder: Folder, identity: dict[str, Any]) -> None:
+    """Claim an empty folder, or check that an unfinished one is of this very job."""
+    work = folder / WORK
+    if work.exists(JOB):
+        _require_same(json.loads(work.read_bytes(JOB)), identity, folder)
+    else:
+        names = [name for name in folder.list() if name != WORK]
+        names += [f"{WORK}/{name}" for name in work.list()]
+        if names:
+            raise InputError(
+                f"output={folder.url} already holds {names[0]!r} but no corpus; choose an empty "
+                "folder"
+            )
+        work.publish(JOB, json.dumps(identity, sort_keys=True).encode())
+    work.publish(_RUN + uuid.uuid4().hex, b"")
+
+
+def _take_back(folder: Folder, plan: Plan) -> None:
+    """Remove the units of a job that cannot be finished, unless another run worked on it too."""
+    work = folder / WORK
+    if sum(name.startswith(_RUN) for name in work.list()) > 1:
+        return
+    work.remove(JOB)  # first: a task that still runs then writes nothing more
+    units = {TOKENIZER, *(dead_letter_name(part.index) for part in plan.parts)}
+    units |= {shard_name(split, part.index) for split in SPLITS for part in plan.parts}
+    units |= {unit + RECORD_SUFFIX for unit in units}
+    for name in folder.list():
+        if name.partition("~")[0] in units:
+            folder.remove(name)
+    folder.remove(WORK)
 
 
 def _require_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Folder) -> None:
@@ -316,14 +343,20 @@ def _counts(packed: list[Record]) -> dict[str, Any]:
 
 
 def _require_sound(counts: dict[str, Any], packed: list[Record], config: PrepareConfig) -> None:
-    """Refuse a corpus that is mostly broken, empty, or leaves nothing to train on."""
+    """Refuse a corpus that is too broken (`Unfinished`), empty, or leaves nothing to train on."""
     dead, total = sum(counts["dead"].values()), counts["documents_in"]
     if dead > config.max_dead_rate * total:
         first = next(r.facts["first_dead"] for r in packed if r.facts["first_dead"])
-        raise InputError(
+        sentence = (
             f"{dead} of {total} documents cannot be read ({counts['dead']}, the first in "
             f"{first['path']} at {first['where']}), more than max_dead_rate={config.max_dead_rate} "
             "allows; mend the source, set source.text_column, or raise max_dead_rate"
+        )
+        if not counts["documents"]:
+            raise InputError(sentence)
+        raise Unfinished(
+            f"{sentence}, which goes on from here: the packed parts stay in {config.output}, and "
+            "dead_letter-*.jsonl there lists what cannot be read"
         )
     paths = list(config.source.paths)
     if not counts["documents"]:

@@ -1,16 +1,28 @@
 """Files of prompts, cut into parts that can be read alone; broken rows come out with a reason."""
 
 import hashlib
-import json
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cascade_model.errors import InputError
+from pipelines.documents import (
+    BYTE_ORDER_MARK,
+    EXCERPT,
+    Dead,
+    cells,
+    compression_of,
+    is_sound,
+    json_object,
+    open_source,
+    whole,
+)
+
+_PROBED = 100
+"""Rows at the head of a JSONL file in which one of the columns must be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,31 +88,25 @@ def plan(urls: Sequence[str], rows_per_part: int) -> tuple[list[Part], str]:
 
 def _scan(url: str, rows_per_part: int, seen: Any) -> tuple[list[int], int]:
     """Where each part of a file begins, and the file's number of rows; its bytes go to `seen`."""
-    try:
-        with _opened(url) as file:
-            if is_parquet(url):
-                while piece := file.read(1 << 20):
-                    seen.update(piece)
-                file.seek(0)
+    if compression_of(url):
+        raise InputError(f"input={url} is compressed; unpack it, so that it can be cut into parts")
+    with open_source(url) as file:
+        if is_parquet(url):
+            while piece := file.read(1 << 20):
+                seen.update(piece)
+            file.seek(0)
+            with whole(url, "Parquet file"):
                 count = pq.ParquetFile(file).metadata.num_rows
-                return list(range(0, count, rows_per_part)), count
-            starts, count, place = [], 0, 0
-            for line in file:
-                seen.update(line)
-                if line.strip():
-                    if count % rows_per_part == 0:
-                        starts.append(place)
-                    count += 1
-                place += len(line)
-            return starts, count
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"input={url} cannot be read ({reason}); check the path") from None
-
-
-def _opened(url: str) -> Any:
-    """The file for reading bytes; seekable."""
-    return fsspec.open(url, "rb")
+            return list(range(0, count, rows_per_part)), count
+        starts, count, place = [], 0, 0
+        for line in file:
+            seen.update(line)
+            if _content(line, place):
+                if count % rows_per_part == 0:
+                    starts.append(place)
+                count += 1
+            place += len(line)
+        return starts, count
 
 
 def is_parquet(url: str) -> bool:
@@ -108,11 +114,36 @@ def is_parquet(url: str) -> bool:
     return url.endswith(".parquet")
 
 
+def require_columns(urls: Sequence[str], columns: Columns) -> None:
+    """Raise `InputError`, naming the columns that are there, for a file without the right ones."""
+    for url in urls:
+        names = _column_names(url)
+        if names and not {columns.prompt, columns.messages} & set(names):
+            raise InputError(
+                f"prompt_column={columns.prompt} and messages_column={columns.messages} are not in "
+                f"{url}, which has {names}; name one of these"
+            )
+
+
+def _column_names(url: str) -> list[str]:
+    """Columns of a Parquet file, or of the first rows of a JSONL file; none if none can be read."""
+    with open_source(url) as file:
+        if is_parquet(url):
+            with whole(url, "Parquet file"):
+                return pq.ParquetFile(file).schema_arrow.names
+        lines = (_content(line, place) for place, line in enumerate(file))
+        rows = map(json_object, itertools.islice(filter(None, lines), _PROBED))
+        return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
+
+
 def read_part(
     part: Part, columns: Columns, chat: Callable[[Any], str]
 ) -> Iterator[Prompt | DeadRow]:
-    """The part's rows in order; a broken one comes as a `DeadRow`."""
-    for offset, raw in enumerate(_raw_rows(part)):
+    """The part's rows in order; a broken one comes as a `DeadRow`.
+
+    `InputError` when the file is no longer what was planned.
+    """
+    for offset, raw in enumerate(_raw_rows(part, columns)):
         row = part.first_row + offset
         try:
             yield _prompt(row, raw, columns, chat)
@@ -120,59 +151,71 @@ def read_part(
             yield DeadRow(row=row, reason=str(error), input=_shown(raw))
 
 
-def _raw_rows(part: Part) -> Iterator[bytes | dict[str, Any]]:
-    with _opened(part.url) as file:
+def _raw_rows(part: Part, columns: Columns) -> Iterator[bytes | dict[str, Any]]:
+    with open_source(part.url) as file:
         if is_parquet(part.url):
-            yield from _parquet_rows(file, part.start, part.num_rows)
+            with whole(part.url, "Parquet file"):
+                yield from _parquet_rows(file, part, columns)
             return
         file.seek(part.start)
-        left = part.num_rows
+        place, left = part.start, part.num_rows
         for line in file:
             if left == 0:
                 return
-            if line.strip():
+            if content := _content(line, place):
                 left -= 1
-                yield line
+                yield content
+            place += len(line)
 
 
-def _parquet_rows(file: Any, start: int, num_rows: int) -> Iterator[dict[str, Any]]:
-    """Rows `start`..`start + num_rows`; only the row groups that hold them are read."""
+def _content(line: bytes, place: int) -> bytes:
+    """A line without what stands around it; empty for a blank one, which is no row."""
+    return (line if place else line.removeprefix(BYTE_ORDER_MARK)).strip()
+
+
+def _parquet_rows(file: Any, part: Part, columns: Columns) -> Iterator[dict[str, Any]]:
+    """The part's rows; only the columns and the row groups that hold them are read."""
     parquet, place = pq.ParquetFile(file), 0
+    wanted = {columns.prompt, columns.messages, columns.id}
+    names = [name for name in parquet.schema_arrow.names if name in wanted]
     for group in range(parquet.num_row_groups):
         size = parquet.metadata.row_group(group).num_rows
-        low, high = max(start - place, 0), min(start + num_rows - place, size)
+        low, high = max(part.start - place, 0), min(part.start + part.num_rows - place, size)
         if low < high:
-            yield from parquet.read_row_group(group).slice(low, high - low).to_pylist()
+            table = parquet.read_row_group(group, columns=names).slice(low, high - low)
+            values = {name: cells(table.column(name)) for name in names}
+            for _ in range(low, high):
+                yield {name: next(each) for name, each in values.items()}
         place += size
 
 
 def _prompt(
     row: int, raw: bytes | dict[str, Any], columns: Columns, chat: Callable[[Any], str]
 ) -> Prompt:
-    values = _parsed(raw) if isinstance(raw, bytes) else raw
-    text, messages = values.get(columns.prompt), values.get(columns.messages)
+    values = json_object(raw) if isinstance(raw, bytes) else raw
+    if isinstance(values, Dead):
+        raise DeadRowError(values.reason)
+    text, messages, given = (
+        _alive(values.get(name)) for name in (columns.prompt, columns.messages, columns.id)
+    )
     if text is None and messages is not None:
         text = _chat_text(messages, chat)
     if text is None:
-        raise DeadRowError(f"no column {columns.prompt} or {columns.messages}")
+        raise DeadRowError("missing_prompt")
     if not isinstance(text, str):
-        raise DeadRowError(f"{columns.prompt} is not text")
+        raise DeadRowError("prompt_is_no_string")
     if not text:
-        raise DeadRowError(f"{columns.prompt} is empty")
-    given = values.get(columns.id)
-    return Prompt(row=row, id=str(row if given is None else given), text=text)
+        raise DeadRowError("empty_prompt")
+    name = str(row if given is None else given)
+    if not is_sound(text) or not is_sound(name):
+        raise DeadRowError("lone_surrogate")
+    return Prompt(row=row, id=name, text=text)
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise DeadRowError("not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise DeadRowError("not JSON") from None
-    if not isinstance(values, dict):
-        raise DeadRowError("not a JSON object")
-    return values
+def _alive(value: Any) -> Any:
+    if isinstance(value, Dead):
+        raise DeadRowError(value.reason)
+    return value
 
 
 def _chat_text(messages: Any, chat: Callable[[Any], str]) -> str:
@@ -183,10 +226,13 @@ def _chat_text(messages: Any, chat: Callable[[Any], str]) -> str:
         for message in messages
     )
     if not is_chat or not messages:
-        raise DeadRowError("messages are not a list of {role, content} texts")
-    return chat(messages)
+        raise DeadRowError("broken_messages")
+    try:
+        return chat(messages)
+    except InputError:
+        raise DeadRowError("chat_template_fails") from None
 
 
 def _shown(raw: bytes | dict[str, Any]) -> str:
-    text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else repr(raw)
-    return text.strip()[:200]
+    text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else repr(raw)
+    return text[:EXCERPT]

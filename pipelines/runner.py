@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 from cascade_model.errors import InputError
+from pipelines.cluster import quiet_ray_data, start_ray
 
 Step = Callable[[dict[str, Any]], dict[str, Any]]
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def run_tasks(
     for index, line in run:
         result = json.loads(line)
         if "error" in result:
-            raise InputError(result["error"])
+            raise InputError.from_data(result["error"])
         results[index] = result
         log.info("%d of %d parts done", len(results), len(lines))
     return [results[index] for index in range(len(lines))]
@@ -43,7 +44,7 @@ def _attempt(step: Step, line: str) -> str:
     try:
         return json.dumps(step(json.loads(line)))
     except InputError as error:
-        return json.dumps({"error": str(error)})
+        return json.dumps({"error": error.to_data()})
 
 
 def _here(step: Step, lines: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -53,18 +54,17 @@ def _here(step: Step, lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 def _on_ray(step: Step, lines: list[str], num_workers: int) -> Iterator[tuple[int, str]]:
     """One Ray Data task per order: the task is the unit of retry."""
-    start_ray()
+    start_ray(num_workers)
+    quiet_ray_data()
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
     rows = [{"index": index, "order": line} for index, line in enumerate(lines)]
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         cast(Any, _batch),
         fn_kwargs={"step": step},
         batch_size=1,
         batch_format="numpy",
-        compute=ray.data.TaskPoolStrategy(size=num_workers),
+        compute=ray.data.TaskPoolStrategy(size=min(num_workers, len(rows))),
     )
     for row in done.iter_rows():
         yield int(row["index"]), str(row["result"])
@@ -75,13 +75,3 @@ def _batch(batch: dict[str, Any], step: Step) -> dict[str, Any]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     results = [_attempt(step, str(line)) for line in batch["order"]]
     return {"index": batch["index"], "result": results}
-
-
-def start_ray() -> None:
-    """Join the cluster named by RAY_ADDRESS, or start Ray on this machine."""
-    if "RAY_ADDRESS" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)

@@ -5,14 +5,13 @@ part. Small files share a part; a large JSONL file is cut at bytes, Parquet at r
 Face dataset folder at record batches.
 """
 
-import hashlib
 import json
 import posixpath
 import re
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
+from cascade_model.commit import sha256_of
 from cascade_model.errors import InputError
 from pipelines.config import SourceConfig
 from pipelines.documents import (
@@ -183,17 +183,8 @@ def _file(fs: Any, path: str, place: str, kind: str) -> SourceFile:
 
 def _hashed(file: SourceFile) -> SourceFile:
     """The file with the digest of its bytes."""
-    total = hashlib.sha256()
     with open_source(file.url) as stream:
-        while chunk := stream.read(1 << 20):
-            total.update(chunk)
-    return SourceFile(
-        path=file.path,
-        url=file.url,
-        format=file.format,
-        bytes=file.bytes,
-        sha256=total.hexdigest(),
-    )
+        return replace(file, sha256=sha256_of(stream))
 
 
 def _pieces(file: SourceFile, source: SourceConfig, part_bytes: int) -> Iterator[Piece]:

@@ -1,29 +1,35 @@
 """Shared fixtures: one local Ray, one small real corpus, one tiny model."""
 
+import json
 import os
+import sysconfig
+import tempfile
+import uuid
+from pathlib import Path
 
-# Before any import of ray: the mode is never left to chance.
-os.environ["RAY_AUTH_MODE"] = "disabled"
+import pytest
+
+from pipelines.cluster import settle_authentication
+
+# Before any import of ray: token mode, as the commands choose it, and never a user's own cluster.
+os.environ.pop("RAY_ADDRESS", None)
+os.environ["RAY_AUTH_MODE"] = "token"
+settle_authentication(os.environ)
 # Tiny models run faster on one thread, and worker processes do not fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 
-import json
-import sysconfig
-import tempfile
-from pathlib import Path
-
-import pytest
-
 
 @pytest.fixture(scope="session")
 def ray_local():
-    """One local Ray of two CPUs for the whole run, in a private short folder."""
+    """One local Ray of four logical CPUs for the whole run, in a private short folder."""
     import ray
 
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        ray.init(num_cpus=4, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+        ray.init(
+            "local", num_cpus=4, include_dashboard=False, _temp_dir=folder, log_to_driver=False
+        )
         yield ray
         ray.shutdown()
 
@@ -56,3 +62,35 @@ def tiny_corpus(documents_jsonl, tmp_path_factory) -> str:
     argv += ["--noise.block-size", "4", "--held-out-rate", "0.1", "--runner", "local"]
     assert prepare.main(argv) == 0
     return str(output)
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """moto's S3 server on a free port of loopback."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_server, monkeypatch):
+    """A fresh bucket; the client finds the server through the usual environment."""
+    import fsspec
+    import s3fs
+
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "testtest"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", s3_server),
+    ):
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    yield f"s3://{bucket}/corpus"
+    s3fs.S3FileSystem.clear_instance_cache()

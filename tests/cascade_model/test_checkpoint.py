@@ -78,6 +78,88 @@ def test_only_the_last_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
 
 
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_uncommitted_folder_does_not_count_as_kept(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "step_00000002" / "COMMIT").unlink()
+    save(tmp_path, 3, keep_last=2)
+    assert names(tmp_path) == ["step_00000001", "step_00000003"]
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+def test_the_one_just_written_is_never_discarded(tmp_path, keep_last):
+    for step in (1, 2, 9):
+        save(tmp_path, step)
+    flip_a_bit(tmp_path / "step_00000009")  # so the run goes on from step 2
+    save(tmp_path, 3, keep_last=keep_last)
+    kept = ["step_00000001", "step_00000002", "step_00000003"][-keep_last:]
+    assert names(tmp_path) == [*kept, "step_00000009"]
+    assert told_newest(tmp_path)[0].step == 3
+
+
+class Fenced(Exception):
+    """Raised by a check that says no."""
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_a_writer_that_may_not_write_leaves_everything_as_it_was(tmp_path, allowed):
+    """The first check comes before anything is written, the second before the rename."""
+    save(tmp_path, 1)
+    flip_a_bit(save(tmp_path, 2))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    left = iter(range(allowed))
+
+    def check():
+        if next(left, None) is None:
+            raise Fenced
+
+    model, optimizer = trained()
+    facts = {"step": 2, "samples": 16}
+    if allowed == 2:  # the control
+        checkpoint.save(tmp_path, model, optimizer, facts, 9, check)
+        assert told_newest(tmp_path)[0].step == 2
+        return
+    with pytest.raises(Fenced):
+        checkpoint.save(tmp_path, model, optimizer, facts, 9, check)
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
+    """Wherever the writer dies, what has a final name verifies."""
+    save(tmp_path, 1)
+    steps = []
+    for name in ("_write", "fsync", "_discard", "_retain"):
+
+        def dying(*args, name=name, real=getattr(checkpoint, name)):
+            steps.append(name)
+            if len(steps) == die_at:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(checkpoint, name, dying)
+    die_at, died = 0, 0
+    while True:
+        steps.clear()
+        die_at += 1
+        try:
+            save(tmp_path, 2)
+        except KeyboardInterrupt:
+            died += 1
+        else:
+            break
+        for path in tmp_path.glob("step_*"):
+            if ".tmp-" not in path.name:
+                checkpoint.verify(path)
+        shutil.rmtree(tmp_path / "step_00000002", ignore_errors=True)
+    assert died > 8
+
+
 def test_leftovers_of_a_dead_writer_are_removed(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step_00000002.tmp-abcd" / "state").mkdir(parents=True)

@@ -6,40 +6,15 @@ import uuid
 
 import pytest
 
-from cascade_model.commit import RECORD_SUFFIX, Folder
+from cascade_model.commit import (
+    RECORD_SUFFIX,
+    Folder,
+    create_file,
+    draft,
+    replace_file,
+    require_writable,
+)
 from cascade_model.errors import InputError
-
-
-@pytest.fixture(scope="session")
-def s3_server():
-    """moto's S3 server on a free port of loopback."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3_url(s3_server, monkeypatch):
-    """A fresh bucket; the client finds the server through the usual environment."""
-    import fsspec
-    import s3fs
-
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "testtest"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("AWS_ENDPOINT_URL", s3_server),
-    ):
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
-    fsspec.filesystem("s3").mkdir(bucket)
-    yield f"s3://{bucket}/corpus"
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -148,3 +123,84 @@ def test_a_damaged_record_is_named(tmp_path):
 def test_an_unknown_protocol_is_one_sentence():
     with pytest.raises(InputError, match="use a local path or an fsspec URL"):
         Folder("nonsense://x")
+
+
+def test_only_our_own_unfinished_files_are_left_out_of_a_list(tmp_path):
+    ours = (f".a.bin.{uuid.uuid4().hex}.tmp", f".model.{uuid.uuid4().hex}.old.tmp")
+    theirs = ("thesis.tmp", ".notes.tmp", "a.bin")
+    for name in (*ours, *theirs):
+        (tmp_path / name).touch()
+    assert Folder(tmp_path).list() == sorted(theirs)
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "./"])
+def test_the_folder_itself_is_never_removed(folder, name):
+    folder.publish("a.txt", b"1")
+    with pytest.raises(ValueError, match="no name inside"):
+        folder.remove(name)
+    assert folder.list() == ["a.txt"]
+    folder.remove("a.txt")
+    folder.remove("a.txt")
+    assert folder.list() == []
+
+
+def test_only_an_empty_folder_is_removed_with_its_files_gone(tmp_path):
+    folder = Folder(tmp_path / "new")
+    folder.publish("a.txt", b"1")
+    folder.remove_if_empty()
+    assert folder.list() == ["a.txt"]
+    folder.remove("a.txt")
+    folder.remove_if_empty()
+    assert not folder.is_there()
+    folder.remove_if_empty()
+
+
+def test_a_folder_that_can_be_written_is_left_as_it_was(folder):
+    require_writable(folder.url)
+    assert folder.list() == []
+    folder.publish("a.txt", b"1")
+    require_writable(folder.url)
+    assert folder.list() == ["a.txt"]
+
+
+def test_asking_for_a_new_folder_does_not_make_it(tmp_path):
+    require_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["/dev/null/x", "/proc/x/corpus", "/proc", "/" + "x" * 300])
+def test_a_place_that_cannot_be_written_is_one_sentence(output):
+    with pytest.raises(InputError, match=f"output={output} cannot be written"):
+        require_writable(output)
+
+
+def test_a_file_in_the_way_and_a_bucket_that_is_not_there_are_named(tmp_path, s3_url):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="Not a directory"):
+        require_writable(tmp_path / "file")
+    with pytest.raises(InputError, match="output=s3://no-such-bucket/x cannot be written"):
+        require_writable("s3://no-such-bucket/x")
+
+
+def test_a_file_is_created_once_and_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    create_file(path, b"1")
+    with pytest.raises(FileExistsError):
+        create_file(path, b"2")
+    assert path.read_bytes() == b"1"
+    replace_file(path, b"3")
+    assert path.read_bytes() == b"3"
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_draft_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    replace_file(tmp_path / "a.json", b"old")
+
+    def write(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"), draft(tmp_path / "a.json", write):
+        pass
+    assert (tmp_path / "a.json").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.json"]

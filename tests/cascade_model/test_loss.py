@@ -44,7 +44,7 @@ def test_block_size_one_shifted_clean_is_the_chain_rule_likelihood():
     tokens = torch.randint(0, 12, (3, 8))
     parts = diffusion_loss(model, batch_of(tokens, block_size=1))
     torch.testing.assert_close(parts.sum, causal_nats(model, tokens), rtol=1e-12, atol=0)
-    assert parts.num_maskable == 3 * 7
+    assert parts.count == 3 * 7
 
 
 def test_block_size_one_equals_the_doubled_pass_that_it_leaves_out():

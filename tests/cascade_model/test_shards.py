@@ -1,6 +1,7 @@
 """A shard is read whole and true, or refused by name."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -8,8 +9,8 @@ import pytest
 
 from cascade_model.commit import Folder
 from cascade_model.errors import CorpusMismatch
-from cascade_model.schema import Geometry, Rows, ShardEntry, rows_columns, shard_schema
-from cascade_model.shards import Shard, arrow_writer, batch_rows
+from cascade_model.schema import Geometry, Rows, ShardEntry, rows_columns, rows_of, shard_schema
+from cascade_model.shards import Shard, arrow_writer, batch_rows, read_arrow
 
 GEOMETRY = Geometry(sequence_length=8, block_size=4, vocab_size=300)
 
@@ -156,3 +157,78 @@ def test_bad_offsets_inside_a_valid_file_are_refused_before_use(tmp_path):
 def test_record_batches_are_bounded_in_tokens():
     assert batch_rows(Geometry(sequence_length=4096, block_size=8, vocab_size=300)) == 64
     assert batch_rows(Geometry(sequence_length=2**20, block_size=8, vocab_size=300)) == 1
+
+
+def wide_rows(geometry: Geometry, count: int) -> Rows:
+    """Sequences of one document each, with random bitmaps."""
+    rng = np.random.default_rng(2)
+    shape = (count, geometry.sequence_length)
+    is_maskable = rng.random(shape) < 0.8
+    return Rows(
+        tokens=rng.integers(0, 300, shape).astype(np.uint16),
+        start_offsets=np.arange(count + 1, dtype=np.int32),
+        document_starts=np.zeros(count, np.uint32),
+        document_ids=np.arange(count, dtype=np.uint64),
+        is_maskable=is_maskable,
+        sequence_ids=np.arange(10, 10 + count, dtype=np.uint64),
+        thresholds=rng.integers(0, 2**32, (count, geometry.num_blocks)).astype(np.uint32),
+        is_masked=is_maskable & (rng.random(shape) < 0.5),
+    )
+
+
+def write_wide(folder: Folder, each: Rows, geometry: Geometry) -> ShardEntry:
+    columns = rows_columns(each)
+    record = folder.commit("a.arrow", arrow_writer(shard_schema(geometry), [columns]))
+    return ShardEntry(
+        name="a.arrow",
+        object=record.object,
+        rows=len(each),
+        tokens=1,
+        bytes=record.bytes,
+        sha256=record.sha256,
+        first_sequence=10,
+    )
+
+
+def test_bitmaps_come_out_right_where_the_length_is_no_multiple_of_eight(tmp_path):
+    geometry = Geometry(sequence_length=12, block_size=4, vocab_size=300)
+    folder, original = Folder(tmp_path), wide_rows(geometry, 9)
+    shard = Shard(folder, write_wide(folder, original, geometry), geometry)
+    places = [0, 2, 2, 8]
+    into = {
+        "tokens": np.zeros((4, 12), np.int64),
+        "is_maskable": np.zeros((4, 12), bool),
+        "thresholds": np.zeros((4, 3), np.uint32),
+        "is_masked": np.zeros((4, 12), bool),
+        "is_start": np.zeros((4, 12), bool),
+    }
+    shard.gather(np.array(places), into, np.array([3, 0, 1, 2]))
+    for name in ("tokens", "is_maskable", "thresholds", "is_masked"):
+        assert np.array_equal(into[name][[3, 0, 1, 2]], getattr(original, name)[places])
+
+
+def kept_bytes(make) -> int:
+    """Bytes that a result holds on to."""
+    tracemalloc.start()
+    try:
+        kept = make()
+        size = tracemalloc.get_traced_memory()[0]
+        del kept
+        return size
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_open_shard_keeps_no_copy_of_its_tokens_or_bitmaps(tmp_path):
+    geometry = Geometry(sequence_length=256, block_size=8, vocab_size=300)
+    folder, original = Folder(tmp_path), wide_rows(geometry, 1000)
+    entry = write_wide(folder, original, geometry)
+    tokens = original.tokens.size
+    assert kept_bytes(lambda: Shard(folder, entry, geometry)) < 0.1 * tokens
+
+    def unpacked_rows():
+        reader = read_arrow(folder, entry.object, entry.bytes, entry.sha256)
+        return rows_of(reader.get_batch(0), geometry)
+
+    # The control: a byte for each bit of two bitmaps is what keeping them unpacked costs.
+    assert kept_bytes(unpacked_rows) > 2 * tokens

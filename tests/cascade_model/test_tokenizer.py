@@ -96,10 +96,3 @@ def test_chat_messages_become_a_prompt():
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}]
     tokenizer = byte_tokenizer()
     assert tokenizer.apply_chat_template(messages) == "System: Be brief.\n\nUser: Hi\n\nAssistant:"
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    assert tokenizer.apply_chat_template(messages, template) == "[system]Be brief.[user]Hi "
-
-
-def test_a_chat_template_cannot_reach_the_process():
-    with pytest.raises(InputError, match="chat template fails"):
-        byte_tokenizer().apply_chat_template([], "{{ ''.__class__.__mro__[1].__subclasses__() }}")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.loss import diffusion_loss
 from cascade_model.metrics import read_metrics
 from cascade_model.model import Transformer
-from cascade_model.trainer import Trainer, sequences_per_rank
+from cascade_model.trainer import Trainer, facts_of, sequences_per_rank
 from cascade_model.weights import load_model
 
 STEPS = TrainerConfig(
@@ -122,11 +123,49 @@ def test_loss_falls_and_the_run_folder_explains_itself(corpus, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
-def test_finished_run_is_not_trained_again(corpus, tmp_path):
+def contents(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if not path.name.startswith("lease-")}
+
+
+def test_finished_run_is_left_as_it_is(corpus, tmp_path):
+    summary = make(corpus, tmp_path).fit()
+    before = contents(tmp_path)
+    assert make(corpus, tmp_path, loss_fn=dying(0)).fit() == summary
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("missing", ["summary.json", "model"])
+def test_run_that_died_before_its_end_was_told_gets_the_same_summary(corpus, tmp_path, missing):
+    summary = make(corpus, tmp_path).fit()
+    path = tmp_path / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert make(corpus, tmp_path, loss_fn=dying(0)).fit() == summary
+    assert summary["tokens_per_second"] > 0
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert (tmp_path / "model" / "manifest.json").exists()
+
+
+def test_finished_run_goes_on_when_it_is_given_more_steps(corpus, tmp_path):
     make(corpus, tmp_path).fit()
-    before = weights(tmp_path)
-    make(corpus, tmp_path, loss_fn=dying(0)).fit()
-    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
+    longer = dataclasses.replace(STEPS, num_steps=8)
+    assert make(corpus, tmp_path, trainer=longer).fit()["steps"] == 8
+    assert make(corpus, tmp_path).fit()["steps"] == 8
+
+
+def test_facts_differ_with_everything_a_run_cannot_change(corpus):
+    model = ModelConfig(vocab_size=9, mask_id=1, pad_id=2, eos_id=3)
+    noise, objective = corpus.manifest.noise, {"name": "diffusion", "weight": "elbo"}
+    facts = facts_of(model, corpus, noise, objective, STEPS)
+    others = [
+        facts_of(dataclasses.replace(model, num_layers=9), corpus, noise, objective, STEPS),
+        facts_of(model, corpus, dataclasses.replace(noise, seed=9), objective, STEPS),
+        facts_of(model, corpus, noise, objective | {"weight": "unit"}, STEPS),
+        facts_of(model, corpus, noise, objective, dataclasses.replace(STEPS, sequences_per_step=8)),
+    ]
+    assert all(other != facts for other in others)
+    free = dataclasses.replace(STEPS, num_steps=99, sequences_per_forward=1, log_every=1)
+    assert facts_of(model, corpus, noise, objective, free) == facts
 
 
 def test_another_model_is_refused_with_both_values(corpus, tmp_path):

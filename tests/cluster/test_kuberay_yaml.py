@@ -3,7 +3,6 @@ embedded in them as text: the Serve configuration, the runtime environment, a jo
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ import pytest
 import yaml
 
 from cascade_model.errors import InputError
-
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 FILES = ("kuberay-cluster.yaml", "kuberay-job.yaml", "kuberay-service.yaml")
@@ -207,15 +204,15 @@ def test_the_job_gets_the_gpus_it_asks_for():
 
 
 def test_the_jobs_settings_are_ones_that_pretrain_knows():
-    from jobs.cli import parse_mapping
+    from jobs.cli import build
     from jobs.pretrain import PretrainConfig
 
     settings = yaml.safe_load(load("kuberay-job.yaml")[0]["data"]["pretrain.yaml"])
-    config = parse_mapping(PretrainConfig, settings, "pretrain.yaml")
+    config = build(PretrainConfig, settings, "pretrain.yaml")
     assert config.use_gpu
     assert config.trainer.sequences_per_step % config.num_workers == 0
     with pytest.raises(InputError, match="num_workers"):
-        parse_mapping(PretrainConfig, {**settings, "num_worker": 1}, "pretrain.yaml")
+        build(PretrainConfig, {**settings, "num_worker": 1}, "pretrain.yaml")
 
 
 def test_the_embedded_serve_config_passes_the_strict_check(tmp_path):

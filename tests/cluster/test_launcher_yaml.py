@@ -2,15 +2,12 @@
 security rules of every cluster: token mode, no literal token, no dashboard on all interfaces."""
 
 import copy
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 LAUNCHER_FILES = ("local.yaml", "aws.yaml")
@@ -108,3 +105,14 @@ def test_aws_mounts_the_token_on_every_node_and_labels_spot_workers():
     assert workers["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     head = config["available_node_types"][config["head_node_type"]]
     assert "InstanceMarketOptions" not in head["node_config"], "a lost head is a lost cluster"
+
+
+def test_aws_gives_every_container_the_same_disk():
+    config = load("aws.yaml")
+    commands = " ".join(config["initialization_commands"])
+    region = config["provider"]["region"]
+    assert re.search(
+        rf"mount -t nfs4 .* fs-\d+\.efs\.{region}\.amazonaws\.com:/ /mnt/cascade", commands
+    )
+    assert "--volume /mnt/cascade:/mnt/cascade" in config["docker"]["run_options"]
+    assert not {"head_node", "worker_nodes"} & set(config), "a node type must not skip the mount"

@@ -28,7 +28,7 @@ def folder() -> Iterator[Path]:
 def test_prepare_and_pretrain_spread_over_two_nodes(folder, documents_jsonl):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "HOME": str(folder),

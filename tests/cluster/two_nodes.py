@@ -9,7 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["RAY_AUTH_MODE"] = "disabled"
+from pipelines.cluster import settle_authentication
+
+settle_authentication(os.environ)  # before any import of ray: one fresh token for both nodes
 
 
 def main(documents: str, folder: Path) -> int:

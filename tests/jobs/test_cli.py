@@ -41,6 +41,49 @@ def test_defaults_then_files_in_order_then_flags(tmp_path):
     )  # fmt: skip
 
 
+def test_a_value_of_a_file_is_never_read_as_a_flag(tmp_path):
+    text = 'output: "-x"\nname: --help\npaths: ["--config", "-"]\nnum_steps: -1\nrate: -2\n'
+    config = parse(ToyConfig, ["--config", write(tmp_path, text)])
+    assert (config.output, config.name, config.paths) == ("-x", "--help", ("--config", "-"))
+    assert (config.num_steps, config.rate) == (-1, -2.0)
+    assert isinstance(config.rate, float)
+
+
+def test_files_are_laid_over_each_other_setting_by_setting(tmp_path):
+    first = write(tmp_path, "output: a\nnoise: {seed: 4, block_size: 2}\npaths: [x]\n")
+    second = write(tmp_path, "noise: {block_size: 16}\npaths: []\n", "b.yaml")
+    config = parse(ToyConfig, ["--config", first, "--config", second])
+    assert config.noise == NoiseConfig(seed=4, block_size=16)
+    assert config.paths == ()
+
+
+def test_a_dataclass_checks_itself_once_with_flags_and_files_together(tmp_path):
+    """3 alone is no block size; the flag corrects the file before anything is judged."""
+    file = write(tmp_path, "output: a\nnoise: {block_size: 3}\n")
+    with pytest.raises(InputError, match=r"noise.block_size=3"):
+        parse(ToyConfig, ["--config", file])
+    config = parse(ToyConfig, ["--config", file, "--noise.block-size", "8"])
+    assert config.noise.block_size == 8
+
+
+def test_defaults_of_a_group_that_its_owner_chose_stay(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Owner:
+        noise: NoiseConfig = field(default_factory=lambda: NoiseConfig(block_size=2, seed=9))
+
+    file = write(tmp_path, "noise: {seed: 1}")
+    assert parse(Owner, []).noise == NoiseConfig(block_size=2, seed=9)
+    assert parse(Owner, ["--config", file]).noise == NoiseConfig(block_size=2, seed=1)
+    assert build(Owner, {"noise": {"seed": 1}}, "args") == parse(Owner, ["--config", file])
+
+
+def test_help_shows_the_defaults_of_the_files(tmp_path, capsys):
+    file = write(tmp_path, "num_steps: 4711\n")
+    with pytest.raises(SystemExit):
+        parse(ToyConfig, ["--config", file, "--help"])
+    assert "4711" in capsys.readouterr().out
+
+
 def test_the_resolved_config_parses_back_to_an_equal_object(tmp_path):
     config = ToyConfig(output="o", paths=("p",), name=None, noise=NoiseConfig(min_rate=0.25))
     file = write(tmp_path, dump(config))
@@ -95,11 +138,14 @@ def test_a_mapping_builds_the_same_config_and_names_what_is_missing():
 @pytest.mark.parametrize(
     "stage", ["prepare", "pretrain", "convert", "distil", "evaluate", "generate", "serve", "demo"]
 )
-def test_help_is_quick_and_loads_neither_torch_nor_ray(stage):
+def test_help_takes_under_a_second_and_loads_nothing_heavy(stage):
+    """Processor time, so that a busy machine does not judge."""
     program = (
-        f"import sys, jobs.{stage} as job\n"
+        f"import resource, sys, jobs.{stage} as job\n"
         "try:\n    job.main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
-        "assert not {'torch', 'ray'} & set(sys.modules), 'help loads torch or ray'\n"
+        "assert not {'torch', 'ray', 'pyarrow'} & set(sys.modules), 'help loads too much'\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "assert used.ru_utime + used.ru_stime < 1, used\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -54,6 +54,20 @@ def test_missing_teacher_is_refused(tiny_corpus, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_run_with_another_objective_is_refused_and_keeps_its_settings(
+    tiny_corpus, tmp_path, teacher, capsys
+):
+    assert distil.main(flags(tiny_corpus, tmp_path, teacher)) == 0
+    settings = (tmp_path / "config.yaml").read_text()
+    assert distil.main(flags(tiny_corpus, tmp_path, teacher, "--alpha", "0.25")) == 3
+    error = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert "objective.alpha=0.5 and this run has objective.alpha=0.25" in error
+    words = ["--corpus", tiny_corpus, "--output", str(tmp_path), *SHAPE, *STEPS]
+    assert pretrain.main(words) == 3
+    assert "objective.alpha=0.5" in " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert (tmp_path / "config.yaml").read_text() == settings
+
+
 def test_alpha_outside_its_range_is_refused(tiny_corpus, tmp_path, capsys):
     assert distil.main(flags(tiny_corpus, tmp_path, "x", "--alpha", "1.5")) == 2
     assert "alpha=1.5" in capsys.readouterr().err

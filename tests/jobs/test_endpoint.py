@@ -302,3 +302,49 @@ def test_places_are_given_back_after_success_and_failure(llm):
     client = TestClient(api, headers=KEY)
     codes = [complete(client, stream=bool(i % 3)).status_code for i in range(12)]
     assert codes == [429, 200] * 6
+
+
+def test_a_client_that_leaves_ends_its_decoding(llm):
+    """The ASGI messages of a client that reads three blocks and hangs up."""
+    decoded, ended = [], []
+
+    async def decode(tokens, params, choice):
+        try:
+            while True:
+                await asyncio.sleep(0.001)
+                decoded.append(len(decoded))
+                yield {"tokens": [97], "passes": 1, "steps": 1, "finish_reason": None}
+        finally:
+            ended.append(True)
+
+    async def visit():
+        await leave_after_three_blocks(build_api(endpoint(llm, decode=decode)))
+        return list(ended), len(decoded)
+
+    # Judged inside the loop: one that ends cancels whatever was left behind.
+    was_ended, blocks = asyncio.run(asyncio.wait_for(visit(), timeout=20))
+    assert was_ended == [True]
+    assert 3 <= blocks < 20
+
+
+async def leave_after_three_blocks(api) -> None:
+    """Returns once the application has ended by itself."""
+    body = json.dumps({"model": "tiny", "prompt": "abc", "stream": True}).encode()
+    asked, left, pieces = iter([body]), asyncio.Event(), []
+
+    async def receive():
+        for content in asked:
+            return {"type": "http.request", "body": content, "more_body": False}
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        pieces.append(message)
+        if sum(b"data:" in piece.get("body", b"") for piece in pieces) >= 3:
+            left.set()
+
+    headers = [(b"authorization", b"Bearer right"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "method": "POST"}
+    scope |= {"http_version": "1.1", "scheme": "http", "path": "/v1/completions", "raw_path": b""}
+    scope |= {"query_string": b"", "root_path": "", "headers": headers, "server": ("test", 80)}
+    await api(scope, receive, send)

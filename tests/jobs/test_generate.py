@@ -9,7 +9,7 @@ import yaml
 
 from cascade_model.errors import CheckpointMismatch, InputError
 from jobs import generate
-from jobs.cli import parse_mapping
+from jobs.cli import build
 from jobs.generate import GenerateConfig, input_urls, job_identity
 
 RECIPE = Path(generate.__file__).parent / "recipes/demo/generate.yaml"
@@ -57,6 +57,7 @@ def prompts(tmp_path) -> Path:
 def arguments(model: str, prompts: Path, output: Path, *more: str) -> list[str]:
     words = ["--model", model, "--input", str(prompts), "--output", str(output)]
     words += ["--rows-per-shard", "3", "--num-workers", "2", "--threads-per-worker", "1"]
+    words += ["--max-dead-rate", "0.1"]
     words += ["--sampling.max-tokens", "9", "--sampling.temperature", "1", *more]
     return words
 
@@ -72,7 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_shipped_recipe_parses():
     settings = {"model": "m", "input": "i", "output": "o", **yaml.safe_load(RECIPE.read_text())}
-    config = parse_mapping(GenerateConfig, settings, str(RECIPE))
+    config = build(GenerateConfig, settings, str(RECIPE))
     assert config.sampling.confidence_threshold < 0.9
 
 
@@ -85,14 +86,13 @@ def test_every_prompt_is_completed_once_and_a_second_run_does_nothing(
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["counts"]["rows_in"] == NUM_ROWS
     assert manifest["counts"]["rows_out"] == NUM_ROWS - 1
-    assert manifest["counts"]["dead_by_reason"] == {"not JSON": 1}
-    names = [file["name"] for file in manifest["files"]]
+    assert manifest["counts"]["dead_by_reason"] == {"broken_json": 1}
     rows = [
         json.loads(line)
-        for name in names
-        if name.startswith("completions")
-        for line in (output / name).read_text().splitlines()
+        for file in manifest["files"]
+        for line in (output / file["object"]).read_text().splitlines()
     ]
+    assert [file["name"] for file in manifest["dead_files"]] == ["dead-000001.jsonl"]
     expected = [f"prompt {row}" for row in range(NUM_ROWS - 1)]
     assert [row["prompt"] for row in rows] == expected
     assert set(rows[0]) == {
@@ -155,12 +155,36 @@ def test_damaged_weights_are_told_in_one_sentence(tmp_path, model, prompts, ray_
     code = generate.main(arguments(str(damaged), prompts, tmp_path / "out"))
     assert code == CheckpointMismatch.exit_code
     assert "model.safetensors with sha256" in said(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+def test_too_many_dead_rows_fail_the_job_which_goes_on_with_another_rate(
+    tmp_path, model, prompts, ray_local, capsys
+):
+    output = tmp_path / "out"
+    strict = arguments(model, prompts, output, "--max-dead-rate", "0.01")
+    assert generate.main(strict) == 2
+    assert "1 of 11 rows cannot be answered ({'broken_json': 1}, the first is row 4" in said(capsys)
+    assert not (output / "manifest.json").exists()
+    assert generate.main(strict) == 2
+    assert generate.main(arguments(model, prompts, output)) == 0
+    assert json.loads((output / "manifest.json").read_text())["counts"]["rows_out"] == 10
+
+
+@pytest.mark.ray
+def test_a_job_without_one_answer_leaves_nothing(tmp_path, model, ray_local, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": ""}\n')
+    assert generate.main(arguments(model, path, tmp_path / "out")) == 2
+    assert "'empty_prompt': 1" in said(capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_how_the_work_is_shared_out_is_no_part_of_the_jobs_identity():
     settings = {"model": "m", "input": "i", "output": "o"}
     one = GenerateConfig(**settings)
-    two = GenerateConfig(**settings, num_workers=2, threads_per_worker=3)
+    two = GenerateConfig(**settings, num_workers=2, threads_per_worker=3, max_dead_rate=0.5)
     other = GenerateConfig(**settings, stop=("x",))
     assert job_identity(one, "w", "i") == job_identity(two, "w", "i")
     assert job_identity(one, "w", "i") != job_identity(other, "w", "i")
@@ -175,7 +199,24 @@ def test_bad_input_leaves_nothing_behind(tmp_path, model, prompts, capsys):
     assert code == CheckpointMismatch.exit_code
     (tmp_path / "empty.jsonl").touch()
     assert generate.main(arguments(model, tmp_path / "empty.jsonl", output)) == 2
+    capsys.readouterr()
+    words = ["--prompt-column", "promt", "--messages-column", "chat"]
+    assert generate.main(arguments(model, prompts, output, *words)) == 2
+    assert "prompt_column=promt and messages_column=chat are not in" in said(capsys)
+    assert generate.main(arguments(model, "nonsense://x", output)) == 2
+    assert "input=nonsense://x cannot be opened" in said(capsys)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("output", ["/dev/null/x", "/proc/x/out"])
+def test_an_output_that_cannot_be_written_is_one_sentence(model, prompts, capsys, output):
+    assert generate.main(arguments(model, prompts, output)) == 2
+    assert f"output={output} cannot be written" in said(capsys)
+
+
+def test_a_dead_rate_outside_its_range_is_refused():
+    with pytest.raises(InputError, match=r"max_dead_rate=1\.5"):
+        GenerateConfig(model="m", input="i", output="o", max_dead_rate=1.5)
 
 
 def test_a_folder_of_prompts_is_read_in_the_order_of_names(tmp_path):

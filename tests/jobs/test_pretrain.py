@@ -1,8 +1,11 @@
 """The pretrain command: in this process, on Ray with two ranks, and with a user's mistakes."""
 
 import json
+import shutil
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.metrics import read_metrics
 from cascade_model.weights import load_model
-from jobs import launch, pretrain
+from jobs import launch, pretrain, training
 from jobs.cli import parse, read_yaml
 
 SHAPE = ["--model.hidden-size", "16", "--model.num-layers", "2", "--model.num-heads", "2"]
@@ -129,6 +132,8 @@ def test_missing_corpus_leaves_nothing_behind(tmp_path, capsys):
         (["--noise.min-rate", "0"], "noise.min_rate=0.0"),
         (["--output", "s3://bucket/run"], "output=s3://bucket/run is a URL"),
         (["--output", "/dev/null/run"], "output=/dev/null/run"),
+        (["--output", "/proc/x/run"], "output=/proc/x/run cannot be written"),
+        (["--use-gpu", "True"], "this machine has no CUDA device"),
     ],
 )
 def test_mistake_is_one_sentence(tiny_corpus, tmp_path, capsys, more, sentence):
@@ -139,17 +144,85 @@ def test_mistake_is_one_sentence(tiny_corpus, tmp_path, capsys, more, sentence):
     assert not (tmp_path / "run").exists()
 
 
-def test_run_folder_of_another_model_is_refused(tiny_corpus, tmp_path, capsys):
-    assert pretrain.main(flags(tiny_corpus, tmp_path)) == 0
-    settings = (tmp_path / "config.yaml").read_text()
-    assert pretrain.main(flags(tiny_corpus, tmp_path, "--model.num-layers", "3")) == 3
-    error = " ".join(capsys.readouterr().err.replace("│", "").split())
-    assert "model.num_layers=2" in error
-    assert "model.num_layers=3" in error
-    assert (tmp_path / "config.yaml").read_text() == settings
+def contents(folder):
+    """Every file but the lease, which each run of the command leaves with a higher number."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if not path.name.startswith("lease-")}
 
 
-def dying_once(config, device):
+@pytest.fixture(scope="module")
+def finished(tiny_corpus, tmp_path_factory):
+    """A run of four steps."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert pretrain.main(flags(tiny_corpus, folder)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("more", "name", "old", "new"),
+    [
+        (["--model.num-layers", "3"], "model.num_layers", 2, 3),
+        (["--model.block-size", "2"], "model.block_size", 4, 2),
+        (["--weight", "unit"], "objective.weight", "'elbo'", "'unit'"),
+        (["--trainer.sequences-per-step", "8"], "sequences_per_step", 4, 8),
+    ],
+)
+def test_run_that_cannot_go_on_is_refused_and_leaves_the_other_as_it_was(
+    tiny_corpus, finished, capsys, more, name, old, new
+):
+    before = contents(finished)
+    for steps in ([], ["--trainer.num-steps", "6"]):
+        assert pretrain.main(flags(tiny_corpus, finished, *more, *steps)) == 3
+        error = " ".join(capsys.readouterr().err.replace("│", "").split())
+        assert f"made with {name}={old} and this run has {name}={new}" in error
+        assert contents(finished) == before
+
+
+def test_run_that_can_go_on_writes_its_new_settings_down(tiny_corpus, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "run", "--trainer.num-steps", "6")) == 0
+    settings = read_yaml(str(tmp_path / "run" / "config.yaml"))
+    assert settings["trainer"]["num_steps"] == 6
+
+
+def test_finished_run_started_again_tells_the_same_and_writes_nothing(
+    tiny_corpus, finished, capsys
+):
+    before = contents(finished)
+    assert pretrain.main(flags(tiny_corpus, finished)) == 0
+    said = capsys.readouterr().out
+    assert "trained 1,024 tokens" in said
+    assert "at 0 tokens/s" not in said
+    assert pretrain.main(flags(tiny_corpus, finished, "--num-workers", "2")) == 0
+    assert capsys.readouterr().out == said
+    assert contents(finished) == before
+
+
+def test_second_command_on_a_folder_in_use_is_refused_in_one_sentence(tiny_corpus, tmp_path):
+    words = [sys.executable, "-m", "jobs.pretrain", *flags(tiny_corpus, tmp_path / "run")]
+    endless = [*words, "--trainer.num-steps", "1000000"]
+    first = subprocess.Popen(endless, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not list(tmp_path.glob("run/checkpoints/*/COMMIT")):
+            time.sleep(0.1)
+        settings = (tmp_path / "run" / "config.yaml").read_text()
+        second = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert second.returncode == 2
+        error = " ".join(second.stderr.replace("│", "").split())
+        assert f"is in use by process {first.pid} on" in error
+        assert "Traceback" not in error
+        assert (tmp_path / "run" / "config.yaml").read_text() == settings
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    # What it held is free at once, as it is known to be dead.
+    third = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert third.returncode == 0, third.stderr
+
+
+def dying_once(config, device, owner):
     """The real training, but the first attempt's second rank dies with the data in its hands."""
     import os
 
@@ -168,7 +241,15 @@ def dying_once(config, device):
         return result
 
     checkpoint.save = save_and_die
-    return pretrain.train(config, device)
+    return pretrain.train(config, device, owner)
+
+
+def robbed(config, device, owner):
+    """The real training, in a folder that another command has taken meanwhile."""
+    from cascade_model import lease
+
+    lease._draw(Path(config.output), lease.Owner.here(), lambda last, now: None)
+    return pretrain.train(config, device, owner)
 
 
 def refusing(config, device):
@@ -208,11 +289,20 @@ def test_rank_that_dies_is_replaced_and_the_run_ends_the_same(
     ray_knows_this_file, run_of_two, tiny_corpus, tmp_path
 ):
     config = parse(pretrain.PretrainConfig, flags(tiny_corpus, tmp_path, workers=2))
-    folder = pretrain.prepare_run(config)
-    launch.launch(dying_once, config, folder=folder, num_workers=2, max_failures=1)
-    assert (folder / "died").exists()
-    whole, cut = (load_model(str(f / "model"))[0].state_dict() for f in (run_of_two, folder))
+    training.start(config, dying_once, pretrain.objective(config))
+    assert (tmp_path / "died").exists()
+    whole, cut = (load_model(str(f / "model"))[0].state_dict() for f in (run_of_two, tmp_path))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.ray
+def test_run_that_was_replaced_says_so_in_one_sentence(ray_knows_this_file, tiny_corpus, tmp_path):
+    more = ["--max-failures", "0"]
+    config = parse(pretrain.PretrainConfig, flags(tiny_corpus, tmp_path, *more, workers=1))
+    with pytest.raises(InputError, match="was taken over by process"):
+        training.start(config, robbed, pretrain.objective(config))
+    assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "refused.json").exists()
 
 
 @pytest.mark.ray

@@ -1,12 +1,12 @@
 """The deployed endpoint: settings, Serve YAMLs, and the real client over real Ray Serve."""
 
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import openai
@@ -16,9 +16,12 @@ import yaml
 from cascade_model.config import ModelConfig
 from cascade_model.errors import CheckpointMismatch, InputError
 from jobs import serve
+from jobs.deployment import deployed
+from jobs.replicas import Ingress
 from jobs.serve import (
     ServeConfig,
-    deployed,
+    announce,
+    cpus_wanted,
     require_free_port,
     require_keys,
     serve_document,
@@ -129,17 +132,6 @@ def test_a_mistake_in_a_serve_yaml_is_named_with_its_place(tmp_path, change, wor
         validate_serve_config(written(tmp_path, change))
 
 
-def test_a_file_that_is_no_serve_yaml_is_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
-        validate_serve_config(tmp_path / "none.yaml")
-    (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(InputError, match="not valid YAML"):
-        validate_serve_config(tmp_path / "broken.yaml")
-    (tmp_path / "list.yaml").write_text("- a")
-    with pytest.raises(InputError, match="no mapping"):
-        validate_serve_config(tmp_path / "list.yaml")
-
-
 def test_flags_lead_to_a_document_that_passes_the_same_check(tmp_path):
     config = ServeConfig(model="m", no_auth=True, port=8123)
     path = tmp_path / "serve.yaml"
@@ -150,8 +142,9 @@ def test_flags_lead_to_a_document_that_passes_the_same_check(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "give exactly one"),
-        ({"model": "m", "serve_config": "x"}, "give exactly one"),
+        ({}, "give one, a model folder or a Serve YAML"),
+        ({"model": "m", "serve_config": "x"}, "serve_config=x .* would ignore model=m"),
+        ({"port": 9, "no_auth": True, "serve_config": "x"}, "ignore port=9, no_auth=True; write"),
         ({"model": "m", "min_replicas": 3, "max_replicas": 2}, "min_replicas=3"),
         ({"model": "m", "port": 70000}, "port=70000"),
         ({"model": "m", "no_auth": True, "host": "0.0.0.0"}, "would serve strangers"),
@@ -161,6 +154,35 @@ def test_flags_lead_to_a_document_that_passes_the_same_check(tmp_path):
 def test_settings_that_cannot_work_are_refused(settings, words):
     with pytest.raises(InputError, match=words):
         ServeConfig(**settings)
+
+
+def test_every_replica_gets_its_cpus_by_flags_and_by_yaml():
+    flags = ServeConfig(model="m", min_replicas=2, max_replicas=3, threads_per_replica=4)
+    assert cpus_wanted(serve_document(flags)) == (8, 12)
+    assert cpus_wanted(validate_serve_config(SHIPPED)) == (1, 4)
+    document = serve_document(flags)
+    document["applications"][0]["deployments"] = [{"name": "sampler", "num_replicas": 5}]
+    assert cpus_wanted(document) == (20, 20)
+    foreign = {"name": "other", "import_path": "other:app", "deployments": [{"name": "x"}]}
+    assert cpus_wanted({"applications": [*document["applications"], foreign]}) == (21, 21)
+
+
+@pytest.mark.ray
+def test_replicas_that_no_machine_can_hold_are_refused(model, ray_local, capsys):
+    argv = ["--model", model, "--no-auth", "True", "--port", str(free_port())]
+    argv += ["--min-replicas", "20", "--max-replicas", "20", "--threads-per-replica", "3"]
+    assert serve.main(argv) == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "min_replicas x threads_per_replica) needs 60 CPUs and this Ray has 4" in shown
+
+
+def test_applications_of_others_are_announced_by_their_place(capsys):
+    ours = serve_document(ServeConfig(model="runs/tiny"))["applications"]
+    others = [{"name": "other", "route_prefix": "/other", "import_path": "other:app"}]
+    announce({"applications": [*ours, *others]}, "http://here")
+    shown = capsys.readouterr().out
+    assert "serving tiny at http://here/v1" in shown
+    assert "serving other at http://here/other" in shown
 
 
 def test_a_server_without_any_key_is_refused_unless_it_says_so(tmp_path, no_keys, monkeypatch):
@@ -295,34 +317,80 @@ def test_the_real_client_raises_its_own_errors(client, endpoint):
     assert long.value.code == "context_length_exceeded"
 
 
+class EndlessSampler:
+    """Decodes for ever and writes a dot for every block."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    async def blocks(self, prompt_tokens, params, choice):
+        while True:
+            with open(self.file, "a") as file:
+                file.write(".")
+            await asyncio.sleep(0.02)
+            yield {"tokens": [97], "passes": 1, "steps": 1, "finish_reason": None}
+
+
+@pytest.fixture
+def endless(endpoint, model, tmp_path):
+    """An endpoint beside the first whose streams never end: its URL, and the blocks so far."""
+    from ray import cloudpickle
+    from ray import serve as ray_serve
+
+    here = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(here)
+    keys, dots = tmp_path / "keys", tmp_path / "dots"
+    keys.write_text("sesame\n")
+    config = ServeConfig(model=model, api_keys=str(keys))
+    sampler = ray_serve.deployment(name="sampler", max_ongoing_requests=8)(EndlessSampler)
+    ingress = ray_serve.deployment(name="ingress")(ray_serve.ingress()(Ingress))
+    application = ingress.bind(config, sampler.bind(str(dots)))
+    ray_serve.run(application, name="endless", route_prefix="/endless")
+    yield endpoint.replace("/v1", "/endless/v1"), lambda: dots.stat().st_size
+    ray_serve.delete("endless")
+    cloudpickle.unregister_pickle_by_value(here)
+
+
 @pytest.mark.ray
-def test_a_client_that_leaves_ends_its_decoding(client, endpoint):
-    stream = client.completions.create(
-        model="tiny",
-        prompt="a",
-        max_tokens=250,
-        seed=1,
-        stream=True,
-        extra_body={"rule": "sequential"},
-    )
-    next(iter(stream))
-    stream.close()
-    began = time.monotonic()
-    client.completions.create(model="tiny", prompt="a", max_tokens=4)
-    assert time.monotonic() - began < 5
+def test_a_client_that_leaves_ends_its_decoding(endless):
+    url, blocks = endless
+    with openai.OpenAI(base_url=url, api_key="sesame", max_retries=0, timeout=60) as client:
+        stream = client.completions.create(model="tiny", prompt="a", stream=True)
+        next(iter(stream))
+        wait_until(lambda: blocks() > 20)  # the control: it goes on while the client stays
+        stream.close()
+    wait_until(lambda: grown(blocks) == 0)
+
+
+def grown(blocks) -> int:
+    """Blocks decoded in half a second."""
+    before = blocks()
+    time.sleep(0.5)
+    return blocks() - before
+
+
+def wait_until(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(180)
-def test_cascade_serve_prints_a_curl_line_and_ends_cleanly_on_sigterm(model, tmp_path):
+def test_the_shipped_yaml_serves_prints_a_curl_line_and_ends_cleanly_on_sigterm(model, tmp_path):
     port = free_port()
-    words = [sys.executable, "-m", "jobs.serve", "--model", model, "--port", str(port)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
-    environment |= {"CASCADE_API_KEYS": "sesame", "RAY_AUTH_MODE": "disabled"}
+
+    def change(document) -> None:
+        document["http_options"]["port"] = port
+        document["applications"][0]["args"]["model"] = model
+
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= {"CASCADE_API_KEYS": "sesame"}
     log = tmp_path / "log"
     with log.open("w") as out:
         server = subprocess.Popen(
-            words,
+            [sys.executable, "-m", "jobs.serve", "--serve-config", str(written(tmp_path, change))],
             cwd=REPOSITORY,
             env=environment,
             stdout=out,
@@ -336,11 +404,11 @@ def test_cascade_serve_prints_a_curl_line_and_ends_cleanly_on_sigterm(model, tmp
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         assert "sesame" not in log.read_text()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/models", headers={"Authorization": "Bearer sesame"}
-        )
-        with urllib.request.urlopen(request, timeout=10) as reply:
-            assert reply.status == 200
+        url = f"http://127.0.0.1:{port}/v1"
+        with openai.OpenAI(base_url=url, api_key="sesame", max_retries=0, timeout=60) as client:
+            assert client.completions.create(model="cascade", prompt="a", max_tokens=4).choices
+            with pytest.raises(openai.AuthenticationError):
+                client.with_options(api_key="other").models.list()
     finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=60) == 0, log.read_text()

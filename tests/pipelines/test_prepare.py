@@ -1,6 +1,5 @@
 """The same bytes by any runner, after a kill, and nothing at all after a user's mistake."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -9,18 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig
 from cascade_model.corpus import Corpus, read_manifest
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, Unfinished
+from cascade_model.tokenizer import byte_tokenizer
 from pipelines import prepare as job
 from pipelines.config import PrepareConfig, SourceConfig
 from pipelines.parts import is_held_out
 from pipelines.prepare import prepare
+from pipelines.runner import run_tasks
 
 
 def config_for(output, path, **changes) -> PrepareConfig:
@@ -165,11 +168,13 @@ def test_other_settings_into_the_same_folder_are_refused(undisturbed, documents_
         prepare(config_for(output, other))
 
 
-def test_a_folder_with_other_files_is_left_alone(documents_jsonl, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match=r"already holds 'thesis\.txt' but no corpus"):
+@pytest.mark.parametrize("name", ["thesis.txt", "thesis.tmp", ".thesis.tmp", "_work/thesis.txt"])
+def test_a_folder_with_other_files_is_left_alone(documents_jsonl, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(InputError, match=rf"already holds '{name}' but no corpus"):
         prepare(config_for(tmp_path, documents_jsonl))
-    assert contents(tmp_path).keys() == {"thesis.txt"}
+    assert contents(tmp_path).keys() == {name}
 
 
 def write_lines(path, lines):
@@ -196,11 +201,27 @@ def test_broken_lines_are_counted_and_set_aside_with_their_reasons(tmp_path):
     assert all(letter["path"] == str(path) and letter["where"] for letter in letters)
 
 
-def test_too_many_broken_lines_fail_the_job_and_leave_nothing(tmp_path):
+def test_too_many_broken_lines_fail_the_job_which_then_goes_on_with_another_rate(
+    tmp_path, monkeypatch
+):
     path = write_lines(tmp_path / "a.jsonl", [b'{"text": "fine"}', b"broken"] * 5)
+    output = tmp_path / "corpus"
     with pytest.raises(
-        InputError, match=r"5 of 10 .*broken_json.* at byte 17.*max_dead_rate=0\.01"
+        Unfinished, match=r"5 of 10 .*broken_json.* at byte 17.*max_dead_rate=0\.01"
     ):
+        prepare(config_for(output, path))
+    assert not (output / "manifest.json").exists()
+    assert len((output / "dead_letter-00000.jsonl").read_text().splitlines()) == 5
+    packed = []
+    monkeypatch.setattr(job, "pack_part", lambda *order: packed.append(order))
+    assert prepare(config_for(output, path, max_dead_rate=0.5)).counts["documents"] == 5
+    assert not packed
+    assert not (output / "_work").exists()
+
+
+def test_a_corpus_without_one_good_line_leaves_nothing(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [b'{"body": "fine"}'] * 5)
+    with pytest.raises(InputError, match=r"5 of 5 .*missing_text.*set source\.text_column"):
         prepare(config_for(tmp_path / "corpus", path))
     assert not (tmp_path / "corpus").exists()
 
@@ -210,6 +231,138 @@ def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="no document with text"):
         prepare(config_for(tmp_path / "corpus", path))
     assert not (tmp_path / "corpus").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="no document with text"):
+        prepare(config_for(tmp_path / "mine", path))
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def failing_after(count, error, between=lambda: None):
+    """`run_tasks`, until `count` tasks are done."""
+
+    def run(step, orders, **settings):
+        results = run_tasks(step, orders[:count], **settings)
+        if len(orders) <= count:
+            return results
+        between()
+        raise error
+
+    return run
+
+
+def test_what_somebody_put_there_meanwhile_survives_a_failing_job(
+    documents_jsonl, tmp_path, monkeypatch
+):
+    output = tmp_path / "corpus"
+
+    def somebody():
+        (output / "thesis.txt").write_text("years of work")
+        (output / "shard-notes.txt").write_text("mine")
+
+    monkeypatch.setattr(job, "run_tasks", failing_after(1, InputError("damaged"), somebody))
+    with pytest.raises(InputError, match="damaged"):
+        prepare(config_for(output, documents_jsonl))
+    assert contents(output).keys() == {"thesis.txt", "shard-notes.txt"}
+
+
+def fail_beside_a_second_run(config, monkeypatch) -> tuple[set[str], set[str]]:
+    """The work folder's files when the second run stops, and after the first one failed."""
+    output, packed = Path(config.output), set()
+
+    def second_run():
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "run_tasks", failing_after(2, KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                prepare(config)
+        packed.update(contents(output / "_work"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "run_tasks", failing_after(1, InputError("damaged"), second_run))
+        with pytest.raises(InputError, match="damaged"):
+            prepare(config)
+    return packed, set(contents(output / "_work"))
+
+
+def test_a_failing_job_leaves_a_second_run_of_the_same_job_its_work(
+    undisturbed, documents_jsonl, tmp_path, monkeypatch
+):
+    config = config_for(tmp_path / "corpus", documents_jsonl)
+    before, after = fail_beside_a_second_run(config, monkeypatch)
+    assert len([name for name in before if name.endswith(".arrow")]) == 3
+    assert before == after
+    prepare(config)
+    assert contents(config.output) == contents(undisturbed)
+
+
+def test_two_runs_with_one_mark_would_lose_the_work(documents_jsonl, tmp_path, monkeypatch):
+    config = config_for(tmp_path / "corpus", documents_jsonl)
+    monkeypatch.setattr(job, "_RUN", "unseen-")
+    monkeypatch.setattr(job.uuid, "uuid4", lambda: uuid.UUID(int=0))
+    before, after = fail_beside_a_second_run(config, monkeypatch)
+    assert before
+    assert not after
+
+
+def test_a_source_that_cannot_be_read_now_keeps_what_was_packed(
+    undisturbed, documents_jsonl, tmp_path, monkeypatch
+):
+    output, local = tmp_path / "corpus", fsspec.get_filesystem_class("file")
+    opened, open_file = [], local.open
+
+    def open_but_the_third(self, path, *rest, **settings):
+        opened.extend([path] if path == str(documents_jsonl) else [])
+        if len(opened) == 3:  # the first time it is hashed, then read part by part
+            raise PermissionError
+        return open_file(self, path, *rest, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "open", open_but_the_third)
+        with pytest.raises(Unfinished, match=r"cannot be read \(PermissionError\).*same command"):
+            prepare(config_for(output, documents_jsonl))
+    assert list(output.glob("_work/part-*.record.json"))
+    prepare(config_for(output, documents_jsonl))
+    assert contents(output) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("is_taken_back", [True, False])
+def test_a_task_that_outlives_its_job_writes_nothing(documents_jsonl, tmp_path, is_taken_back):
+    output = tmp_path / "corpus"
+    orders = []
+
+    def keep(step, all_orders, **settings):
+        orders.append((step, all_orders[0]))
+        raise InputError("damaged") if is_taken_back else Unfinished("away")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "run_tasks", keep)
+        with pytest.raises(InputError, match=r"damaged|away"):
+            prepare(config_for(output, documents_jsonl))
+    # The task had read the tokenizer before.
+    Folder(output).publish("tokenizer.json", byte_tokenizer().to_bytes())
+    [(step, order)] = orders
+    if is_taken_back:
+        with pytest.raises(InputError, match="no longer there"):
+            step(order)
+        assert contents(output).keys() == {"tokenizer.json"}
+    else:  # the control: the same task writes where its job stands
+        step(order)
+        assert "_work/part-00000.arrow" in contents(output)
+
+
+def test_a_bucket_survives_a_failing_job_whose_output_it_is(tmp_path, s3_url):
+    bucket = s3_url.removesuffix("/corpus")
+    path = write_lines(tmp_path / "a.jsonl", [b'{"text": ""}'])
+    with pytest.raises(InputError, match="no document with text"):
+        prepare(config_for(bucket, path))
+    store = fsspec.filesystem("s3")
+    assert store.exists(bucket)
+    assert store.ls(bucket) == []
+
+
+@pytest.mark.parametrize("where", ["/dev/null/x", "/proc/x/corpus"])
+def test_an_output_that_cannot_be_written_is_one_sentence(documents_jsonl, where):
+    with pytest.raises(InputError, match=f"output={where} cannot be written"):
+        prepare(config_for(where, documents_jsonl))
 
 
 def test_a_corpus_that_is_all_held_out_is_refused(tmp_path):
@@ -251,25 +404,3 @@ def test_the_corpus_may_lie_behind_any_url(undisturbed, documents_jsonl):
     )
     assert not [name for name in Folder(url).list() if name == "_work"]
     prepare(config_for(url, documents_jsonl))
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"sequence_length": 60}, "sequence_length=60 is not a multiple of noise.block_size=8"),
-        ({"part_bytes": 0}, "part_bytes=0"),
-        ({"held_out_rate": 1.0}, "held_out_rate=1.0"),
-        ({"max_dead_rate": -0.1}, "max_dead_rate=-0.1"),
-        ({"num_workers": 0}, "num_workers=0"),
-        ({"sample_bytes": 0}, "sample_bytes=0"),
-    ],
-)
-def test_settings_that_cannot_work_are_named(changes, sentence):
-    with pytest.raises(InputError) as caught:
-        config_for("out", "a.jsonl", **changes)
-    assert sentence in str(caught.value)
-
-
-def test_a_config_can_be_replaced_field_by_field():
-    config = config_for("out", "a.jsonl")
-    assert dataclasses.replace(config, sequence_length=128).sequence_length == 128

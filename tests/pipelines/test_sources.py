@@ -1,4 +1,4 @@
-"""Every format gives the same documents, whatever the parts; the broken ones get a reason."""
+"""Every format gives the same documents, whatever the parts."""
 
 import gzip
 import json
@@ -107,34 +107,6 @@ def test_the_plan_is_the_same_each_time_and_knows_the_files(tmp_path):
     assert make_plan(source, 100) == make_plan(source, 100)
     file = make_plan(source, 100).files[0]
     assert (file.bytes, len(file.sha256)) == ((tmp_path / "a.jsonl").stat().st_size, 64)
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"text": "cut', "broken_json"),
-        (b'{"text": "\xff"}', "invalid_utf8"),
-        (b'["text"]', "not_an_object"),
-        (b'{"body": "x"}', "missing_text"),
-        (b'{"text": null}', "missing_text"),
-        (b'{"text": 3}', "text_is_no_string"),
-        (b'{"text": "\\ud800"}', "lone_surrogate"),
-        (b"[" * 100_000, "broken_json"),
-    ],
-)
-def test_a_broken_line_is_set_aside_with_its_reason(tmp_path, line, reason):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
-    assert flat(read(path)) == ["a", reason, "b"]
-
-
-def test_invalid_text_in_parquet_and_text_files_is_set_aside(tmp_path):
-    raw = pa.array([b"a", b"\xff", None], pa.binary())
-    column = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
-    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    assert flat(read(tmp_path / "a.parquet")) == ["a", "invalid_utf8", "missing_text"]
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    assert flat(read(tmp_path / "a.txt")) == ["invalid_utf8"]
 
 
 def test_a_missing_file_is_named():

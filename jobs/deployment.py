@@ -1,0 +1,64 @@
+"""A Serve config on the Ray of this process: deployed, waited for, ended on leaving."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from cascade_model.errors import CheckpointMismatch, InputError
+
+
+@contextlib.contextmanager
+def deployed(document: dict[str, Any], stop: threading.Event | None = None) -> Iterator[None]:
+    """The applications of a Serve config, running on this process's Ray; ended on leaving."""
+    from ray import serve
+    from ray.serve._private.api import serve_start
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(document)
+    try:
+        client = serve_start(
+            http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location
+        )
+        client.deploy_apps(schema)
+        wait_until_running([application.name for application in schema.applications], stop)
+        yield
+    finally:
+        serve.shutdown()
+
+
+def wait_until_running(
+    names: list[str], stop: threading.Event | None, seconds: float = 600
+) -> None:
+    """Block until every application answers; a failed one raises with Serve's own words."""
+    from ray import serve
+
+    deadline = time.monotonic() + seconds
+    while stop is None or not stop.is_set():
+        applications = serve.status().applications
+        states = {name: applications[name] for name in names if name in applications}
+        if len(states) == len(names) and all(s.status == "RUNNING" for s in states.values()):
+            return
+        for name, state in states.items():
+            if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                causes = [deployment.message for deployment in state.deployments.values()]
+                reason = "\n".join([state.message, *causes])
+                raise refusal_in(reason) or RuntimeError(f"{name} did not start: {reason}")
+        if time.monotonic() > deadline:
+            waits = [d.message for s in states.values() for d in s.deployments.values()]
+            raise InputError(
+                f"the applications {names} were not ready in {seconds:.0f} s "
+                f"({'; '.join(filter(None, waits))}); ask for fewer replicas or threads"
+            )
+        time.sleep(0.2)
+
+
+def refusal_in(message: str) -> InputError | None:
+    """The user's mistake in a traceback that Serve reports as text, or None."""
+    for line in message.splitlines():
+        for kind in (CheckpointMismatch, InputError):
+            before, found, sentence = line.partition(f"cascade_model.errors.{kind.__name__}: ")
+            if found and not before.strip():
+                return kind(sentence.strip())
+    return None

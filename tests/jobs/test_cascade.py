@@ -1,0 +1,46 @@
+"""The console command: a list of stages, each handed its own arguments."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import cascade
+
+
+def test_help_lists_every_stage(capsys):
+    assert cascade.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {stage} " in shown for stage in cascade.STAGES)
+
+
+def test_no_stage_and_a_wrong_stage_end_with_code_2(capsys):
+    assert cascade.main([]) == 2
+    assert "usage" in capsys.readouterr().out
+    assert cascade.main(["pretain"]) == 2
+    assert "no stage 'pretain'" in capsys.readouterr().err
+
+
+def test_every_stage_is_a_job_and_every_job_with_a_main_a_stage():
+    jobs = Path(cascade.__file__).parent
+    mains = {p.stem for p in jobs.glob("*.py") if "\nmain = command(" in p.read_text()}
+    assert mains == set(cascade.STAGES)
+    assert all(callable(importlib.import_module(f"jobs.{stage}").main) for stage in mains)
+
+
+def test_a_stage_gets_the_rest_of_the_arguments(monkeypatch):
+    seen = []
+    monkeypatch.setattr("jobs.evaluate.main", lambda words: seen.append(words) or 3)
+    assert cascade.main(["evaluate", "--model", "m"]) == 3
+    assert seen == [["--model", "m"]]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["evaluate", "--help"]])
+def test_the_command_runs_as_a_module(words):
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cascade", *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: cascade" in done.stdout

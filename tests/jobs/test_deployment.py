@@ -1,0 +1,35 @@
+"""What Serve reports as text becomes the user's mistake again; the rest is in test_serve.py."""
+
+import threading
+
+import pytest
+
+from cascade_model.errors import CheckpointMismatch, InputError
+from jobs.deployment import refusal_in, wait_until_running
+
+TRACEBACK = """Deploying app 'cascade' failed with exception:
+Traceback (most recent call last):
+  File "a.py", line 1, in <module>
+    raise cascade_model.errors.InputError: "not this line"
+cascade_model.errors.{kind}: model=a is broken; give another
+"""
+
+
+@pytest.mark.parametrize("kind", [InputError, CheckpointMismatch])
+def test_a_mistake_is_found_in_a_traceback_with_its_class(kind):
+    found = refusal_in(TRACEBACK.format(kind=kind.__name__))
+    assert type(found) is kind
+    assert str(found) == "model=a is broken; give another"
+
+
+def test_a_fault_of_ours_is_none_of_the_users():
+    assert refusal_in("Traceback\nValueError: cascade_model") is None
+
+
+@pytest.mark.ray
+def test_what_does_not_come_in_time_is_one_sentence(ray_local):
+    with pytest.raises(InputError, match=r"\['absent'\] were not ready in 0 s"):
+        wait_until_running(["absent"], None, seconds=0)
+    stopped = threading.Event()
+    stopped.set()
+    wait_until_running(["absent"], stopped)

@@ -1,0 +1,131 @@
+"""A range owns the lines that begin in it; a broken record costs itself alone."""
+
+import errno
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cascade_model.errors import InputError, Unfinished
+from pipelines.documents import (
+    EXCERPT,
+    Part,
+    Piece,
+    cells,
+    is_sound,
+    open_source,
+    read_documents,
+    whole,
+)
+
+LINES = [b'{"text": "one"}', b"", '{"text": "zwölf 十二"}'.encode(), b"   ", b'{"text": "x"}\r']
+
+
+def piece(path, format, start=0, stop=None, size=None) -> Piece:
+    size = path.stat().st_size if size is None else size
+    stop = size if stop is None else stop
+    return Piece(
+        path=path.name, url=str(path), format=format, start=start, stop=stop, bytes=stop - start
+    )
+
+
+def read(*pieces):
+    return list(read_documents(Part(index=0, pieces=pieces), "text"))
+
+
+def jsonl(tmp_path, *lines: bytes):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def test_wherever_a_file_is_cut_each_line_is_read_once_and_in_order(tmp_path):
+    path = jsonl(tmp_path, *LINES)
+    size = path.stat().st_size
+    for first in range(size + 1):
+        for second in range(first, size + 1, 7):
+            cuts = [(0, first), (first, second), (second, size)]
+            found = read(*(piece(path, "jsonl", *cut) for cut in cuts if cut[0] < cut[1]))
+            assert [document.text for document in found] == ["one", "zwölf 十二", "x"]
+            assert [document.row for document in found] == [0, 1, 2]
+
+
+def test_where_is_the_byte_at_which_the_line_begins(tmp_path):
+    path = jsonl(tmp_path, *LINES)
+    data = path.read_bytes()
+    for document in read(piece(path, "jsonl", 0, 20), piece(path, "jsonl", 20)):
+        place = int(document.where.removeprefix("byte "))
+        assert json.loads(data[place:].split(b"\n")[0])["text"] == document.text
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "cut', "broken_json"),
+        (b"[" * 100_000, "broken_json"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "broken_json"),
+        (b'{"text": "\xff' + b"y" * 500 + b'"}', "invalid_utf8"),
+        (b'["text"]', "not_an_object"),
+        (b'{"body": "' + b"x" * 500 + b'"}', "missing_text"),
+        (b'{"text": null}', "missing_text"),
+        (b'{"text": 3}', "text_is_no_string"),
+        (b'{"text": "\\ud800"}', "lone_surrogate"),
+    ],
+)
+def test_a_broken_line_is_set_aside_with_a_reason_and_a_short_excerpt(tmp_path, line, reason):
+    path = jsonl(tmp_path, b'{"text": "a"}', line, b'{"text": "b"}')
+    first, dead, last = read(piece(path, "jsonl"))
+    assert (first.text, dead.text, last.text) == ("a", None, "b")
+    assert (dead.reason, dead.path, dead.where) == (reason, "a.jsonl", "byte 14")
+    assert 0 < len(dead.excerpt) <= EXCERPT
+    assert json.dumps(dead.excerpt, ensure_ascii=False).encode()
+
+
+def invalid_text(*values: bytes | None) -> pa.Array:
+    """A text column that holds these very bytes."""
+    raw = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(values), raw.buffers())
+
+
+def test_invalid_text_in_parquet_and_text_files_is_set_aside(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": invalid_text(b"a", b"caf\xe9", None)}), path)
+    found = read(piece(path, "parquet", 0, 1))
+    assert [document.text for document in found] == ["a", None, None]
+    assert [document.reason for document in found] == ["", "invalid_utf8", "missing_text"]
+    assert found[1].excerpt == "caf\\xe9"
+    assert found[1].where == "row group 0 row 1"
+    text = tmp_path / "a.txt"
+    text.write_bytes(b"caf\xe9")
+    [document] = read(piece(text, "text"))
+    assert (document.text, document.reason) == (None, "invalid_utf8")
+
+
+def test_one_invalid_cell_does_not_cost_its_column():
+    values = list(cells(invalid_text(b"a", b"\xff", b"b", None)))
+    assert [values[0], values[2], values[3]] == ["a", "b", None]
+    assert values[1].reason == "invalid_utf8"
+    with pytest.raises(UnicodeDecodeError):  # the control: Arrow's own way loses all of them
+        invalid_text(b"a", b"\xff", b"b").to_pylist()
+
+
+@pytest.mark.parametrize(("text", "expected"), [("é十\U0001f600", True), ("a\ud800", False)])
+def test_a_text_is_sound_if_it_can_be_written(text, expected):
+    assert is_sound(text) is expected
+
+
+def test_a_file_that_is_not_there_or_not_readable_may_be_so_later(tmp_path):
+    with pytest.raises(Unfinished, match=r"none cannot be read \(FileNotFoundError\)"):
+        open_source(str(tmp_path / "none"))
+    with pytest.raises(Unfinished, match="cannot be read"), whole("a.parquet", "Parquet file"):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("error", [pa.ArrowInvalid("no magic\nbytes"), OSError("zlib: broken")])
+def test_a_damaged_file_stays_damaged(error):
+    damaged = pytest.raises(InputError, match="damaged Parquet file")
+    with damaged as caught, whole("a.parquet", "Parquet file"):
+        raise error
+    assert not isinstance(caught.value, Unfinished)
+    assert "bytes" not in str(caught.value)

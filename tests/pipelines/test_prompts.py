@@ -1,0 +1,203 @@
+"""Prompts are the same however the input is cut; a broken row costs itself alone."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cascade_model.errors import InputError, Unfinished
+from cascade_model.tokenizer import byte_tokenizer
+from pipelines import prompts as reader
+from pipelines.prompts import Columns, DeadRow, Prompt, plan, read_part, require_columns
+
+LINES = [
+    b'{"prompt": "one", "id": "first"}\n',
+    b"\n",
+    b'{"prompt": "two"}\r\n',
+    b'{"messages": [{"role": "user", "content": "Hi"}]}\n',
+    b"{broken\n",
+    b'{"prompt": "' + b"x" * 300 + b'"}',
+]
+BROKEN = [
+    (b"{broken", "broken_json"),
+    (b"[" * 100_000, "broken_json"),
+    (b'{"prompt": "\xff"}', "invalid_utf8"),
+    (b'"a text"', "not_an_object"),
+    (b'{"text": "no prompt"}', "missing_prompt"),
+    (b'{"prompt": null}', "missing_prompt"),
+    (b'{"prompt": 7}', "prompt_is_no_string"),
+    (b'{"prompt": ""}', "empty_prompt"),
+    (b'{"prompt": "a\\ud800"}', "lone_surrogate"),
+    (b'{"prompt": "a", "id": "\\udfff"}', "lone_surrogate"),
+    (b'{"messages": "Hi"}', "broken_messages"),
+    (b'{"messages": []}', "broken_messages"),
+    (b'{"messages": [{"role": "user"}]}', "broken_messages"),
+    (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "lone_surrogate"),
+]
+
+
+def chat(messages):
+    return byte_tokenizer().apply_chat_template(messages)
+
+
+def rows_of(parts, columns=None) -> list[Prompt | DeadRow]:
+    return [row for part in parts for row in read_part(part, columns or Columns(), chat)]
+
+
+def read(path, rows_per_part=100, **columns):
+    return rows_of(plan([str(path)], rows_per_part)[0], Columns(**columns))
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"".join(LINES))
+    return path
+
+
+@pytest.mark.parametrize("rows_per_part", [1, 2, 3, 100])
+def test_however_the_input_is_cut_the_rows_are_the_same(jsonl, rows_per_part):
+    parts, digest = plan([str(jsonl)], rows_per_part)
+    assert [part.index for part in parts] == list(range(len(parts)))
+    assert [part.num_rows for part in parts][:-1] == [rows_per_part] * (len(parts) - 1)
+    found = rows_of(parts)
+    assert [row.row for row in found] == [0, 1, 2, 3, 4]
+    assert found == read(jsonl, 4)
+    assert digest == plan([str(jsonl)], 4)[1]
+
+
+def test_a_rows_id_is_its_own_or_its_number(jsonl):
+    found = read(jsonl)
+    assert [row.id for row in found if isinstance(row, Prompt)] == ["first", "1", "2", "4"]
+
+
+def test_a_chat_becomes_the_prompt_of_its_template(jsonl):
+    assert read(jsonl)[2].text == "User: Hi\n\nAssistant:"
+
+
+def test_a_part_never_crosses_a_file(tmp_path, jsonl):
+    other = tmp_path / "more.jsonl"
+    other.write_text('{"prompt": "z"}\n')
+    parts, _ = plan([str(jsonl), str(other)], 3)
+    assert [part.num_rows for part in parts] == [3, 2, 1]
+    assert rows_of(parts)[-1] == Prompt(row=5, id="5", text="z")
+
+
+@pytest.mark.parametrize(("line", "reason"), BROKEN)
+def test_a_broken_row_dies_alone_and_its_letter_can_be_written(tmp_path, line, reason):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n' + line + b'\n{"prompt": "b"}\n')
+    first, dead, last = read(path)
+    assert (first.text, last.text, last.row) == ("a", "b", 2)
+    assert isinstance(dead, DeadRow)
+    assert dead.reason == reason
+    assert len(dead.input) <= 200
+    assert json.dumps(dead.input, ensure_ascii=False).encode()
+
+
+def test_a_template_that_fails_costs_its_row_alone(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+
+    def failing(messages):
+        raise InputError("the chat template fails")
+
+    [part], _ = plan([str(path)], 5)
+    [row] = read_part(part, Columns(), failing)
+    assert row.reason == "chat_template_fails"
+
+
+@pytest.mark.parametrize("head", [b"", b"\n", b" \r\n"])
+@pytest.mark.parametrize("rows_per_part", [1, 5])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, head, rows_per_part):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + head + b'{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert [row.text for row in read(path, rows_per_part)] == ["a", "b"]
+
+
+def test_a_byte_order_mark_further_down_is_broken(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n\xef\xbb\xbf{"prompt": "b"}\n')
+    assert read(path)[1].reason == "broken_json"
+
+
+def test_parquet_parts_read_their_own_rows(tmp_path):
+    table = pa.table({"prompt": [f"row {i}" for i in range(23)], "id": list(range(100, 123))})
+    pq.write_table(table, tmp_path / "prompts.parquet", row_group_size=4)
+    found = read(tmp_path / "prompts.parquet", 5)
+    assert [row.text for row in found] == table["prompt"].to_pylist()
+    assert [row.id for row in found] == [str(i) for i in range(100, 123)]
+
+
+def invalid_text(*values: bytes) -> pa.Array:
+    """A text column that holds these very bytes."""
+    return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
+
+
+def test_invalid_text_in_parquet_dies_alone(tmp_path):
+    contents = invalid_text(b"Hi", b"\xff", b"Hi")
+    messages = pa.ListArray.from_arrays(
+        pa.array([0, 1, 2, 3], pa.int32()),
+        pa.StructArray.from_arrays([pa.array(["user"] * 3), contents], ["role", "content"]),
+    )
+    table = pa.table(
+        {
+            "prompt": invalid_text(b"a", b"b", b"\xe9"),
+            "messages": messages,
+            "unused": invalid_text(b"\xff", b"\xff", b"\xff"),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet")
+    assert found[0].text == "a"
+    assert [row.reason for row in found[1:]] == ["invalid_utf8"] * 2
+    [alive, dead, other] = read(tmp_path / "a.parquet", prompt="none")
+    assert (alive.text, dead.reason, other.text) == (
+        chat([{"role": "user", "content": "Hi"}]),
+        "invalid_utf8",
+        alive.text,
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf\n"])
+def test_an_empty_input_is_refused(tmp_path, content):
+    (tmp_path / "empty.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match="holds no rows"):
+        plan([str(tmp_path / "empty.jsonl")], 5)
+
+
+def test_a_missing_damaged_or_compressed_input_is_refused(tmp_path):
+    with pytest.raises(Unfinished, match=r"none\.jsonl cannot be read"):
+        plan([str(tmp_path / "none.jsonl")], 5)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(InputError, match=r"bad\.parquet is a damaged Parquet file"):
+        plan([str(tmp_path / "bad.parquet")], 5)
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz is compressed; unpack it"):
+        plan(["a.jsonl.gz"], 5)
+
+
+def test_a_misspelt_column_is_told_with_those_that_are_there(tmp_path, jsonl):
+    table = pa.table({"question": ["a"], "n": [1]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    require_columns([str(jsonl)], Columns())
+    with pytest.raises(InputError, match=r"prompt_column=prompt .*\['question', 'n'\]; name one"):
+        require_columns([str(jsonl), str(tmp_path / "a.parquet")], Columns())
+    wrong = Columns(prompt="promt", messages="chat")
+    with pytest.raises(InputError, match=r"prompt_column=promt .*\['prompt', 'id', 'messages'\]"):
+        require_columns([str(jsonl)], wrong)
+    require_columns([str(tmp_path / "a.parquet")], Columns(prompt="question"))
+
+
+def test_a_file_of_broken_rows_is_left_to_the_rows_themselves(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{broken\n")
+    require_columns([str(tmp_path / "a.jsonl")], Columns())
+
+
+def test_columns_are_looked_for_in_the_first_rows_only(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n{"prompt": "a"}\n')
+    require_columns([str(path)], Columns())
+    monkeypatch.setattr(reader, "_PROBED", 2)
+    with pytest.raises(InputError, match=r"which has \['n'\]"):
+        require_columns([str(path)], Columns())
