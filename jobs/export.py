@@ -27,9 +27,11 @@ class ExportConfig:
 
 def run(config: ExportConfig) -> dict[str, Any]:
     """Read and write; returns a summary."""
+    from cascade_model.commit import require_writable
     from cascade_model.families import export
     from cascade_model.weights import load_model, read_published
 
+    require_writable(config.output)
     published = read_published(config.like or config.model)
     if published is None:
         raise InputError(

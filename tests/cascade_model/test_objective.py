@@ -161,4 +161,3 @@ def test_without_supervised_tokens_every_axis_is_zero():
     for normaliser in NORMALISERS:
         parts = loss_parts(rows.losses, batch, rows, normaliser)
         assert float(parts.sum.detach()) == 0
-        assert parts.num_maskable == parts.count

@@ -9,6 +9,7 @@ STAGES = {
     "pretrain": ["--corpus", "CORPUS", "--num-workers", "0"],
     "distil": ["--corpus", "CORPUS", "--num-workers", "0", "--teacher", "none"],
     "convert": ["--source", "none"],
+    "export": ["--model", "none"],
     "evaluate": ["--model", "none", "--corpus", "none"],
     "generate": ["--model", "none", "--input", "none"],
     "demo": [],
