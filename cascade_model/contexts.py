@@ -26,6 +26,20 @@ class Context(Protocol):
         """Forward passes so far."""
         ...
 
+    @property
+    def committed(self) -> int:
+        """Leading tokens of the canvas whose keys and values in stream 0 are final."""
+        ...
+
+    @property
+    def can_rewrite(self) -> bool:
+        """Whether lost keys and values can be computed again, equal to the bit."""
+        ...
+
+    def rewrite(self, canvas: Tensor, stream: int, end: int) -> Pass:
+        """The pass that writes entries 0..end-1 of a stream once more."""
+        ...
+
     def predict(self, canvas: Tensor, window: Window, places: Tensor) -> Predicting:
         """Logits of the masked `places` int64 [m] (rising) of the window, or of the first of
         them only, where the others are better predicted with that one known."""
@@ -55,7 +69,19 @@ class BlockCausal:
         self.is_fused, self.is_first_alone = is_fused, is_first_alone
         self.committed = 0
         self.passes = 0
+        self.can_rewrite = True
         self._boundary: Tensor | None = None
+
+    def rewrite(self, canvas: Tensor, stream: int, end: int) -> Pass:
+        """See `Context`."""
+        return Pass(
+            tokens=canvas[:end].clone(),
+            start=0,
+            limits=self._clean_limits(0, end, canvas.device),
+            visible=end,
+            reads=torch.zeros(0, dtype=torch.int64, device=canvas.device),
+            stream=self.stream,
+        )
 
     def predict(self, canvas: Tensor, window: Window, places: Tensor) -> Predicting:
         """See `Context`."""
@@ -155,7 +181,12 @@ class Bidirectional:
     ) -> None:
         self.config, self.cache, self.stream = config, cache, stream
         self.lead = int(config.logits == "shifted") if lead is None else lead
-        self.passes = 0
+        self.passes = self.committed = 0
+        self.can_rewrite = cache == "exact"
+
+    def rewrite(self, canvas: Tensor, stream: int, end: int) -> Pass:
+        """Nothing of an exact pass is used by a later one; see `Context`."""
+        raise RuntimeError("a bidirectional model keeps no entries that could be written again")
 
     def predict(self, canvas: Tensor, window: Window, places: Tensor) -> Predicting:
         """See `Context`."""
@@ -193,9 +224,27 @@ class Guided:
         """Forward passes of both."""
         return self.seeing.passes + self.blind.passes
 
+    @property
+    def committed(self) -> int:
+        """See `Context`."""
+        return self.seeing.committed
+
+    @property
+    def can_rewrite(self) -> bool:
+        """See `Context`."""
+        return self.seeing.can_rewrite and self.blind.can_rewrite
+
+    def rewrite(self, canvas: Tensor, stream: int, end: int) -> Pass:
+        """See `Context`."""
+        if stream == 0:
+            return self.seeing.rewrite(canvas, stream, end)
+        return self.blind.rewrite(self._hidden(canvas), stream, end)
+
+    def _hidden(self, canvas: Tensor) -> Tensor:
+        return torch.where(self.is_given, self.mask_id, canvas)
+
     def predict(self, canvas: Tensor, window: Window, places: Tensor) -> Predicting:
         """See `Context`."""
         c = yield from self.seeing.predict(canvas, window, places)
-        hidden = torch.where(self.is_given, self.mask_id, canvas)
-        u = yield from self.blind.predict(hidden, window, places)
+        u = yield from self.blind.predict(self._hidden(canvas), window, places)
         return Prediction(c.places, u.logits + (self.scale + 1) * (c.logits - u.logits))

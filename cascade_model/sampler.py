@@ -84,17 +84,38 @@ def drive(loop: Generator[Pass | Window, Tensor, None], runner: Runner) -> Itera
             reply = runner.run(event)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Plan:
     """Everything of one request that decoding needs besides the weights."""
 
     canvas: Tensor
     """int64 [L]: prompt, masks, and a suffix where there is one."""
+    known: int
+    """Tokens of the prompt."""
     windows: list[Window]
     context: Context
     strategy: General
-    capacity: int
-    """Entries of the key and value cache."""
+    params: SamplingParams
+    counted: int = 0
+    """Passes that finished blocks have told of."""
+
+    @property
+    def num_streams(self) -> int:
+        """Caches that the request needs: two with guidance."""
+        return 2 if isinstance(self.context, Guided) else 1
+
+    def loop(self) -> Generator[Pass | Window, Tensor, None]:
+        """The denoising loop of this request."""
+        return denoise(self.context, self.canvas, self.windows, self.strategy)
+
+    def block(self, window: Window) -> DecodedBlock:
+        """What a finished window adds to the completion; asked for once, as soon as it is done."""
+        end = self.known + self.params.max_tokens
+        tokens = self.canvas[max(self.known, window.start) : window.keep].tolist()
+        tokens, stopped = _new_tokens(tokens, self.strategy.config.end_ids, self.params)
+        reason = "stop" if stopped else "length" if window.keep == end else None
+        passes, self.counted = self.context.passes - self.counted, self.context.passes
+        return DecodedBlock(tokens=tokens, passes=passes, steps=window.step, finish_reason=reason)
 
 
 def plan_completion(
@@ -124,7 +145,14 @@ def plan_completion(
     ]
     context = _context(config, params, is_given)
     strategy = General(config, params, is_given, choice)
-    return Plan(canvas=canvas, windows=windows, context=context, strategy=strategy, capacity=length)
+    return Plan(
+        canvas=canvas,
+        known=known,
+        windows=windows,
+        context=context,
+        strategy=strategy,
+        params=params,
+    )
 
 
 def sample(
@@ -138,8 +166,16 @@ def sample(
     """
     device = next(model.parameters()).device
     plan = plan_completion(model.config, prompt_tokens, params, choice, device)
-    runner = Runner(model, plan.capacity)
-    return completed_blocks(plan, drive(_loop(plan), runner), len(prompt_tokens), params)
+    return decoded(plan, Runner(model, len(plan.canvas)))
+
+
+def decoded(plan: Plan, runner: Runner) -> Iterator[DecodedBlock]:
+    """The blocks of a plan, alone on a runner, up to the one that ends it."""
+    for window in drive(plan.loop(), runner):
+        block = plan.block(window)
+        yield block
+        if block.finish_reason is not None:
+            return
 
 
 def infill(model: Network, tokens: list[int], params: SamplingParams, choice: int = 0) -> list[int]:
@@ -149,7 +185,7 @@ def infill(model: Network, tokens: list[int], params: SamplingParams, choice: in
     """
     device = next(model.parameters()).device
     plan = plan_infilling(model.config, tokens, params, choice, device)
-    for _ in drive(_loop(plan), Runner(model, plan.capacity)):
+    for _ in drive(plan.loop(), Runner(model, len(plan.canvas))):
         pass
     return plan.canvas[: len(tokens)].tolist()
 
@@ -180,22 +216,14 @@ def plan_infilling(
     context = _context(config, params, is_given)
     endless = _without_stop(params)
     strategy = General(config, endless, is_given, choice)
-    return Plan(canvas=canvas, windows=windows, context=context, strategy=strategy, capacity=length)
-
-
-def completed_blocks(
-    plan: Plan, windows: Iterator[Window], start: int, params: SamplingParams
-) -> Iterator[DecodedBlock]:
-    """Cut finished windows into what each adds to the completion that begins at `start`."""
-    counted, end = 0, start + params.max_tokens
-    for window in windows:
-        tokens = plan.canvas[max(start, window.start) : window.keep].tolist()
-        tokens, stopped = _new_tokens(tokens, plan.strategy.config.end_ids, params)
-        reason = "stop" if stopped else "length" if window.keep == end else None
-        passes, counted = plan.context.passes - counted, plan.context.passes
-        yield DecodedBlock(tokens=tokens, passes=passes, steps=window.step, finish_reason=reason)
-        if reason is not None:
-            return
+    return Plan(
+        canvas=canvas,
+        known=0,
+        windows=windows,
+        context=context,
+        strategy=strategy,
+        params=endless,
+    )
 
 
 def _context(config: ModelConfig, params: SamplingParams, is_given: Tensor) -> Context:
@@ -227,10 +255,6 @@ def _window(
         num_masked=masks,
         max_steps=steps,
     )
-
-
-def _loop(plan: Plan) -> Generator[Pass | Window, Tensor, None]:
-    return denoise(plan.context, plan.canvas, plan.windows, plan.strategy)
 
 
 def _without_stop(params: SamplingParams) -> SamplingParams:

@@ -68,7 +68,7 @@ def ours(
     plan = plan_completion(model.config, prompt, params)
     if isinstance(plan.context, BlockCausal):
         plan.context.is_fused = is_fused
-    runner, reply, rows, passes = Runner(model, plan.capacity), None, 0, 0
+    runner, reply, rows, passes = Runner(model, len(plan.canvas)), None, 0, 0
     loop = denoise(plan.context, plan.canvas, plan.windows, plan.strategy)
     while True:
         try:

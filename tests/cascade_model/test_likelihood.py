@@ -103,7 +103,7 @@ def test_sequential_is_what_the_sampler_itself_computes(kind):
     params = SamplingParams(max_tokens=len(ANSWER), rule="sequential")
     plan = plan_completion(model.config, PROMPT, params)
     loop = denoise(plan.context, plan.canvas, plan.windows, strategy)
-    for _ in drive(loop, Runner(model, plan.capacity)):
+    for _ in drive(loop, Runner(model, len(plan.canvas))):
         pass
     found = torch.tensor(strategy.found, dtype=torch.float64)
     torch.testing.assert_close(found, sequential(model, PROMPT, ANSWER), rtol=1e-9, atol=1e-9)

@@ -11,8 +11,7 @@ from cascade_model.errors import InputError
 from cascade_model.model import vocabulary_logits
 from cascade_model.passes import Runner
 from cascade_model.sampler import (
-    completed_blocks,
-    denoise,
+    decoded,
     drive,
     infill,
     plan_completion,
@@ -112,8 +111,7 @@ def decode(config, runner, prompt, params, *, is_fused=None):
         for context in contexts:
             assert isinstance(context, BlockCausal)
             context.is_fused = is_fused
-    loop = denoise(plan.context, plan.canvas, plan.windows, plan.strategy)
-    return completed_blocks(plan, drive(loop, runner), len(prompt), params)
+    return decoded(plan, runner)
 
 
 def tokens_of(blocks) -> list[int]:
@@ -201,8 +199,8 @@ def test_every_step_commits_and_committed_tokens_never_change(axes, rule):
     model = lively_model(**axes)
     params = SamplingParams(max_tokens=18, rule=rule, temperature=1.0, stop_at_eos=False)
     plan = plan_completion(model.config, PROMPT, params)
-    runner, before = Runner(model, plan.capacity), plan.canvas.clone()
-    loop = denoise(plan.context, plan.canvas, plan.windows, plan.strategy)
+    runner, before = Runner(model, len(plan.canvas)), plan.canvas.clone()
+    loop = plan.loop()
     event, steps = next(loop), 0
     while True:
         known = before != MASK
@@ -424,7 +422,7 @@ def test_a_bidirectional_hole_sees_its_suffix(axes):
         recorder = Recorder(model)
         plan_text = [*text[:-1], suffix]
         plan = plan_infilling(model.config, plan_text, SamplingParams())
-        loop = denoise(plan.context, plan.canvas, plan.windows, plan.strategy)
+        loop = plan.loop()
         list(drive(loop, recorder))
         assert plan.canvas.tolist()[4:] == plan_text[4:]
         assert not {MASK, PAD} & set(plan.canvas.tolist())

@@ -1,0 +1,82 @@
+"""One arena of keys and values for many sequences, handed out in runs of pages.
+
+A run is contiguous, so that attention reads it in place; it grows by moving to a larger one. A page
+holds whole blocks. Nothing here knows what a sequence is: `scheduler` decides who gets pages.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cascade_model.config import ModelConfig
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """Pages first..first+count-1 of the arena, held by one owner."""
+
+    first: int
+    count: int
+
+
+class PageArena:
+    """Per layer, keys and values [kv_heads, tokens, head_dim] of all pages; first fit."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_pages: int,
+        page_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.page_tokens, self.num_pages = page_tokens, num_pages
+        tokens = num_pages * page_tokens
+        shape = (2, config.num_layers, config.num_kv_heads, tokens, config.head_dim)
+        self.entries = torch.zeros(shape, dtype=dtype, device=device)
+        self._free: list[tuple[int, int]] = [(0, num_pages)]  # first page and count, rising
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that nobody holds, perhaps not in one piece."""
+        return sum(count for _, count in self._free)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold this many tokens."""
+        return -(-tokens // self.page_tokens)
+
+    def take(self, count: int) -> Run | None:
+        """A run of `count` pages, or None where no free piece is that long."""
+        for index, (first, length) in enumerate(self._free):
+            if length >= count:
+                rest = [(first + count, length - count)] if length > count else []
+                self._free[index : index + 1] = rest
+                return Run(first, count)
+        return None
+
+    def give_back(self, run: Run) -> None:
+        """Free a run; its owner must not use it again."""
+        pieces = sorted([*self._free, (run.first, run.count)])
+        self._free = [pieces[0]]
+        for first, count in pieces[1:]:
+            last, length = self._free[-1]
+            if first < last + length:
+                raise RuntimeError(f"page {first} was given back twice")
+            if first == last + length:
+                self._free[-1] = (last, length + count)
+            else:
+                self._free.append((first, count))
+        run.count = 0
+
+    def copy(self, source: Run, target: Run, tokens: int) -> None:
+        """Copy the first `tokens` entries of one run to another."""
+        a, b = source.first * self.page_tokens, target.first * self.page_tokens
+        self.entries[:, :, :, b : b + tokens] = self.entries[:, :, :, a : a + tokens]
+
+    def view(self, run: Run, layer: int, visible: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, kv_heads, visible, head_dim] of a run, in place."""
+        start = run.first * self.page_tokens
+        seen = self.entries[:, layer, None, :, start : start + visible]
+        return seen[0], seen[1]
