@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup demo smollm2 test lint clean
+.PHONY: setup demo smollm2 test lint clean bench-data bench-train faults-train
 setup: $(VENV)/.stamp
 
 # torch first, and from PyTorch's CPU index where there is neither a GPU nor a CPU build at hand:
@@ -46,6 +46,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# Each prints a table and writes build/bench/X.json or build/faults/X.json; see tests/benchmarks/README.md.
+bench-data bench-train bench-sampler: bench-%: setup
+	$(BIN)/python -m tests.benchmarks.$*
+
+N ?= 5
+faults-train: setup
+	$(BIN)/python -m tests.benchmarks.faults_train $(N)
 
 clean:
 	rm -rf build runs

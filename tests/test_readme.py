@@ -61,6 +61,12 @@ def test_the_tree_of_the_readme_is_the_tree():
     assert all((ROOT / folder / "README.md").is_file() for folder in folders)
 
 
+def test_no_table_is_left_to_be_filled():
+    """Numbers are measured, never left as a name in capitals."""
+    for path in (ROOT / "README.md", ROOT / "tests/benchmarks/README.md"):
+        assert not re.findall(r"\b[A-Z]+_TABLE\b", path.read_text(encoding="utf-8")), path
+
+
 def test_the_readme_stays_short():
     assert len(README.splitlines()) <= 200
 

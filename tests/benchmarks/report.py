@@ -37,7 +37,8 @@ def publish(area: str, rows: Sequence[Row], kind: str = "bench", **config: Any) 
     for row in rows:
         sign = "<=" if row.is_limit else ">="
         bar = "" if row.bar is None else f"  {sign} {row.bar:g} {'ok' if row.ok else 'MISSED'}"
-        print(f"{row.name.ljust(width)}  {row.value:10.4g} {row.unit}{bar}")
+        value = f"{row.value:,.0f}" if abs(row.value) >= 1000 else f"{row.value:.4g}"
+        print(f"{row.name.ljust(width)}  {value:>10} {row.unit}{bar}")
     target = Path("build") / kind / f"{area}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     cells = [{**asdict(row), "ok": row.ok} for row in rows]
