@@ -1,212 +1,285 @@
-"""The decode engine: a loaded model that turns prompts into text, block by block.
+"""The decode engine: a loaded model that many threads, or one event loop, ask for completions.
 
-It has two halves, so that a server can hold them on two machines. `LLM.blocks` yields blocks of
-token ids and needs the weights. `TextStream` turns those ids into text and needs the tokenizer
-alone: it owns detokenisation and stop strings, and holds back whatever may still change. Torch is
-imported when weights are loaded, never before.
+One thread of its own runs rounds of the scheduler; everybody else only leaves requests and takes
+blocks. The same request gives the same tokens, whatever else is running.
 """
 
+import asyncio
+import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Self
 
 from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.errors import InputError
+from cascade_model.networks import Network
+from cascade_model.sampler import DecodedBlock, plan_completion
+from cascade_model.scheduler import Counters, Running, Scheduler, SchedulerConfig
+from cascade_model.text_stream import Chunk, Completion, TextStream, complete
 from cascade_model.tokenizer import Tokenizer
+from cascade_model.weights import load_model, require_text
 
-if TYPE_CHECKING:
-    from cascade_model.networks import Network
-    from cascade_model.sampler import DecodedBlock
-
-FinishReason = Literal["stop", "length"]
-UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+Event = DecodedBlock | BaseException
+Prompt = str | Sequence[int]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
-    """What one block added to a completion."""
+class Ticket:
+    """A request in the engine; `cancel` frees its pages before the next round."""
 
-    text: str
-    """Text that is now certain; an unfinished character or a possible stop stays back."""
-    token_ids: tuple[int, ...]
-    """The block's tokens, up to and including the one that ends a stop string."""
-    passes: int
-    """Forward passes that this block took, the pass before it that wrote the cache included."""
-    steps: int
-    """K_b: its denoising steps."""
-    finish_reason: FinishReason | None
-    """Set on the last chunk only."""
+    def __init__(self, engine: "Engine", deliver: Callable[[Event], None]) -> None:
+        self._engine, self.deliver = engine, deliver
+        self.sequence: Running | None = None
+        self.is_over = False
+
+    def cancel(self) -> None:
+        """From any thread, any number of times; nothing more is delivered soon after."""
+        self._engine.order(lambda: self._engine.forget(self))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """A finished answer to one prompt."""
+class Engine:
+    """A scheduler and the thread that runs it."""
 
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    passes: int
-    """Forward passes of the whole answer."""
-    steps_per_block: tuple[int, ...]
-    """K_b, the denoising steps of each block."""
+    def __init__(self, model: Network, config: SchedulerConfig | None = None) -> None:
+        self.scheduler = Scheduler(model, config)
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tickets: dict[int, Ticket] = {}
+        self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
+        self._start = threading.Lock()
+
+    def submit(
+        self,
+        prompt_tokens: Sequence[int],
+        params: SamplingParams,
+        choice: int,
+        deliver: Callable[[Event], None],
+    ) -> Ticket:
+        """Leave a request; `deliver` gets its blocks, or the error that ends it, in the engine's
+        thread. Raises `InputError` here for what cannot be decoded."""
+        model = self.scheduler.model
+        device = next(model.parameters()).device
+        plan = plan_completion(model.config, list(prompt_tokens), params, choice, device)
+        self.scheduler.check(plan)
+        ticket = Ticket(self, deliver)
+
+        def begin() -> None:
+            ticket.sequence = self.scheduler.submit(plan, lambda block: self._hand(ticket, block))
+            self._tickets[id(ticket)] = ticket
+
+        self.order(begin)
+        return ticket
+
+    def order(self, action: Callable[[], None]) -> None:
+        """Have the engine's thread do something between two rounds."""
+        with self._start:
+            if self._thread.ident is None:
+                self._thread.start()
+        self._orders.put(action)
+
+    def forget(self, ticket: Ticket) -> None:
+        """In the engine's thread: end a request."""
+        self._tickets.pop(id(ticket), None)
+        if ticket.sequence is not None and not ticket.is_over:
+            self.scheduler.cancel(ticket.sequence)
+        ticket.is_over = True
+
+    def close(self) -> None:
+        """End the thread; requests that still run get an error."""
+        self._orders.put(None)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _hand(self, ticket: Ticket, block: DecodedBlock) -> None:
+        if block.finish_reason is not None:
+            ticket.is_over = True
+            self._tickets.pop(id(ticket), None)
+        ticket.deliver(block)
+
+    def _run(self) -> None:
+        is_busy = False
+        while self._obey(is_busy):
+            try:
+                is_busy = self.scheduler.step()
+            except Exception as error:
+                self._fail(error)
+                is_busy = False
+        self._fail(RuntimeError("the engine was closed"))
+
+    def _obey(self, is_busy: bool) -> bool:
+        """Carry out what was left; wait for it where there is nothing else to do."""
+        try:
+            while True:
+                action = self._orders.get(block=not is_busy)
+                if action is None:
+                    return False
+                action()
+                is_busy = True
+        except queue.Empty:
+            return True
+
+    def _fail(self, error: BaseException) -> None:
+        """A round that failed ends every request with its error; the engine lives on."""
+        for ticket in list(self._tickets.values()):
+            self.forget(ticket)
+            ticket.deliver(error)
 
 
-class TextStream:
-    """Turns tokens into text that is never taken back, and cuts it at the first stop string.
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One of many completions, as soon as it is whole."""
 
-    The text depends on the tokens alone, not on how they were cut into blocks. The stop that is
-    completed first wins; of two that end together, the longer one. Stop text is not returned.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
-        self._decode = decode
-        self._stop = [text for text in stop if text]
-        self._context: list[int] = []  # the last whole characters: some decoders look behind
-        self._pending: list[int] = []  # tokens since then
-        self._taken = ""  # text of `_pending` that `_held` already got
-        self._held = ""  # decoded, but perhaps the beginning of a stop
-
-    def push(
-        self, tokens: Sequence[int], *, passes: int, steps: int, finish_reason: FinishReason | None
-    ) -> Chunk:
-        """Add one block; the chunk's `finish_reason` is "stop" once a stop string is complete."""
-        text, taken = "", tuple(tokens)
-        for count, token in enumerate(tokens, start=1):
-            self._held += self._decode_next(token)
-            before = self._cut_at_stop()
-            if before is not None:
-                text, taken, finish_reason = text + before, taken[:count], "stop"
-                break
-            text += self._release()
-        else:
-            text += self._rest() if finish_reason is not None else ""
-        return Chunk(
-            text=text, token_ids=taken, passes=passes, steps=steps, finish_reason=finish_reason
-        )
-
-    def _decode_next(self, token: int) -> str:
-        """Certain new text after one more token: all but a last character that may be cut."""
-        self._pending.append(token)
-        whole = self._decode_pending()
-        certain = whole.removesuffix(UNFINISHED_CHARACTER)
-        new = certain[len(self._taken) :]
-        if certain == whole:
-            if whole:  # a special token has no text to look behind at
-                self._context = self._pending
-            self._pending, self._taken = [], ""
-        else:
-            self._taken = certain
-        return new
-
-    def _decode_pending(self) -> str:
-        before = self._decode(self._context) if self._context else ""
-        return self._decode(self._context + self._pending)[len(before) :]
-
-    def _cut_at_stop(self) -> str | None:
-        """The held text before the first completed stop, or None."""
-        hits = [
-            (start + len(stop), start)
-            for stop in self._stop
-            if (start := self._held.find(stop)) >= 0
-        ]
-        return self._held[: min(hits)[1]] if hits else None
-
-    def _release(self) -> str:
-        """Take out the held text, less the longest ending that begins a stop."""
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        cut = len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
-        return text
-
-    def _rest(self) -> str:
-        """At the end nothing can change any more: give out all that was held back."""
-        text = self._held + (self._decode_pending()[len(self._taken) :] if self._pending else "")
-        self._held, self._pending, self._taken = "", [], ""
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest ending of `text` that is a beginning of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    index: int
+    """Which prompt."""
+    result: Completion | InputError
+    """The error is the request's own: it could not be decoded."""
 
 
 class LLM:
-    """A model, its tokenizer and one lock: safe to call from many threads, one block at a time."""
+    """A model, its tokenizer and an engine."""
 
-    def __init__(self, model: "Network", tokenizer: Tokenizer) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+    def __init__(
+        self, model: Network, tokenizer: Tokenizer, config: SchedulerConfig | None = None
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
         self.config: ModelConfig = model.config
-        self._lock = threading.Lock()
+        self.engine = Engine(model, config)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """Load a model folder; `CheckpointMismatch` if it is damaged or unfinished."""
-        from cascade_model.weights import load_model, require_text
-
+    def load(cls, folder: str | Path, config: SchedulerConfig | None = None) -> Self:
+        """Load a model folder, of ours or published; `CheckpointMismatch` if it is damaged."""
         model, tokenizer = load_model(folder)
-        return cls(model.eval(), require_text(tokenizer, folder))
+        return cls(model.eval(), require_text(tokenizer, folder), config)
+
+    @property
+    def counters(self) -> Counters:
+        """What the engine did so far."""
+        return replace(self.engine.scheduler.counters)
 
     def blocks(
         self, prompt_tokens: Sequence[int], params: SamplingParams, choice: int = 0
-    ) -> "Iterator[DecodedBlock]":
-        """Decode block by block; other threads get their turn between two blocks."""
-        import torch
+    ) -> Iterator[DecodedBlock]:
+        """Decode block by block; leaving early ends the decoding."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        ticket = self.engine.submit(prompt_tokens, params, choice, events.put)
+        return _until_finished(ticket, events)
 
-        from cascade_model.sampler import sample
+    async def stream_blocks(
+        self, prompt_tokens: Sequence[int], params: SamplingParams, choice: int = 0
+    ) -> AsyncIterator[DecodedBlock]:
+        """The same for an event loop; a cancelled task ends the decoding."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
-        decoding = iter(sample(self.model, list(prompt_tokens), params, choice))
-        while True:
-            with self._lock, torch.inference_mode():
-                block = next(decoding, None)
-            if block is None:
-                return
-            yield block
+        def deliver(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ticket = self.engine.submit(prompt_tokens, params, choice, deliver)
+        try:
+            while True:
+                block = _checked(await events.get())
+                yield block
+                if block.finish_reason is not None:
+                    return
+        finally:
+            ticket.cancel()
 
     def stream(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
-        stop: Sequence[str] = (),
-        choice: int = 0,
+        self, prompt: Prompt, params: SamplingParams, stop: Sequence[str] = (), choice: int = 0
     ) -> Iterator[Chunk]:
         """Chunks of text, one a block; decoding ends as soon as a stop string is complete."""
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         text = TextStream(self.tokenizer.decode, stop)
-        for block in self.blocks(tokens, params, choice):
-            chunk = text.push(
-                block.tokens,
-                passes=block.passes,
-                steps=block.steps,
-                finish_reason=block.finish_reason,
-            )
-            yield chunk
-            if chunk.finish_reason is not None:
-                return
+        blocks = self.blocks(self._tokens(prompt), params, choice)
+        try:
+            for block in blocks:
+                chunk = _chunk(text, block)
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        finally:
+            blocks.close()  # type: ignore[attr-defined]
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams],
         stop: Sequence[str] = (),
     ) -> list[Completion]:
-        """One completion a prompt, in order; `params` is shared or one a prompt."""
+        """One completion a prompt, in order; `params` is shared or one a prompt.
+
+        Raises `InputError` when a prompt cannot be decoded.
+        """
+        found: dict[int, Completion] = {}
+        for answer in self.answers(prompts, params, stop):
+            if isinstance(answer.result, InputError):
+                raise answer.result
+            found[answer.index] = answer.result
+        return [found[index] for index in range(len(prompts))]
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        stop: Sequence[str] = (),
+    ) -> Iterator[Answer]:
+        """Completions as they become whole, all prompts decoding together."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        pairs = zip(prompts, each, strict=True)
-        return [complete(self.stream(prompt, own, stop)) for prompt, own in pairs]
+        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        tickets: dict[int, Ticket] = {}
+        texts: dict[int, TextStream] = {}
+        chunks: dict[int, list[Chunk]] = {}
+        try:
+            for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+                try:
+                    tickets[index] = self.engine.submit(
+                        self._tokens(prompt), own, 0, lambda event, i=index: events.put((i, event))
+                    )
+                except InputError as error:
+                    yield Answer(index, error)
+                    continue
+                texts[index], chunks[index] = TextStream(self.tokenizer.decode, stop), []
+            while texts:
+                index, event = events.get()
+                block = _checked(event)
+                if index not in texts:  # decoded on before its end was heard of
+                    continue
+                chunk = _chunk(texts[index], block)
+                chunks[index].append(chunk)
+                if chunk.finish_reason is not None:
+                    tickets.pop(index).cancel()
+                    del texts[index]
+                    yield Answer(index, complete(iter(chunks.pop(index))))
+        finally:
+            for ticket in tickets.values():
+                ticket.cancel()
+
+    def close(self) -> None:
+        """End the engine's thread."""
+        self.engine.close()
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
 
-def complete(chunks: Iterator[Chunk]) -> Completion:
-    """Join a stream that ran to its end."""
-    parts = list(chunks)
-    if not parts or parts[-1].finish_reason is None:
-        raise RuntimeError("the decoding stream ended without a finish reason")
-    return Completion(
-        text="".join(part.text for part in parts),
-        token_ids=tuple(token for part in parts for token in part.token_ids),
-        finish_reason=parts[-1].finish_reason,
-        passes=sum(part.passes for part in parts),
-        steps_per_block=tuple(part.steps for part in parts),
+def _until_finished(ticket: Ticket, events: "queue.SimpleQueue[Event]") -> Iterator[DecodedBlock]:
+    try:
+        while True:
+            block = _checked(events.get())
+            yield block
+            if block.finish_reason is not None:
+                return
+    finally:
+        ticket.cancel()
+
+
+def _checked(event: Event) -> DecodedBlock:
+    """A block, or its error raised."""
+    if isinstance(event, BaseException):
+        raise event
+    return event
+
+
+def _chunk(text: TextStream, block: DecodedBlock) -> Chunk:
+    return text.push(
+        block.tokens, passes=block.passes, steps=block.steps, finish_reason=block.finish_reason
     )

@@ -21,9 +21,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from cascade_model.config import ModelConfig, SamplingParams
-from cascade_model.engine import Chunk, Completion, TextStream, complete
 from cascade_model.errors import InputError
 from cascade_model.requests import check_prompt
+from cascade_model.text_stream import Chunk, Completion, TextStream, complete
 from cascade_model.tokenizer import Tokenizer
 from jobs.gate import ApiKeys, Gate, error_response, http_error
 from jobs.openai_protocol import (

@@ -1,10 +1,9 @@
 """The two tiers of the endpoint as Ray Serve replicas: an ingress over HTTP, samplers by handle."""
 
-import asyncio
+import contextlib
 import dataclasses
 import os
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from cascade_model.config import SamplingParams, check
@@ -16,7 +15,7 @@ KEYS_VARIABLE = "CASCADE_API_KEYS"
 
 
 class Sampler:
-    """A replica with the weights. One thread decodes; running requests take turns by the block."""
+    """A replica with the weights; its engine decodes all running requests together."""
 
     def __init__(self, model: str, threads: int) -> None:
         import torch
@@ -25,16 +24,15 @@ class Sampler:
 
         torch.set_num_threads(threads)
         self._llm = LLM.load(model)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
 
     async def blocks(
         self, prompt_tokens: list[int], params: dict[str, Any], choice: int
     ) -> AsyncIterator[dict[str, Any]]:
-        """Decoded blocks of one completion; a cancelled call decodes no further block."""
-        decoding = self._llm.blocks(prompt_tokens, SamplingParams(**params), choice)
-        loop = asyncio.get_running_loop()
-        while (block := await loop.run_in_executor(self._thread, next, decoding, None)) is not None:
-            yield dataclasses.asdict(block)
+        """Decoded blocks of one completion; a cancelled call frees its place."""
+        stream = self._llm.stream_blocks(prompt_tokens, SamplingParams(**params), choice)
+        async with contextlib.aclosing(stream) as blocks:  # type: ignore[type-var]
+            async for block in blocks:
+                yield dataclasses.asdict(block)
 
 
 class Ingress:

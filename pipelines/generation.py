@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record
 from cascade_model.config import SamplingParams, digest
 from cascade_model.errors import InputError, Unfinished
+from cascade_model.text_stream import Completion
 from pipelines.cluster import quiet_ray_data
 from pipelines.prompts import Columns, DeadRow, Part, Prompt, read_part
 
@@ -102,6 +103,21 @@ def encode_rows(rows: list[dict[str, Any]], schema: pa.Schema, format: Format) -
     return buffer.getvalue()
 
 
+def completion_row(prompt: Prompt, completion: Completion, seed: int) -> dict[str, Any]:
+    """One row of the output."""
+    num_tokens = len(completion.token_ids)
+    return {
+        "id": prompt.id,
+        "prompt": prompt.text,
+        "completion": completion.text,
+        "num_tokens": num_tokens,
+        "passes": completion.passes,
+        "tokens_per_forward": num_tokens / max(completion.passes, 1),
+        "finish_reason": completion.finish_reason,
+        "seed": seed,
+    }
+
+
 class PartWorker:
     """Holds the model once and answers parts; the actor class of the Ray Data plan."""
 
@@ -148,36 +164,30 @@ class PartWorker:
         """Decode a part and commit its files, the record last."""
         if self._refusal is not None:
             raise self._refusal
-        done: list[dict[str, Any]] = []
-        dead: list[DeadRow] = []
-        for item in read_part(part, self._columns, self._llm.tokenizer.apply_chat_template):
-            result = item if isinstance(item, DeadRow) else self._row(item)
-            if isinstance(result, DeadRow):
-                dead.append(result)
-            else:
-                done.append(result)
+        items = list(read_part(part, self._columns, self._llm.tokenizer.apply_chat_template))
+        prompts = [item for item in items if not isinstance(item, DeadRow)]
+        answers = iter(self._decode(prompts))
+        results = [item if isinstance(item, DeadRow) else next(answers) for item in items]
+        dead = [result for result in results if isinstance(result, DeadRow)]
+        done = [result for result in results if not isinstance(result, DeadRow)]
         if len(done) + len(dead) != part.num_rows:
             raise InputError(f"input={part.url} changed while the job ran; start a new output")
         return self._commit(part, done, dead)
 
-    def _row(self, prompt: Prompt) -> dict[str, Any] | DeadRow:
-        seed = row_seed(self._params.seed, prompt.row)
-        params = dataclasses.replace(self._params, seed=seed)
-        try:
-            [completion] = self._llm.generate([prompt.text], params, self._stop)
-        except InputError as error:
-            return DeadRow(row=prompt.row, reason="refused", input=f"{error}: {prompt.text}"[:400])
-        num_tokens = len(completion.token_ids)
-        return {
-            "id": prompt.id,
-            "prompt": prompt.text,
-            "completion": completion.text,
-            "num_tokens": num_tokens,
-            "passes": completion.passes,
-            "tokens_per_forward": num_tokens / max(completion.passes, 1),
-            "finish_reason": completion.finish_reason,
-            "seed": seed,
-        }
+    def _decode(self, prompts: list[Prompt]) -> list[dict[str, Any] | DeadRow]:
+        """All prompts of a part together, in their own order."""
+        seeds = [row_seed(self._params.seed, prompt.row) for prompt in prompts]
+        params = [dataclasses.replace(self._params, seed=seed) for seed in seeds]
+        texts = [prompt.text for prompt in prompts]
+        rows: dict[int, dict[str, Any] | DeadRow] = {}
+        for answer in self._llm.answers(texts, params, self._stop):
+            prompt, result = prompts[answer.index], answer.result
+            if isinstance(result, InputError):
+                shown = f"{result}: {prompt.text}"[:400]
+                rows[answer.index] = DeadRow(row=prompt.row, reason="refused", input=shown)
+            else:
+                rows[answer.index] = completion_row(prompt, result, seeds[answer.index])
+        return [rows[index] for index in range(len(prompts))]
 
     def _commit(self, part: Part, done: list[dict[str, Any]], dead: list[DeadRow]) -> PartRecord:
         """Dead letters first: where the completions are committed, both are there."""

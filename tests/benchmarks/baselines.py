@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade_model.attention import dense, grouped_clean
+from cascade_model.attention import dense, grouped_clean, prefix_mask
+from cascade_model.kv_cache import KVCache
 
 
 @torch.inference_mode()
@@ -96,3 +97,58 @@ def block_causal_loop(
 
 def _all_logits(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     return head(hidden)
+
+
+@torch.inference_mode()
+def sdar_loop(
+    model: nn.Module,
+    prompt: list[int],
+    *,
+    steps: int,
+    gen_length: int,
+    block_length: int,
+    mask_id: int,
+    prefills_every_block: bool = False,
+) -> tuple[list[int], int]:
+    """SDAR's `generate.py` with the static rule: cached blocks, a commit pass each, full logits.
+
+    With `prefills_every_block` nothing is cached across blocks, as in dllm's block sampler. Gives
+    the canvas and the number of forward passes.
+    """
+    num_blocks = -(-(len(prompt) + gen_length) // block_length)
+    canvas = torch.full((num_blocks * block_length,), mask_id)
+    canvas[: len(prompt)] = torch.tensor(prompt)
+    config = model.config
+    cache = KVCache(config, len(canvas), model.embed.weight.dtype, torch.device("cpu"))
+    first, passes = len(prompt) // block_length, 0
+
+    def feed(start: int, end: int) -> Tensor:
+        """Rows start..end-1 against everything before them, block-causally; all logits."""
+        nonlocal passes
+        passes += 1
+        place = torch.arange(start, end)
+        limits = (place // block_length + 1) * block_length
+        mask = prefix_mask(limits.clamp(max=end), end)
+        slot = cache.slot(start, end - start, end)
+        return model(canvas[None, start:end], place[None], dense(mask), _all_logits, slot)[0]
+
+    if first:
+        feed(0, first * block_length)
+    for block in range(first, num_blocks):
+        start, end = block * block_length, (block + 1) * block_length
+        if prefills_every_block and start:
+            feed(0, start)
+        for step in range(steps):
+            is_masked = canvas[start:end] == mask_id
+            if not bool(is_masked.any()):
+                break
+            logits = feed(start, end)
+            predicted = logits.argmax(dim=-1)
+            confidence = F.softmax(logits.float(), dim=-1).gather(-1, predicted[:, None])[:, 0]
+            confidence = torch.where(is_masked, confidence, float("-inf"))
+            quota = block_length // steps + (step < block_length % steps)
+            taken = confidence.topk(min(quota, int(is_masked.sum()))).indices
+            canvas[start + taken] = predicted[taken]
+        if not prefills_every_block:
+            feed(start, end)
+    return canvas.tolist(), passes

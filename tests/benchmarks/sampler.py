@@ -19,6 +19,7 @@ from cascade_model.contexts import BlockCausal
 from cascade_model.model import Transformer, never_emitted
 from cascade_model.passes import Pass, Runner
 from cascade_model.sampler import denoise, plan_completion
+from tests.benchmarks import engine
 from tests.benchmarks.baselines import block_causal_loop, llada_loop
 from tests.benchmarks.report import Row, publish
 
@@ -208,6 +209,7 @@ def main() -> int:
     ]
     if not options.quick:
         rows += growth(max(1, rounds - 2))
+        rows += engine.rows(rounds)
     return publish("sampler", rows, threads=torch.get_num_threads(), dtype="float32", seed=0)
 
 

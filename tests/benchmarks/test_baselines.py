@@ -8,7 +8,7 @@ import torch
 
 from cascade_model.families import read_checkpoint
 from cascade_model.networks import build_network, fill
-from tests.benchmarks.baselines import block_causal_loop, llada_loop
+from tests.benchmarks.baselines import block_causal_loop, llada_loop, sdar_loop
 
 DATA = Path(__file__).parents[1] / "data" / "conformance"
 
@@ -72,3 +72,29 @@ def test_the_block_causal_loop_is_the_published_one(case, feeds_canvas):
             ends = [i for i, token in enumerate(new) if token == settings.get("eos_id")]
             found = new[: ends[0] + 1] if ends else new
         assert found == expected
+
+
+@pytest.mark.parametrize("case", cases("sdar"), ids=lambda case: case["name"])
+@pytest.mark.parametrize("prefills_every_block", [True, False])
+def test_the_sdar_loop_is_the_published_one(case, prefills_every_block):
+    settings = case["settings"]
+    is_plain = settings["temperature"] == 1.0 and not settings["top_k"] and settings["top_p"] == 1.0
+    if settings["remasking_strategy"] != "low_confidence_static" or not is_plain:
+        pytest.skip("the baseline has the static rule without filters")
+    model = network("sdar", case)
+    [row], [expected] = case["input_ids"], case["expected"]["output_ids"]
+    found, _ = sdar_loop(
+        model,
+        row,
+        steps=settings["denoising_steps"],
+        gen_length=settings["gen_length"],
+        block_length=settings["block_length"],
+        mask_id=settings["mask_id"],
+        prefills_every_block=prefills_every_block,
+    )
+    stops = settings["stopping_criteria_idx"] or []
+    whole = -(-(len(row) + 1) // settings["block_length"])
+    for end in range(whole * settings["block_length"], len(found), settings["block_length"]):
+        if any(token in stops for token in found[len(row) : end]):
+            found[end:] = [settings["mask_id"]] * (len(found) - end)
+    assert found == expected

@@ -1,6 +1,8 @@
-"""The engine: text that is never taken back, exact stops, and a model behind a lock."""
+"""The engine: text that is never taken back, exact stops, many askers and one thread."""
 
+import asyncio
 import threading
+import time
 
 import pytest
 import torch
@@ -8,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade_model.config import ModelConfig, SamplingParams
-from cascade_model.engine import LLM, TextStream
+from cascade_model.engine import LLM
 from cascade_model.errors import InputError
 from cascade_model.model import Transformer
 from cascade_model.requests import check_prompt
+from cascade_model.text_stream import TextStream
 from cascade_model.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -42,10 +45,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    torch.manual_seed(0)
+    return LLM(tiny_model(), TOKENIZER)
+
+
+def tiny_model() -> Transformer:
     model = Transformer(CONFIG)
     model.init_weights(0)
-    return LLM(model.eval(), TOKENIZER)
+    return model.eval()
 
 
 def pieces(data: bytes, size: int, stop: tuple[str, ...] = ()) -> tuple[list[str], int, str]:
@@ -175,3 +181,80 @@ def test_a_prompt_that_cannot_be_decoded_is_refused_in_one_sentence(prompt, max_
 
 def test_the_longest_prompt_that_fits_is_taken():
     check_prompt(CONFIG, [1] * 100, 28)
+
+
+def test_blocks_for_an_event_loop_are_the_same(llm):
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=2, stop_at_eos=False)
+    tokens = TOKENIZER.encode("Hello")
+
+    async def gather() -> list[list[int]]:
+        async def one() -> list[int]:
+            return [t async for block in llm.stream_blocks(tokens, params) for t in block.tokens]
+
+        return await asyncio.gather(*(one() for _ in range(4)))
+
+    alone = [token for block in llm.blocks(tokens, params) for token in block.tokens]
+    assert asyncio.run(gather()) == [alone] * 4
+
+
+def test_leaving_early_frees_the_pages(llm):
+    params = SamplingParams(max_tokens=60, stop_at_eos=False)
+    stream = llm.stream("Hello", params)
+    next(stream)
+    stream.close()
+
+    async def leave() -> None:
+        blocks = llm.stream_blocks(TOKENIZER.encode("Hello"), params)
+        await anext(blocks)
+        await blocks.aclose()
+
+    asyncio.run(leave())
+    llm.generate(["x"], SamplingParams(max_tokens=1))  # a round behind the two cancellations
+    scheduler = llm.engine.scheduler
+    until(lambda: not scheduler.running and not scheduler.waiting)
+    assert scheduler.arena.free_pages + scheduler.prefixes.pages == scheduler.arena.num_pages
+
+
+def test_a_refused_prompt_leaves_the_others_alone(llm):
+    params = SamplingParams(max_tokens=6, stop_at_eos=False)
+    answers = {a.index: a.result for a in llm.answers(["a", [], "b", [1] * 500], params)}
+    assert isinstance(answers[1], InputError)
+    assert isinstance(answers[3], InputError)
+    assert [answers[0], answers[2]] == llm.generate(["a", "b"], params)
+    with pytest.raises(InputError, match="prompt is empty"):
+        llm.generate(["a", []], params)
+
+
+def test_a_round_that_fails_ends_its_requests_and_the_engine_lives_on(llm, monkeypatch):
+    params = SamplingParams(max_tokens=6, stop_at_eos=False)
+    expected = llm.generate(["a"], params)
+    scheduler = llm.engine.scheduler
+    step = scheduler.step
+
+    def fail() -> bool:
+        if scheduler.waiting or scheduler.running:
+            raise MemoryError("no room")
+        return step()
+
+    monkeypatch.setattr(scheduler, "step", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        llm.generate(["a"], params)
+    monkeypatch.undo()
+    assert llm.generate(["a"], params) == expected
+
+
+def test_a_closed_engine_tells_those_who_wait():
+    own = LLM(tiny_model(), TOKENIZER)
+    params = SamplingParams(max_tokens=100, stop_at_eos=False)
+    blocks = own.blocks(TOKENIZER.encode("Hello"), params)
+    next(blocks)
+    own.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(blocks)
+
+
+def until(is_so, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,135 @@
+"""From blocks of token ids to text: detokenisation and stop strings, without weights or torch.
+
+A server can hold this half of decoding on another machine than the model. Whatever may still change
+is held back: an unfinished character, a possible beginning of a stop.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """What one block added to a completion."""
+
+    text: str
+    """Text that is now certain; an unfinished character or a possible stop stays back."""
+    token_ids: tuple[int, ...]
+    """The block's tokens, up to and including the one that ends a stop string."""
+    passes: int
+    """Forward passes that this block took, the pass before it that wrote the cache included."""
+    steps: int
+    """K_b: its denoising steps."""
+    finish_reason: FinishReason | None
+    """Set on the last chunk only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """A finished answer to one prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    passes: int
+    """Forward passes of the whole answer."""
+    steps_per_block: tuple[int, ...]
+    """K_b, the denoising steps of each block."""
+
+
+class TextStream:
+    """Turns tokens into text that is never taken back, and cuts it at the first stop string.
+
+    The text depends on the tokens alone, not on how they were cut into blocks. The stop that is
+    completed first wins; of two that end together, the longer one. Stop text is not returned.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
+        self._decode = decode
+        self._stop = [text for text in stop if text]
+        self._context: list[int] = []  # the last whole characters: some decoders look behind
+        self._pending: list[int] = []  # tokens since then
+        self._taken = ""  # text of `_pending` that `_held` already got
+        self._held = ""  # decoded, but perhaps the beginning of a stop
+
+    def push(
+        self, tokens: Sequence[int], *, passes: int, steps: int, finish_reason: FinishReason | None
+    ) -> Chunk:
+        """Add one block; the chunk's `finish_reason` is "stop" once a stop string is complete."""
+        text, taken = "", tuple(tokens)
+        for count, token in enumerate(tokens, start=1):
+            self._held += self._decode_next(token)
+            before = self._cut_at_stop()
+            if before is not None:
+                text, taken, finish_reason = text + before, taken[:count], "stop"
+                break
+            text += self._release()
+        else:
+            text += self._rest() if finish_reason is not None else ""
+        return Chunk(
+            text=text, token_ids=taken, passes=passes, steps=steps, finish_reason=finish_reason
+        )
+
+    def _decode_next(self, token: int) -> str:
+        """Certain new text after one more token: all but a last character that may be cut."""
+        self._pending.append(token)
+        whole = self._decode_pending()
+        certain = whole.removesuffix(UNFINISHED_CHARACTER)
+        new = certain[len(self._taken) :]
+        if certain == whole:
+            if whole:  # a special token has no text to look behind at
+                self._context = self._pending
+            self._pending, self._taken = [], ""
+        else:
+            self._taken = certain
+        return new
+
+    def _decode_pending(self) -> str:
+        before = self._decode(self._context) if self._context else ""
+        return self._decode(self._context + self._pending)[len(before) :]
+
+    def _cut_at_stop(self) -> str | None:
+        """The held text before the first completed stop, or None."""
+        hits = [
+            (start + len(stop), start)
+            for stop in self._stop
+            if (start := self._held.find(stop)) >= 0
+        ]
+        return self._held[: min(hits)[1]] if hits else None
+
+    def _release(self) -> str:
+        """Take out the held text, less the longest ending that begins a stop."""
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+    def _rest(self) -> str:
+        """At the end nothing can change any more: give out all that was held back."""
+        text = self._held + (self._decode_pending()[len(self._taken) :] if self._pending else "")
+        self._held, self._pending, self._taken = "", [], ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest ending of `text` that is a beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def complete(chunks: Iterator[Chunk]) -> Completion:
+    """Join a stream that ran to its end."""
+    parts = list(chunks)
+    if not parts or parts[-1].finish_reason is None:
+        raise RuntimeError("the decoding stream ended without a finish reason")
+    return Completion(
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        finish_reason=parts[-1].finish_reason,
+        passes=sum(part.passes for part in parts),
+        steps_per_block=tuple(part.steps for part in parts),
+    )

@@ -1,0 +1,57 @@
+"""The arena: runs never overlap, and what was given back can be taken again."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cascade_model.pages import PageArena
+from tests.tiny_models import tiny_config
+
+
+def arena(pages: int = 20) -> PageArena:
+    return PageArena(
+        tiny_config(), num_pages=pages, page_tokens=4, dtype=torch.float32, device="cpu"
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=40))
+def test_runs_never_overlap_and_all_pages_come_back(moves):
+    pages, held = arena(), []
+    for is_taking, number in moves:
+        if is_taking:
+            run = pages.take(number)
+            if run is not None:
+                held.append(run)
+        elif held:
+            pages.give_back(held.pop(number % len(held)))
+        taken = [page for run in held for page in range(run.first, run.first + run.count)]
+        assert len(taken) == len(set(taken))
+        assert pages.free_pages == 20 - len(taken)
+    for run in held:
+        pages.give_back(run)
+    assert pages.take(20) is not None
+
+
+def test_a_run_cannot_be_given_back_twice():
+    pages = arena()
+    run, _ = pages.take(3), pages.take(2)
+    first, count = run.first, run.count
+    pages.give_back(run)
+    run.first, run.count = first, count
+    with pytest.raises(RuntimeError, match="page 0 was given back twice"):
+        pages.give_back(run)
+
+
+def test_copies_keep_keys_and_values():
+    pages = arena()
+    a, b = pages.take(2), pages.take(3)
+    keys, values = pages.view(a, 1, 8)
+    keys.fill_(1.5)
+    values.fill_(2.5)
+    pages.copy(a, b, 6)
+    keys, values = pages.view(b, 1, 8)
+    assert keys[..., :6, :].eq(1.5).all()
+    assert values[..., :6, :].eq(2.5).all()
+    assert keys[..., 6:, :].eq(0).all()
