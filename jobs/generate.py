@@ -9,7 +9,7 @@ from cascade_model.config import SamplingParams, check, to_dict
 from cascade_model.errors import InputError, Unfinished
 from jobs.cli import command
 from jobs.launch import absolute
-from pipelines.cluster import cores, start_ray
+from pipelines.cluster import cores, require_resources, start_ray
 
 if TYPE_CHECKING:
     from cascade_model.commit import Folder
@@ -110,7 +110,10 @@ def answer_all(config: GenerateConfig, folder: "Folder", parts: "list[Part]") ->
     if not missing:
         return records
     threads = config.threads_per_worker or max(1, cores() // config.num_workers)
-    start_ray(num_cpus=threads * config.num_workers)
+    wanted = threads * min(config.num_workers, len(missing))
+    start_ray(num_cpus=wanted)
+    setting = f"num_workers={config.num_workers} with {threads} threads each"
+    require_resources(wanted, 0, setting, "use fewer workers or threads_per_worker")
     settings = worker_settings(config, threads)
     for record in generation.run_on_ray(missing, settings, config.num_workers):
         records.append(record)

@@ -181,6 +181,16 @@ def test_a_job_without_one_answer_leaves_nothing(tmp_path, model, ray_local, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.ray
+def test_workers_that_no_machine_can_hold_are_refused_and_leave_nothing(
+    tmp_path, model, prompts, ray_local, capsys
+):
+    more = ["--threads-per-worker", "9"]
+    assert generate.main([*arguments(model, prompts, tmp_path / "out"), *more]) == 2
+    assert "num_workers=2 with 9 threads each needs 18 CPUs and this Ray has 4" in said(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_how_the_work_is_shared_out_is_no_part_of_the_jobs_identity():
     settings = {"model": "m", "input": "i", "output": "o"}
     one = GenerateConfig(**settings)
