@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+DoubledAttention = Callable[[Tensor, int, str], Attend]
+"""segments int32 [n, L], block size and clean half -> attention of the doubled input."""
 
 
 def clean_mask(segments: Tensor, block_size: int, clean_half: str) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade_model.attention import Attend, Keep
+from cascade_model.attention import Attend, DoubledAttention, Keep, grouped_training
 from cascade_model.config import ModelConfig, check
 from cascade_model.kv_cache import CacheSlot
 from cascade_model.model import Rotation, rotary, rotate
@@ -89,6 +89,9 @@ class Layer(nn.Module):
 
 class DiT(nn.Module):
     """Token ids, and a noise level where one is given, to what `read` makes of the last rows."""
+
+    training_attention: DoubledAttention = staticmethod(grouped_training)
+    """Who sees whom in the doubled input; `flex.flex_training` is the other way."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cascade_model.attention import Attend, Keep, dense, grouped_clean, grouped_training
+from cascade_model.attention import (
+    Attend,
+    DoubledAttention,
+    Keep,
+    dense,
+    grouped_clean,
+)
 from cascade_model.batch import TrainBatch
 from cascade_model.config import ModelConfig, Normaliser, Outcomes, Weight
 from cascade_model.errors import InputError
@@ -80,7 +86,8 @@ def read_places(
     """
     config = config or model.config
     rows = source_rows(config, batch)[sequences, places]
-    tokens, positions, attend, keep = _training_input(config, batch)
+    doubled = model.training_attention
+    tokens, positions, attend, keep = _training_input(config, batch, doubled)
     return model(
         tokens,
         positions,
@@ -91,7 +98,7 @@ def read_places(
 
 
 def _training_input(
-    config: ModelConfig, batch: TrainBatch
+    config: ModelConfig, batch: TrainBatch, doubled: DoubledAttention
 ) -> tuple[Tensor, Tensor, Attend, Keep | None]:
     """Tokens, positions, who sees whom, and the only rows that can be read if not all."""
     clean, positions, segments = batch.clean_tokens, batch.positions, batch.segments
@@ -101,7 +108,7 @@ def _training_input(
     if config.attention == "bidirectional":
         return noisy, positions, whole_documents(segments), None
     _require_block_size(config, batch)
-    attend = grouped_training(segments, config.block_size, config.clean_half)
+    attend = doubled(segments, config.block_size, config.clean_half)
     # With aligned logits, or first places from the noisy half, no clean row is read.
     is_clean_read = config.logits == "shifted" and config.first_place == "clean"
     keep = None if is_clean_read else Keep(slice(clean.shape[1]), attend)

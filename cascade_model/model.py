@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade_model.attention import Attend, Keep
+from cascade_model.attention import Attend, DoubledAttention, Keep, grouped_training
 from cascade_model.config import ModelConfig
 from cascade_model.feed_forward import FeedForward, MixtureOfExperts
 from cascade_model.kv_cache import CacheSlot
@@ -95,6 +95,9 @@ class Layer(nn.Module):
 
 class Transformer(nn.Module):
     """Token ids to whatever `read` makes of the last hidden states."""
+
+    training_attention: DoubledAttention = staticmethod(grouped_training)
+    """Who sees whom in the doubled input; `flex.flex_training` is the other way."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

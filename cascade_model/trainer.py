@@ -24,6 +24,7 @@ from cascade_model.commit import replace_file
 from cascade_model.config import ModelConfig, NoiseConfig, OptimizerConfig, TrainerConfig, to_dict
 from cascade_model.corpus import Corpus
 from cascade_model.errors import InputError
+from cascade_model.flex import flex_training
 from cascade_model.loss import LossParts
 from cascade_model.metrics import MetricsLog, Window, progress_line, speed
 from cascade_model.networks import Network, build_network
@@ -109,6 +110,8 @@ class Trainer:
 
     def _shard(self) -> None:
         self.model.to(self.device)
+        if self.trainer.attention == "flex":
+            self.model.training_attention = flex_training
         parallel.shard(self.model, self.model.layers, self.device)
         self.model.train()
 

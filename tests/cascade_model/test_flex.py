@@ -5,6 +5,8 @@ import torch
 
 from cascade_model.attention import dense, training_mask
 from cascade_model.flex import flex_training
+from cascade_model.loss import diffusion_loss
+from tests.tiny_models import batch_of, lively_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 SEGMENTS = torch.tensor([[0] * 16, [0] * 4 + [1] * 8 + [2] * 4], dtype=torch.int32)
@@ -41,3 +43,12 @@ def test_the_compiled_kernel_equals_the_oracle_forward_and_backward(clean_half):
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for ours, oracle in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, oracle, rtol=2e-2, atol=2e-2)
+
+
+def test_the_loss_with_flex_is_the_loss_with_groups():
+    model = lively_model()
+    clean = torch.randint(0, 12, (2, 16), generator=torch.Generator().manual_seed(1))
+    batch = batch_of(clean, block_size=4, segments=SEGMENTS)
+    grouped = diffusion_loss(model, batch).sum
+    model.training_attention = flex_training
+    torch.testing.assert_close(diffusion_loss(model, batch).sum, grouped, rtol=1e-9, atol=0)
