@@ -326,7 +326,7 @@ class TrainerConfig:
     sequences_per_forward: int = 16
     """Sequences of one rank in one forward pass."""
     attention: Literal["grouped", "flex"] = "grouped"
-    """Kernel of the doubled input's attention: grouped runs anywhere, flex is compiled, for GPUs."""
+    """Kernel of the doubled input: grouped runs anywhere, flex is compiled, for GPUs."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products; weights and optimiser state stay float32."""
     checkpoint_every: int = 100
