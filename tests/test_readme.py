@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = {
     "prepare": "PrepareConfig", "pretrain": "PretrainConfig", "convert": "ConvertConfig",
     "distil": "DistilConfig", "evaluate": "EvaluateConfig", "generate": "GenerateConfig",
-    "serve": "ServeConfig", "demo": "DemoConfig",
+    "serve": "ServeConfig", "demo": "DemoConfig", "export": "ExportConfig",
 }  # fmt: skip
 
 
