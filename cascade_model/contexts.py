@@ -26,6 +26,15 @@ class Context(Protocol):
         """Forward passes so far."""
         ...
 
+    def predict(self, canvas: Tensor, window: Window, places: Tensor) -> Predicting:
+        """Logits of the masked `places` int64 [m] (rising) of the window, or of the first of
+        them only, where the others are better predicted with that one known."""
+        ...
+
+
+class ServableContext(Context, Protocol):
+    """What a scheduler asks besides: which entries are final, and how to write lost ones again."""
+
     @property
     def committed(self) -> int:
         """Leading tokens of the canvas whose keys and values in stream 0 are final."""
@@ -38,11 +47,6 @@ class Context(Protocol):
 
     def rewrite(self, canvas: Tensor, stream: int, end: int) -> Pass:
         """The pass that writes entries 0..end-1 of a stream once more."""
-        ...
-
-    def predict(self, canvas: Tensor, window: Window, places: Tensor) -> Predicting:
-        """Logits of the masked `places` int64 [m] (rising) of the window, or of the first of
-        them only, where the others are better predicted with that one known."""
         ...
 
 
@@ -224,27 +228,35 @@ class Guided:
         """Forward passes of both."""
         return self.seeing.passes + self.blind.passes
 
-    @property
-    def committed(self) -> int:
-        """See `Context`."""
-        return self.seeing.committed
-
-    @property
-    def can_rewrite(self) -> bool:
-        """See `Context`."""
-        return self.seeing.can_rewrite and self.blind.can_rewrite
-
-    def rewrite(self, canvas: Tensor, stream: int, end: int) -> Pass:
-        """See `Context`."""
-        if stream == 0:
-            return self.seeing.rewrite(canvas, stream, end)
-        return self.blind.rewrite(self._hidden(canvas), stream, end)
-
-    def _hidden(self, canvas: Tensor) -> Tensor:
+    def hidden(self, canvas: Tensor) -> Tensor:
+        """What the blind one sees."""
         return torch.where(self.is_given, self.mask_id, canvas)
 
     def predict(self, canvas: Tensor, window: Window, places: Tensor) -> Predicting:
         """See `Context`."""
         c = yield from self.seeing.predict(canvas, window, places)
-        u = yield from self.blind.predict(self._hidden(canvas), window, places)
+        u = yield from self.blind.predict(self.hidden(canvas), window, places)
         return Prediction(c.places, u.logits + (self.scale + 1) * (c.logits - u.logits))
+
+
+class ServableGuided(Guided):
+    """Guidance over two contexts that can be served, streams 0 and 1."""
+
+    seeing: ServableContext
+    blind: ServableContext
+
+    @property
+    def committed(self) -> int:
+        """See `ServableContext`."""
+        return self.seeing.committed
+
+    @property
+    def can_rewrite(self) -> bool:
+        """See `ServableContext`."""
+        return self.seeing.can_rewrite and self.blind.can_rewrite
+
+    def rewrite(self, canvas: Tensor, stream: int, end: int) -> Pass:
+        """See `ServableContext`."""
+        if stream == 0:
+            return self.seeing.rewrite(canvas, stream, end)
+        return self.blind.rewrite(self.hidden(canvas), stream, end)

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from cascade_model.canvas import Change, Window
 from cascade_model.config import ModelConfig, SamplingParams
-from cascade_model.contexts import Bidirectional, BlockCausal, Context, Guided
+from cascade_model.contexts import (
+    Bidirectional,
+    BlockCausal,
+    Context,
+    ServableContext,
+    ServableGuided,
+)
 from cascade_model.networks import Network
 from cascade_model.passes import Pass, Prediction, Runner
 from cascade_model.requests import check_infilling, check_request
@@ -93,7 +99,7 @@ class Plan:
     known: int
     """Tokens of the prompt."""
     windows: list[Window]
-    context: Context
+    context: ServableContext
     strategy: General
     params: SamplingParams
     counted: int = 0
@@ -102,7 +108,7 @@ class Plan:
     @property
     def num_streams(self) -> int:
         """Caches that the request needs: two with guidance."""
-        return 2 if isinstance(self.context, Guided) else 1
+        return 2 if isinstance(self.context, ServableGuided) else 1
 
     def loop(self) -> Generator[Pass | Window, Tensor, None]:
         """The denoising loop of this request."""
@@ -226,15 +232,15 @@ def plan_infilling(
     )
 
 
-def _context(config: ModelConfig, params: SamplingParams, is_given: Tensor) -> Context:
-    def plain(stream: int) -> Context:
+def _context(config: ModelConfig, params: SamplingParams, is_given: Tensor) -> ServableContext:
+    def plain(stream: int) -> ServableContext:
         if config.attention == "block_causal":
             return BlockCausal(config, stream=stream)
         return Bidirectional(config, cache=params.cache, stream=stream)
 
     if params.guidance_scale == 0:
         return plain(0)
-    return Guided(
+    return ServableGuided(
         plain(0),
         plain(1),
         scale=params.guidance_scale,

@@ -91,6 +91,7 @@ class Scheduler:
 
     def __init__(self, model: Network, config: SchedulerConfig | None = None) -> None:
         self.model, self.config = model, config or SchedulerConfig()
+        self.block_size = model.config.block_size
         self.counters = Counters()
         self.arena = arena_of(model, self.config)
         known_pages = int(self.arena.num_pages * self.config.prefix_share)
@@ -177,8 +178,8 @@ class Scheduler:
         if written < wanted.start:
             plan = sequence.plan
             lost = plan.context.rewrite(plan.canvas, wanted.stream, wanted.start)
-            return chunk(behind(lost, written), budget)
-        return chunk(wanted, budget)
+            return chunk(behind(lost, written), budget, self.block_size)
+        return chunk(wanted, budget, self.block_size)
 
     def _answer(self, sequence: Running, done: Pass, logits: Tensor) -> None:
         """Note what was written; when the wanted pass is complete, let the sequence go on."""
@@ -215,7 +216,7 @@ class Scheduler:
         wanted = sequence.wanted
         if wanted is None or wanted.stream or wanted.start or sequence.plan.num_streams > 1:
             return
-        ends = cuts(wanted)
+        ends = cuts(wanted, self.block_size)
         found = self.prefixes.find(wanted.tokens[: int(ends[-1]) if len(ends) else 0].tolist())
         run = None if found is None else self.arena.take(self._pages_of(sequence))
         if found is None or run is None:
@@ -306,21 +307,22 @@ def arena_of(model: Network, config: SchedulerConfig) -> PageArena:
     )
 
 
-def cuts(wanted: Pass) -> Tensor:
-    """Where a pass can be cut in two: int64, rising counts of rows that see nothing behind
-    themselves and are not read."""
+def cuts(wanted: Pass, size: int) -> Tensor:
+    """Where a pass can be cut in two: int64, rising counts of rows, whole blocks of `size`, that
+    see nothing behind themselves and are not read."""
     rows = len(wanted.tokens)
     ends = wanted.start + torch.arange(1, rows + 1, device=wanted.limits.device)
-    found = (wanted.limits.cummax(dim=0).values <= ends).nonzero()[:, 0] + 1
+    is_closed = wanted.limits.cummax(dim=0).values <= ends
+    found = (is_closed & (ends % size == 0)).nonzero()[:, 0] + 1
     first_read = int(wanted.reads.min()) if len(wanted.reads) else rows
     return found[found <= min(first_read, rows - 1)]
 
 
-def chunk(wanted: Pass, budget: int) -> Pass:
+def chunk(wanted: Pass, budget: int, size: int) -> Pass:
     """The first rows of a pass within the budget; at least up to its first cut, all without one."""
     if len(wanted.tokens) <= budget:
         return wanted
-    ends = cuts(wanted)
+    ends = cuts(wanted, size)
     if len(ends) == 0:
         return wanted
     within = ends[ends <= budget]

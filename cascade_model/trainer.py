@@ -21,7 +21,14 @@ from cascade_model import checkpoint, lease, parallel
 from cascade_model.batch import TrainBatch
 from cascade_model.checkpoint import Checkpoint
 from cascade_model.commit import replace_file
-from cascade_model.config import ModelConfig, NoiseConfig, OptimizerConfig, TrainerConfig, to_dict
+from cascade_model.config import (
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    check,
+    to_dict,
+)
 from cascade_model.corpus import Corpus
 from cascade_model.errors import InputError
 from cascade_model.flex import flex_training
@@ -111,6 +118,10 @@ class Trainer:
     def _shard(self) -> None:
         self.model.to(self.device)
         if self.trainer.attention == "flex":
+            check(
+                self.device.type == "cuda",
+                "trainer.attention=flex needs a GPU; use trainer.attention=grouped",
+            )
             self.model.training_attention = flex_training
         parallel.shard(self.model, self.model.layers, self.device)
         self.model.train()

@@ -45,6 +45,7 @@ def test_the_compiled_kernel_equals_the_oracle_forward_and_backward(clean_half):
         torch.testing.assert_close(ours, oracle, rtol=2e-2, atol=2e-2)
 
 
+@torch.no_grad()
 def test_the_loss_with_flex_is_the_loss_with_groups():
     model = lively_model()
     clean = torch.randint(0, 12, (2, 16), generator=torch.Generator().manual_seed(1))

@@ -204,12 +204,12 @@ def a_pass(limits: list[int], reads: list[int], start: int = 0) -> Pass:
 
 def test_a_pass_is_cut_where_no_row_sees_behind_the_cut():
     blocks = a_pass([4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12], [9, 11])
-    assert cuts(blocks).tolist() == [4, 8]
-    first = chunk(blocks, 10)
+    assert cuts(blocks, 4).tolist() == [4, 8]
+    first = chunk(blocks, 10, 4)
     assert (len(first.tokens), first.visible, first.reads.tolist()) == (8, 8, [])
     rest = behind(blocks, 8)
     assert (rest.start, rest.tokens.tolist(), rest.reads.tolist()) == (8, [8, 9, 10, 11], [1, 3])
-    assert chunk(blocks, 1).tokens.tolist() == [0, 1, 2, 3]
+    assert chunk(blocks, 1, 4).tokens.tolist() == [0, 1, 2, 3]
     everything = a_pass([6] * 6, [2])
-    assert chunk(everything, 2) is everything
-    assert cuts(a_pass([5, 6, 7], [2], start=4)).tolist() == [1, 2]
+    assert chunk(everything, 2, 4) is everything
+    assert cuts(a_pass([5, 6, 7], [2], start=4), 1).tolist() == [1, 2]

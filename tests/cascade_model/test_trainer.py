@@ -232,3 +232,9 @@ def test_two_ranks_take_the_same_steps_as_one(corpus, tiny_corpus, tmp_path):
         assert one == pytest.approx(two, rel=1e-5)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
+def test_flex_attention_without_a_gpu_is_refused(corpus, tmp_path):
+    trainer = make(corpus, tmp_path, trainer=dataclasses.replace(STEPS, attention="flex"))
+    with pytest.raises(InputError, match=r"trainer\.attention=flex needs a GPU"):
+        trainer.fit()
