@@ -5,12 +5,16 @@ blocks. The same request gives the same tokens, whatever else is running.
 """
 
 import asyncio
+import contextlib
 import queue
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
+
+import torch
 
 from cascade_model.config import ModelConfig, SamplingParams
 from cascade_model.errors import InputError
@@ -35,7 +39,8 @@ class Ticket:
 
     def cancel(self) -> None:
         """From any thread, any number of times; nothing more is delivered soon after."""
-        self._engine.order(lambda: self._engine.forget(self))
+        with contextlib.suppress(RuntimeError):  # a closed engine has forgotten it
+            self._engine.order(lambda: self._engine.forget(self))
 
 
 class Engine:
@@ -47,6 +52,7 @@ class Engine:
         self._tickets: dict[int, Ticket] = {}
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
         self._start = threading.Lock()
+        self._is_closed = False
 
     def submit(
         self,
@@ -64,8 +70,12 @@ class Engine:
         ticket = Ticket(self, deliver)
 
         def begin() -> None:
-            ticket.sequence = self.scheduler.submit(plan, lambda block: self._hand(ticket, block))
             self._tickets[id(ticket)] = ticket
+            ticket.sequence = self.scheduler.submit(
+                plan,
+                lambda block: self._hand(ticket, block),
+                lambda error: self._end(ticket, error),
+            )
 
         self.order(begin)
         return ticket
@@ -73,9 +83,11 @@ class Engine:
     def order(self, action: Callable[[], None]) -> None:
         """Have the engine's thread do something between two rounds."""
         with self._start:
+            if self._is_closed:
+                raise RuntimeError("the engine is closed")
             if self._thread.ident is None:
                 self._thread.start()
-        self._orders.put(action)
+            self._orders.put(action)
 
     def forget(self, ticket: Ticket) -> None:
         """In the engine's thread: end a request."""
@@ -85,8 +97,10 @@ class Engine:
         ticket.is_over = True
 
     def close(self) -> None:
-        """End the thread; requests that still run get an error."""
-        self._orders.put(None)
+        """End the thread; requests that still run get an error, and none is taken any more."""
+        with self._start:
+            self._is_closed = True
+            self._orders.put(None)
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -118,10 +132,17 @@ class Engine:
         except queue.Empty:
             return True
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: Exception) -> None:
         """A round that failed ends every request with its error; the engine lives on."""
         for ticket in list(self._tickets.values()):
             self.forget(ticket)
+            self._end(ticket, error)
+
+    def _end(self, ticket: Ticket, error: Exception) -> None:
+        """Tell a request of its error, if anybody still listens."""
+        ticket.is_over = True
+        self._tickets.pop(id(ticket), None)
+        with contextlib.suppress(Exception):
             ticket.deliver(error)
 
 
@@ -146,9 +167,16 @@ class LLM:
         self.engine = Engine(model, config)
 
     @classmethod
-    def load(cls, folder: str | Path, config: SchedulerConfig | None = None) -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        config: SchedulerConfig | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> Self:
         """Load a model folder, of ours or published; `CheckpointMismatch` if it is damaged."""
-        model, tokenizer = load_model(folder)
+        model, tokenizer = load_model(folder, dtype, device)
         return cls(model.eval(), require_text(tokenizer, folder), config)
 
     @property
@@ -159,10 +187,12 @@ class LLM:
     def blocks(
         self, prompt_tokens: Sequence[int], params: SamplingParams, choice: int = 0
     ) -> Iterator[DecodedBlock]:
-        """Decode block by block; leaving early ends the decoding."""
+        """Decode block by block; leaving early, or dropping the iterator, ends the decoding."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         ticket = self.engine.submit(prompt_tokens, params, choice, events.put)
-        return _until_finished(ticket, events)
+        blocks = _until_finished(ticket, events)
+        weakref.finalize(blocks, ticket.cancel)
+        return blocks
 
     async def stream_blocks(
         self, prompt_tokens: Sequence[int], params: SamplingParams, choice: int = 0

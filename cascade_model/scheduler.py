@@ -68,6 +68,8 @@ class Running:
     loop: Generator[Pass | Window, Tensor, None]
     deliver: Callable[[DecodedBlock], None]
     """Called with each block as soon as it is done."""
+    fail: Callable[[Exception], None]
+    """Called with the error that ended this sequence alone."""
     wanted: Pass | None = None
     """The pass that the sequence waits for; none before its first."""
     runs: dict[int, Run] = field(default_factory=dict)
@@ -84,6 +86,10 @@ class Running:
     def rows(self) -> int:
         """Rows of the pass it waits for."""
         return 0 if self.wanted is None else len(self.wanted.tokens)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 class Scheduler:
@@ -110,9 +116,14 @@ class Scheduler:
             "or raise cache_bytes",
         )
 
-    def submit(self, plan: Plan, deliver: Callable[[DecodedBlock], None]) -> Running:
+    def submit(
+        self,
+        plan: Plan,
+        deliver: Callable[[DecodedBlock], None],
+        fail: Callable[[Exception], None] = _raise,
+    ) -> Running:
         """Queue a request that `check` let pass."""
-        sequence = Running(plan=plan, loop=plan.loop(), deliver=deliver)
+        sequence = Running(plan=plan, loop=plan.loop(), deliver=deliver, fail=fail)
         self.waiting.append(sequence)
         return sequence
 
@@ -131,6 +142,8 @@ class Scheduler:
         self._admit()
         chosen = self._choose()
         if not chosen:
+            if self.running:
+                raise RuntimeError("no running sequence has room for its next pass")
             return False
         jobs = [Job(piece, sequence.runs[piece.stream]) for sequence, piece in chosen]
         self.counters.rounds += 1
@@ -191,13 +204,14 @@ class Scheduler:
         if end < wanted.start + len(wanted.tokens):
             sequence.wanted = behind(wanted, end)
             return
+        settled = sequence.plan.context.committed  # before the next pass is planned
         self._advance(sequence, logits)
-        self._publish(sequence)
+        self._publish(sequence, settled)
         if sequence.is_done:
             self.cancel(sequence)
 
     def _advance(self, sequence: Running, reply: Tensor | None) -> None:
-        """Run the sequence's own code until it wants a pass or is done."""
+        """Run the sequence's own code until it wants a pass or is done; its failure is its own."""
         try:
             event = sequence.loop.send(reply)  # type: ignore[arg-type]
             while isinstance(event, Window):
@@ -210,6 +224,9 @@ class Scheduler:
             sequence.wanted = event
         except StopIteration:
             sequence.is_done = True
+        except Exception as error:
+            sequence.is_done = True
+            sequence.fail(error)
 
     def _use_known_prefix(self, sequence: Running) -> None:
         """Copy the keys and values of a beginning that was computed before."""
@@ -227,9 +244,8 @@ class Scheduler:
         sequence.wanted, sequence.published = behind(wanted, count), count
         self.counters.prefix_tokens += count
 
-    def _publish(self, sequence: Running) -> None:
+    def _publish(self, sequence: Running, committed: int) -> None:
         """Offer committed tokens to those that come: the prompt's at once, the rest at the end."""
-        committed = sequence.plan.context.committed
         is_news = committed > sequence.published and (sequence.is_done or not sequence.published)
         if is_news and 0 in sequence.runs and sequence.plan.num_streams == 1:
             tokens = sequence.plan.canvas[:committed].tolist()
@@ -248,6 +264,8 @@ class Scheduler:
         run = sequence.runs.get(wanted.stream)
         if run is not None and run.count >= need:
             return True
+        if sequence.plan.num_streams > 1 or not sequence.plan.context.can_rewrite:
+            return self._take_all(sequence, may_preempt)
         for count in (min(self._pages_of(sequence), 2 * need), need):
             if self._grow(sequence, wanted.stream, count):
                 return True
@@ -255,6 +273,22 @@ class Scheduler:
             if self._grow(sequence, wanted.stream, need):
                 return True
         return self._start_over(sequence, wanted.stream, need)
+
+    def _take_all(self, sequence: Running, may_preempt: bool) -> bool:
+        """Everything at once, for a sequence of two streams or one that cannot start over: it never
+        grows, so it can never be stuck between its own runs."""
+        count = self._pages_of(sequence)
+        self._release(sequence)
+        while True:
+            runs = [self.arena.take(count) for _ in range(sequence.plan.num_streams)]
+            taken = [run for run in runs if run is not None]
+            if len(taken) == len(runs):
+                sequence.runs = dict(enumerate(taken))
+                return True
+            for run in taken:
+                self.arena.give_back(run)
+            if not (self.prefixes.evict() or (may_preempt and self._preempt_other(sequence))):
+                return False
 
     def _grow(self, sequence: Running, stream: int, count: int) -> bool:
         """Move to a longer run, if there is one."""
@@ -301,7 +335,13 @@ def arena_of(model: Network, config: SchedulerConfig) -> PageArena:
     size = shape.block_size if shape.attention == "block_causal" else 1
     page = -(-config.page_tokens // size) * size
     numbers = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * page
-    num_pages = max(1, config.cache_bytes // (numbers * weight.element_size()))
+    page_bytes = numbers * weight.element_size()
+    check(
+        config.cache_bytes >= page_bytes,
+        f"cache_bytes={config.cache_bytes} holds not one page of {page} tokens, which takes "
+        f"{page_bytes}; raise cache_bytes",
+    )
+    num_pages = config.cache_bytes // page_bytes
     return PageArena(
         shape, num_pages=num_pages, page_tokens=page, dtype=weight.dtype, device=weight.device
     )

@@ -78,7 +78,9 @@ class General:
         order = scores
         if params.position_temperature > 0:
             noise = torch.from_numpy(position_noise(params.seed, *key)).to(scores.device)
-            order = scores.double().clamp(min=1e-30).log() + params.position_temperature * noise
+            is_log = RULES[params.rule].is_log
+            weights = scores.double() if is_log else scores.double().clamp(min=1e-30).log()
+            order = weights + params.position_temperature * noise
         if params.suppress_eos == "confidence":
             order = order.masked_fill(torch.isin(tokens, self._ends), float("-inf"))
             scores = torch.where(order.isneginf(), order.to(scores.dtype), scores)

@@ -78,7 +78,7 @@ class TextStream:
         """Certain new text after one more token: all but a last character that may be cut."""
         self._pending.append(token)
         whole = self._decode_pending()
-        certain = whole.removesuffix(UNFINISHED_CHARACTER)
+        certain = whole.rstrip(UNFINISHED_CHARACTER)  # some decoders give one for each byte
         new = certain[len(self._taken) :]
         if certain == whole:
             if whole:  # a special token has no text to look behind at

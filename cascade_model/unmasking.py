@@ -76,17 +76,19 @@ class Rule:
     score: Score | None
     """None: uniform randomness."""
     choice: Choice
+    is_log: bool = False
+    """Whether the score is one of logarithms already, to which noise can be added as it is."""
 
 
 RULES: dict[str, Rule] = {
     "confidence_threshold": Rule(probability, above_threshold),
     "low_confidence": Rule(probability, nothing),
     "margin": Rule(margin, nothing),
-    "entropy": Rule(negative_entropy, nothing),
+    "entropy": Rule(negative_entropy, nothing, is_log=True),
     "random": Rule(None, nothing),
     "sequential": Rule(leftmost, nothing),
     "factor": Rule(probability, by_factor),
-    "entropy_bound": Rule(negative_entropy, within_entropy),
+    "entropy_bound": Rule(negative_entropy, within_entropy, is_log=True),
     "first_hitting": Rule(None, nothing),
 }
 

@@ -2,7 +2,8 @@
 
 A network that is still what was published is written bit-equal: same names, shapes and types. One
 that was made from an autoregressive checkpoint and trained into block diffusion is written as A2D,
-the published layout of such models, with its mask token's row.
+the published layout of such models, with its mask token's row. Choices of decoding for which a
+layout has no field (A2D's block size) stand in a field of our own, which other programs ignore.
 """
 
 import json
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from cascade_model.config import ModelConfig, to_dict
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.families.family import Family
-from cascade_model.families.reading import OVERRIDES, published_dtype
+from cascade_model.families.reading import DECODING, OVERRIDES, decoding_of, published_dtype
 from cascade_model.families.registry import family_named, recognise
 from cascade_model.families.table import Table
 from cascade_model.networks import Network, own_state
@@ -41,6 +42,9 @@ def export(
     family, config = published_layout(network.config, published)
     settings = family.settings(config, "the published config", list(config))
     _require_same_network(network.config, settings, family)
+    decoding = decoding_of(network.config, config, tokenizer)
+    config = {name: value for name, value in config.items() if name != DECODING}
+    config |= {DECODING: decoding} if decoding else {}
     table = Table(family, network.config, settings["vocab_size"])
     tensors = table.published(own_state(network))
     types = dict.fromkeys(tensors, published_dtype(published)) | dict(dtypes or {})

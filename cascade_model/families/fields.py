@@ -14,8 +14,9 @@ from cascade_model.errors import CheckpointMismatch, InputError
 # dropout, auxiliary losses, kernels, token ids (read elsewhere) and defaults of generation.
 _INERT = {
     "architectures", "attention_dropout", "attn_implementation", "attn_pdrop", "auto_map",
-    "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty",
-    "do_sample", "dropout", "dtype", "early_stopping", "embd_pdrop", "embedding_dropout",
+    "bos_token_id", "cascade_decoding", "chunk_size_feed_forward", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "dropout", "dtype", "early_stopping", "embd_pdrop",
+    "embedding_dropout",
     "encoder_no_repeat_ngram_size", "eos_token_id", "finetuning_task", "id2label",
     "initializer_range", "label2id", "length_penalty", "mask_token_id", "max_length", "min_length",
     "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",

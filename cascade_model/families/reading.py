@@ -18,7 +18,7 @@ from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.families.family import Family
 from cascade_model.families.gguf import read_gguf
 from cascade_model.families.registry import recognise
-from cascade_model.families.special_ids import Records, end_ids, special_ids
+from cascade_model.families.special_ids import Records, added_tokens, end_ids, special_ids
 from cascade_model.families.table import Table
 from cascade_model.networks import require_same_tensors
 from cascade_model.tensor_files import DTYPES, TensorFiles, TensorSource, kept
@@ -37,6 +37,8 @@ OVERRIDES = (
     "stop_ids",
     "max_sequence_length",
 )
+DECODING = "cascade_decoding"
+"""Field of an exported config.json: such settings, where its layout has no field of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +136,8 @@ def _describe(
 ) -> Description:
     family = recognise(published, where)
     settings = family.settings(published, where, ignore)
-    chosen = {name: value for name, value in overrides.items() if value is not None}
+    chosen = _recorded(published, where)
+    chosen |= {name: value for name, value in overrides.items() if value is not None}
     unknown = sorted(set(chosen) - set(OVERRIDES))
     if unknown:
         raise InputError(
@@ -155,6 +158,42 @@ def _describe(
     return Description(
         config=config, tokenizer=tokenizer, family=family, published=published, rows=rows
     )
+
+
+def _recorded(published: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What an export of ours wrote beside the layout's own fields."""
+    found = published.get(DECODING, {})
+    if not isinstance(found, dict):
+        raise CheckpointMismatch(f"source={where} has a damaged {DECODING} in its config.json")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+
+
+def decoding_of(
+    config: ModelConfig, published: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """The settings of a network that its published config.json would be read back without."""
+    where = "the published config"
+    plain = {name: value for name, value in published.items() if name != DECODING}
+    names = set(OVERRIDES)
+    if recognise(plain, where).is_autoregressive:
+        names -= {"mask_id", "pad_id"}  # rows of our own, which an export cuts
+    records = Records(config=plain, tokens=added_tokens(tokenizer))
+    needed: dict[str, Any] = {}
+    for name in (None, "mask_id", "eos_id"):  # those that may be missing, and must then be told
+        needed |= {} if name is None else {name: getattr(config, name)}
+        try:
+            read = _describe(plain, None, records, where, needed, list(plain)).config
+            break
+        except InputError:
+            continue
+    else:
+        raise InputError(f"{where} cannot be read back; keep the model folder")
+    values = {name: getattr(config, name) for name in OVERRIDES if name in names}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+        if name in needed or getattr(read, name) != value
+    }
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Records:
             config=config,
             generation=_json(folder / "generation_config.json"),
             roles=roles,
-            tokens=tokens | _added_tokens(tokenizer),
+            tokens=tokens | added_tokens(tokenizer),
         )
 
     def find(self, role: str) -> tuple[int, ...]:
@@ -127,7 +127,7 @@ def _one(
     return recorded[0]
 
 
-def _added_tokens(tokenizer: Tokenizer | None) -> dict[str, int]:
+def added_tokens(tokenizer: Tokenizer | None) -> dict[str, int]:
     if tokenizer is None:
         return {}
     entries = json.loads(tokenizer.to_bytes()).get("added_tokens") or []

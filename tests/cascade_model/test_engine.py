@@ -251,6 +251,26 @@ def test_a_closed_engine_tells_those_who_wait():
     own.close()
     with pytest.raises(RuntimeError, match="closed"):
         list(blocks)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        own.generate(["x"], params)
+    own.close()
+
+
+def test_bytes_that_are_not_yet_a_character_are_held_back():
+    """A byte-fallback decoder shows one replacement character for each pending byte."""
+    data = "a\N{EURO SIGN}b".encode()
+
+    def decode(tokens):
+        try:
+            return bytes(tokens).decode()
+        except UnicodeDecodeError as error:
+            whole = bytes(tokens)[: error.start].decode()
+            return whole + "\N{REPLACEMENT CHARACTER}" * (len(tokens) - error.start)
+
+    stream, texts = TextStream(decode), []
+    for byte in data:
+        texts.append(stream.push([byte], passes=1, steps=1, finish_reason=None).text)
+    assert texts == ["a", "", "", "\N{EURO SIGN}", "b"]
 
 
 def until(is_so, seconds: float = 10) -> None:

@@ -99,8 +99,8 @@ def bytes_of(pages: int, page_tokens: int = 8) -> int:
 @pytest.mark.parametrize("axes", AXES)
 def test_under_memory_pressure_sequences_give_way_and_lose_nothing(axes):
     model = lively_model(**axes)
-    wanted = [item for item in requests(24, seed=2) if item[1].guidance_scale == 0]
-    config = SchedulerConfig(cache_bytes=bytes_of(10), page_tokens=8, prefix_share=0.3)
+    wanted = requests(24, seed=2)
+    config = SchedulerConfig(cache_bytes=bytes_of(18), page_tokens=8, prefix_share=0.3)
     scheduler = Scheduler(model, config)
     assert decode_all(scheduler, wanted) == alone(model, wanted)
     if axes.get("attention") != "bidirectional":
@@ -129,6 +129,48 @@ def test_a_turn_of_a_conversation_finds_the_turns_before_it():
     second = [1, 2, 3, 4, 5, *first, 6, 7]
     assert decode_all(scheduler, [(second, params)]) == alone(model, [(second, params)])
     assert scheduler.counters.prefix_tokens - before >= 12
+
+
+@pytest.mark.parametrize("axes", AXES[:5])
+@pytest.mark.parametrize("length", [7, 8, 15, 23, 24, 31])
+@pytest.mark.parametrize("steps", [1, None])
+def test_only_clean_entries_become_known(axes, length, steps):
+    """Prompts that end just before, on and behind the edges of pages and blocks."""
+    model = lively_model(**axes)
+    scheduler = Scheduler(model, SchedulerConfig(page_tokens=8))
+    params = SamplingParams(max_tokens=18, steps_per_block=steps, stop_at_eos=False)
+    prompt = [number % 13 for number in range(length)]
+    for _ in range(3):
+        wanted = [(prompt, params)]
+        [found] = decode_all(scheduler, wanted)
+        assert [found] == alone(model, wanted)
+        prompt = [*prompt, *found[:11], 3]
+
+
+def test_the_failure_of_one_sequence_is_its_own():
+    model = lively_model()
+    scheduler = Scheduler(model, SchedulerConfig(page_tokens=8))
+    wanted, errors, good = requests(6, seed=9), [], []
+
+    def refuse(block):
+        raise OSError("the reader is gone")
+
+    for number, (prompt, params) in enumerate(wanted):
+        deliver = refuse if number == 2 else good.append
+        plan = plan_completion(model.config, prompt, params)
+        scheduler.submit(plan, deliver, errors.append)
+    while scheduler.step():
+        pass
+    assert [str(error) for error in errors] == ["the reader is gone"]
+    assert len(good) == sum(
+        len(list(sample(model, *item))) for number, item in enumerate(wanted) if number != 2
+    )
+    assert_nothing_left(scheduler)
+
+
+def test_a_cache_of_less_than_a_page_is_refused():
+    with pytest.raises(InputError, match="cache_bytes=10 holds not one page"):
+        Scheduler(lively_model(), SchedulerConfig(cache_bytes=10))
 
 
 @pytest.mark.parametrize("axes", AXES)
