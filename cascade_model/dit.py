@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from cascade_model.attention import Attend, DoubledAttention, Keep, grouped_training
 from cascade_model.config import ModelConfig, check
 from cascade_model.kv_cache import CacheSlot
-from cascade_model.model import Rotation, rotary, rotate
+from cascade_model.model import Rotation, draw_weights, rotary, rotate
 
 T = TypeVar("T")
 SINUSOIDS = 256
@@ -137,21 +137,10 @@ class DiT(nn.Module):
         features = sinusoids(noise_level.to(wide)).to(weight.dtype)
         return F.silu(self.time_out(F.silu(self.time_in(features))))[:, None]
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw fresh weights as `Transformer` does; modulations and head start at zero (adaLN-zero:
+        """Draw fresh weights as all networks do; modulations and head start at zero (adaLN-zero:
         every layer begins as the identity and every prediction uniform)."""
-        generator = torch.Generator().manual_seed(seed)
-        depth_factor = (2 * self.config.num_layers) ** -0.5
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("bias") or "modulation" in name or name == "head.weight":
-                parameter.zero_()
-            else:
-                scale = 0.02 if name == "embed.weight" else parameter.shape[-1] ** -0.5
-                scale *= depth_factor if "o_proj" in name or "down_proj" in name else 1.0
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        draw_weights(self, self.config, seed, zero=("modulation", "head.weight"))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

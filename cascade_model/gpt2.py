@@ -14,13 +14,13 @@ all keys, all values.
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade_model.attention import Attend, DoubledAttention, Keep, grouped_training
 from cascade_model.config import ModelConfig, check
 from cascade_model.kv_cache import CacheSlot
+from cascade_model.model import draw_weights
 
 T = TypeVar("T")
 
@@ -108,18 +108,6 @@ class GPT2(nn.Module):
             x = layer(x, attend, cache, keep if index == last else None)
         return read(self.final_norm(x), self.head)
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw fresh weights as `Transformer` does, the positions like the embedding."""
-        generator = torch.Generator().manual_seed(seed)
-        depth_factor = (2 * self.config.num_layers) ** -0.5
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                small = "embed" in name or name == "head.weight"
-                scale = 0.02 if small else parameter.shape[-1] ** -0.5
-                scale *= depth_factor if "o_proj" in name or "down_proj" in name else 1.0
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        """Draw fresh weights as all networks do, the positions like the embedding."""
+        draw_weights(self, self.config, seed)

@@ -133,26 +133,30 @@ class Transformer(nn.Module):
             x = layer(x, rotation, attend, cache, keep if index == last else None)
         return read(self.final_norm(x), self.head)
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw fresh weights: normal of 1/sqrt(fan in), the two output projections 1/sqrt(2 layers)
-        smaller (GPT-2), the embedding 0.02, norms 1. The same seed gives the same weights."""
-        generator = torch.Generator().manual_seed(seed)
-        depth_factor = (2 * self.config.num_layers) ** -0.5
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                scale = 0.02 if name in ("embed.weight", "head.weight") else _spread(parameter)
-                scale *= depth_factor if "o_proj" in name or "down_proj" in name else 1.0
-                drawn = torch.randn(parameter.shape, generator=generator) * scale
-                parameter.copy_(drawn)
+        """Draw fresh weights, see `draw_weights`."""
+        draw_weights(self, self.config, seed)
 
 
-def _spread(parameter: Tensor) -> float:
-    return parameter.shape[-1] ** -0.5
+@torch.no_grad()
+def draw_weights(
+    model: nn.Module, config: ModelConfig, seed: int, zero: tuple[str, ...] = ()
+) -> None:
+    """Draw a network's weights: normal of 1/sqrt(fan in), the two output projections
+    1/sqrt(2 layers) smaller (GPT-2), embeddings and head 0.02, norms 1, biases and what has a name
+    of `zero` in its own 0. The same seed gives the same weights."""
+    generator = torch.Generator().manual_seed(seed)
+    depth_factor = (2 * config.num_layers) ** -0.5
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif name.endswith("bias") or any(part in name for part in zero):
+            parameter.zero_()
+        else:
+            is_table = "embed" in name or name == "head.weight"
+            scale = 0.02 if is_table else parameter.shape[-1] ** -0.5
+            scale *= depth_factor if "o_proj" in name or "down_proj" in name else 1.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def rotary(positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> Rotation:
