@@ -166,9 +166,11 @@ def _manifest(files: Folder) -> dict:
         version, entries = manifest["format_version"], manifest["files"]
         complete = {WEIGHTS, CONFIG, TOKENIZER} <= set(entries)
     except FileNotFoundError:
+        cure = "give what `cascade pretrain` or `cascade convert` wrote, or a published checkpoint"
+        if files.exists(f"model/{MANIFEST}"):
+            cure = f"it is a run; give {files.url}/model"
         raise CheckpointMismatch(
-            f"model {files.url} has no {MANIFEST}, so it is no finished model folder; give the "
-            "folder that `cascade pretrain` or `cascade convert` wrote, or a published checkpoint"
+            f"model {files.url} has no {MANIFEST}, so it is no finished model folder; {cure}"
         ) from None
     except (ValueError, KeyError, TypeError):
         manifest, version, complete = {}, "damaged", False
@@ -222,6 +224,11 @@ def _require_tokenizer(where: str, config: ModelConfig, tokenizer: Tokenizer) ->
         raise CheckpointMismatch(
             f"model {where} was made with the tokenizer {config.tokenizer_sha256 or '(none)'} and "
             f"got {tokenizer.sha256}; use the tokenizer of the model's corpus"
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointMismatch(
+            f"model {where} has {config.vocab_size} rows for tokens and its tokenizer gives ids up "
+            f"to {tokenizer.vocab_size - 1}; use the tokenizer that belongs to these weights"
         )
 
 

@@ -80,7 +80,8 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     was_there, is_new = folder.is_there(), generation.claim(folder, job)
     if folder.exists(generation.MANIFEST):
         manifest = json.loads(folder.read_bytes(generation.MANIFEST))
-        print(f"{config.output} is finished already: {manifest['counts']}")
+        counts = ", ".join(f"{value} {name}" for name, value in manifest["counts"].items())
+        print(f"{config.output} is finished already: {counts}")
         return manifest["counts"]
     try:
         records = answer_all(config, folder, parts)

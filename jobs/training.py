@@ -269,7 +269,13 @@ def noise_of(
         if getattr(choices, name) is not None
     }
     if is_causal:
-        changes["block_size"] = shape.block_size
+        size = shape.block_size
+        check(
+            corpus.block_size % size == 0,
+            f"model.block_size={size} does not divide the corpus's block size {corpus.block_size}; "
+            f"use a divisor, or prepare the corpus with --noise.block-size {size}",
+        )
+        changes["block_size"] = size
     else:
         changes.setdefault("per", "sequence")
     recipe = dataclasses.replace(corpus.manifest.noise, **changes)

@@ -11,7 +11,7 @@ from cascade_model.config import ModelConfig
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.families import read_checkpoint
 from cascade_model.model import Transformer
-from cascade_model.networks import network_with
+from cascade_model.networks import build_network, network_with
 from cascade_model.tokenizer import byte_tokenizer
 from cascade_model.weights import (
     Published,
@@ -23,6 +23,7 @@ from cascade_model.weights import (
     weights_digest,
 )
 from tests.cascade_model.families import published_cases as published
+from tests.tiny_models import tiny_config
 
 TOKENIZER = byte_tokenizer()
 
@@ -188,3 +189,19 @@ def test_each_tensor_may_keep_its_type(tmp_path):
     kept = load_model(tmp_path / "model", dtype=None)[0]
     assert kept.embed.weight.dtype == torch.bfloat16
     assert kept.final_norm.weight.dtype == torch.float32
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path):
+    tokenizer = byte_tokenizer()
+    config = tiny_config(tokenizer_sha256=tokenizer.sha256)
+    model = build_network(config)
+    with pytest.raises(CheckpointMismatch, match="has 16 rows for tokens"):
+        save_model(tmp_path / "model", model, tokenizer)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_run_folder_is_told_from_its_model(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointMismatch, match=r"it is a run; give .*/model"):
+        load_model(tmp_path)
