@@ -19,8 +19,14 @@ from cascade_model.contexts import Bidirectional, Context, Guided
 from cascade_model.errors import InputError
 from cascade_model.model import Transformer
 from cascade_model.passes import Pass, Predicting, Prediction, Runner
-from cascade_model.presets.published import Published, best, cut, run, with_masks
-from cascade_model.presets.sdar import masked
+from cascade_model.presets.published import (
+    Published,
+    best,
+    cut,
+    masked,
+    run,
+    with_masks,
+)
 from cascade_model.presets.transfer import SCHEDULERS, transfer_counts
 from cascade_model.sampler import denoise, drive
 

@@ -18,7 +18,15 @@ from cascade_model.config import check
 from cascade_model.contexts import Bidirectional
 from cascade_model.model import Transformer
 from cascade_model.passes import Prediction
-from cascade_model.presets.published import Published, best, cut, even_quota, run, with_masks
+from cascade_model.presets.published import (
+    Published,
+    best,
+    cut,
+    even_quota,
+    masked,
+    run,
+    with_masks,
+)
 from cascade_model.presets.transfer import transfer_counts
 
 
@@ -138,8 +146,7 @@ class BlockByBlock(Published):
 
     def places(self, canvas: Tensor, window: Window) -> Tensor:
         """The masked places of the block."""
-        masked = canvas[window.start : window.end] == self.mask_id
-        return window.start + masked.nonzero()[:, 0]
+        return masked(canvas, window, self.mask_id)
 
     def step(self, canvas: Tensor, window: Window, prediction: Prediction) -> Change:
         """See `Published`; notes a pass over the block that changes nothing."""

@@ -17,8 +17,13 @@ from cascade_model.canvas import Change, Window
 from cascade_model.config import check
 from cascade_model.model import Transformer
 from cascade_model.passes import Pass, Predicting, Prediction
-from cascade_model.presets.published import Published, cut, run, with_masks
-from cascade_model.presets.sdar import masked
+from cascade_model.presets.published import (
+    Published,
+    cut,
+    masked,
+    run,
+    with_masks,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,8 +14,16 @@ from cascade_model.canvas import Change, Window
 from cascade_model.config import check
 from cascade_model.model import Transformer
 from cascade_model.passes import Prediction
-from cascade_model.presets.published import Published, cut, even_quota, run
-from cascade_model.presets.sdar import above_or_best, block_causal, masked, whole_blocks
+from cascade_model.presets.published import (
+    Published,
+    above_or_best,
+    block_causal,
+    cut,
+    even_quota,
+    masked,
+    run,
+    whole_blocks,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,8 +18,14 @@ from cascade_model.config import check
 from cascade_model.model import Transformer
 from cascade_model.passes import Prediction
 from cascade_model.presets.llada2 import check_common, has_token, until_end
-from cascade_model.presets.published import Published, cut, run
-from cascade_model.presets.sdar import above_or_best, block_causal, whole_blocks
+from cascade_model.presets.published import (
+    Published,
+    above_or_best,
+    block_causal,
+    cut,
+    run,
+    whole_blocks,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,11 +111,13 @@ class Editing(Published):
         is_stable = is_full and not bool(is_edited.any())
         window.is_settled = is_stable or self._is_back(canvas, window)
         open_places = is_masked.nonzero()[:, 0]
-        filled = above_or_best(
-            confidence[open_places], settings.threshold, settings.num_to_transfer
-        )
-        taken = torch.cat([open_places[filled], is_edited.nonzero()[:, 0]])
+        filled = open_places[self.choose(confidence[open_places], window)]
+        taken = torch.cat([filled, is_edited.nonzero()[:, 0]])
         return Change(places[taken], tokens[taken])
+
+    def choose(self, confidence: Tensor, window: Window) -> Tensor:
+        """Of the masks: all above the threshold, or the least number of best ones."""
+        return above_or_best(confidence, self.settings.threshold, self.settings.num_to_transfer)
 
     def _is_back(self, canvas: Tensor, window: Window) -> bool:
         """Whether the block was in this state before."""

@@ -5,19 +5,21 @@ commit nothing in a step. They exist to reproduce published results and are neve
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cascade_model.canvas import Change, Window
-from cascade_model.contexts import Context
+from cascade_model.contexts import BlockCausal, Context
 from cascade_model.networks import Network
 from cascade_model.passes import Prediction, Runner
 from cascade_model.sampler import Strategy, denoise, drive
 
 
-class Published:
+class Published(ABC):
     """Commits arg-max tokens at the places that `choose` takes, until a window's steps are over.
 
     A place is masked as long as it holds the mask token, whoever wrote that.
@@ -45,9 +47,9 @@ class Published:
         tokens = logits.argmax(dim=-1)
         return tokens, logits.softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]
 
+    @abstractmethod
     def choose(self, confidence: Tensor, window: Window) -> Tensor:
         """Indices of the places to commit, int64 [c]."""
-        raise NotImplementedError
 
 
 def best(confidence: Tensor, count: int) -> Tensor:
@@ -86,3 +88,35 @@ def run(
     for _ in drive(denoise(context, canvas, windows, strategy), Runner(model, len(canvas))):
         pass
     return canvas.tolist()
+
+
+def whole_blocks(
+    model: Network, prompt: list[int], gen_length: int, size: int, mask_id: int
+) -> Tensor:
+    """A canvas of ceil((prompt + gen_length) / size) blocks: the prompt, then masks."""
+    length = -(-(len(prompt) + gen_length) // size) * size
+    return with_masks(prompt, length - len(prompt), mask_id, model)
+
+
+def block_causal(model: Network, size: int) -> BlockCausal:
+    """The exact cache for blocks of this size, whatever the checkpoint's own."""
+    config = replace(
+        model.config,
+        attention="block_causal",
+        block_size=size,
+        logits="aligned",
+        clean_half="block_causal",
+    )
+    return BlockCausal(config)
+
+
+def masked(canvas: Tensor, window: Window, mask_id: int) -> Tensor:
+    """The masked places of the window, int64 [m]."""
+    return window.start + (canvas[window.start : window.end] == mask_id).nonzero()[:, 0]
+
+
+def above_or_best(confidence: Tensor, threshold: float, quota: int) -> Tensor:
+    """Indices of all confidences strictly above the threshold, if they fill the quota; otherwise
+    of the quota's number of highest ones."""
+    above = (confidence > threshold).nonzero()[:, 0]
+    return above if len(above) >= quota else best(confidence, quota)

@@ -6,7 +6,7 @@ first. Where it fails (a mask predicted and no step left) the mask stays.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal, get_args
 
@@ -15,12 +15,21 @@ from torch import Tensor
 
 from cascade_model.canvas import Change, Window
 from cascade_model.config import check
-from cascade_model.contexts import BlockCausal
 from cascade_model.drawing import by_inverse, keep_most_probable, uniforms
 from cascade_model.model import Transformer
 from cascade_model.noise import TOKEN
 from cascade_model.passes import Prediction
-from cascade_model.presets.published import Published, best, cut, even_quota, run, with_masks
+from cascade_model.presets.published import (
+    Published,
+    above_or_best,
+    best,
+    block_causal,
+    cut,
+    even_quota,
+    masked,
+    run,
+    whole_blocks,
+)
 
 Remasking = Literal["sequential", "low_confidence_static", "low_confidence_dynamic"]
 Draw = Literal["multinomial", "argmax"]
@@ -83,38 +92,6 @@ def sdar(model: Transformer, prompt: list[int], settings: SDARSettings) -> list[
     stops = canvas.new_tensor(settings.stopping_criteria_idx or [])
     going = takewhile(lambda _: not torch.isin(canvas[len(prompt) :], stops).any(), windows)
     return run(model, canvas, block_causal(model, size), going, SDAR(settings))
-
-
-def whole_blocks(
-    model: Transformer, prompt: list[int], gen_length: int, size: int, mask_id: int
-) -> Tensor:
-    """A canvas of ceil((prompt + gen_length) / size) blocks: the prompt, then masks."""
-    length = -(-(len(prompt) + gen_length) // size) * size
-    return with_masks(prompt, length - len(prompt), mask_id, model)
-
-
-def block_causal(model: Transformer, size: int) -> BlockCausal:
-    """The exact cache for blocks of this size, whatever the checkpoint's own."""
-    config = replace(
-        model.config,
-        attention="block_causal",
-        block_size=size,
-        logits="aligned",
-        clean_half="block_causal",
-    )
-    return BlockCausal(config)
-
-
-def masked(canvas: Tensor, window: Window, mask_id: int) -> Tensor:
-    """The masked places of the window, int64 [m]."""
-    return window.start + (canvas[window.start : window.end] == mask_id).nonzero()[:, 0]
-
-
-def above_or_best(confidence: Tensor, threshold: float, quota: int) -> Tensor:
-    """Indices of all confidences strictly above the threshold, if they fill the quota; otherwise
-    of the quota's number of highest ones."""
-    above = (confidence > threshold).nonzero()[:, 0]
-    return above if len(above) >= quota else best(confidence, quota)
 
 
 class SDAR(Published):
