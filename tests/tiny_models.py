@@ -5,6 +5,7 @@ import torch
 from cascade_model.batch import TrainBatch
 from cascade_model.config import ModelConfig
 from cascade_model.model import Transformer
+from cascade_model.tokenizer import Tokenizer
 
 MASK, PAD, EOS = 15, 14, 13
 
@@ -23,6 +24,26 @@ def tiny_config(**changes) -> ModelConfig:
         "mask_id": MASK,
         "pad_id": PAD,
         "eos_id": EOS,
+    }
+    return ModelConfig(**(values | changes))
+
+
+def text_config(tokenizer: Tokenizer, **changes) -> ModelConfig:
+    """A tiny model of a tokenizer's texts."""
+    values = {
+        "vocab_size": tokenizer.vocab_size,
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "max_sequence_length": 128,
+        "block_size": 4,
+        "mask_id": tokenizer.mask_id,
+        "pad_id": tokenizer.pad_id,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer_sha256": tokenizer.sha256,
     }
     return ModelConfig(**(values | changes))
 

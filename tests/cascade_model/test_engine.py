@@ -9,29 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import SamplingParams
 from cascade_model.engine import LLM
 from cascade_model.errors import InputError
 from cascade_model.model import Transformer
 from cascade_model.requests import check_prompt
 from cascade_model.text_stream import TextStream
 from cascade_model.tokenizer import byte_tokenizer
+from tests.tiny_models import text_config
 
 TOKENIZER = byte_tokenizer()
-CONFIG = ModelConfig(
-    vocab_size=TOKENIZER.vocab_size,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    intermediate_size=64,
-    max_sequence_length=128,
-    block_size=4,
-    mask_id=TOKENIZER.mask_id,
-    pad_id=TOKENIZER.pad_id,
-    eos_id=TOKENIZER.eos_id,
-)
+CONFIG = text_config(TOKENIZER, num_layers=2)
 
 
 @pytest.fixture(scope="module", autouse=True)

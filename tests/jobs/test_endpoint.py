@@ -8,13 +8,13 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from cascade_model.config import ModelConfig
 from cascade_model.engine import LLM
 from cascade_model.model import Transformer
 from cascade_model.tokenizer import byte_tokenizer
 from jobs.endpoint import Endpoint, build_api
 from jobs.gate import ApiKeys
 from jobs.openai_protocol import MAX_BODY_BYTES, overloaded
+from tests.tiny_models import text_config
 
 KEY = {"Authorization": "Bearer right"}
 USER = [{"role": "user", "content": "Hi"}]
@@ -32,20 +32,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     tokenizer = byte_tokenizer()
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=64,
-        max_sequence_length=128,
-        block_size=4,
-        mask_id=tokenizer.mask_id,
-        pad_id=tokenizer.pad_id,
-        eos_id=tokenizer.eos_id,
-    )
+    config = text_config(tokenizer)
     model = Transformer(config)
     model.init_weights(0)
     return LLM(model.eval(), tokenizer)

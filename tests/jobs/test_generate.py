@@ -18,27 +18,13 @@ NUM_ROWS = 11
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    from cascade_model.config import ModelConfig
     from cascade_model.model import Transformer
     from cascade_model.tokenizer import byte_tokenizer
     from cascade_model.weights import save_model
+    from tests.tiny_models import text_config
 
     tokenizer = byte_tokenizer()
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=64,
-        max_sequence_length=128,
-        block_size=4,
-        mask_id=tokenizer.mask_id,
-        pad_id=tokenizer.pad_id,
-        eos_id=tokenizer.eos_id,
-        tokenizer_sha256=tokenizer.sha256,
-    )
+    config = text_config(tokenizer)
     network = Transformer(config)
     network.init_weights(0)
     folder = tmp_path_factory.mktemp("model") / "model"

@@ -13,7 +13,6 @@ import openai
 import pytest
 import yaml
 
-from cascade_model.config import ModelConfig
 from cascade_model.errors import CheckpointMismatch, InputError
 from jobs import serve
 from jobs.deployment import deployed
@@ -27,6 +26,7 @@ from jobs.serve import (
     serve_document,
     validate_serve_config,
 )
+from tests.tiny_models import text_config
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = REPOSITORY / "cluster" / "serve.yaml"
@@ -39,21 +39,7 @@ def model(tmp_path_factory) -> str:
     from cascade_model.weights import save_model
 
     tokenizer = byte_tokenizer()
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=64,
-        max_sequence_length=256,
-        block_size=4,
-        mask_id=tokenizer.mask_id,
-        pad_id=tokenizer.pad_id,
-        eos_id=tokenizer.eos_id,
-        tokenizer_sha256=tokenizer.sha256,
-    )
+    config = text_config(tokenizer, max_sequence_length=256)
     network = Transformer(config)
     network.init_weights(0)
     folder = tmp_path_factory.mktemp("serve") / "tiny"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cascade_model.commit import Folder
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import SamplingParams
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.model import Transformer
 from cascade_model.tokenizer import byte_tokenizer
@@ -23,6 +23,7 @@ from pipelines.generation import (
     take_back,
 )
 from pipelines.prompts import Columns, plan
+from tests.tiny_models import text_config
 
 PARAMS = SamplingParams(max_tokens=9, temperature=1.0, seed=5, stop_at_eos=False)
 LINES = [
@@ -45,21 +46,7 @@ ALIVE = (0, 1, 5, 8)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     tokenizer = byte_tokenizer()
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=64,
-        max_sequence_length=128,
-        block_size=4,
-        mask_id=tokenizer.mask_id,
-        pad_id=tokenizer.pad_id,
-        eos_id=tokenizer.eos_id,
-        tokenizer_sha256=tokenizer.sha256,
-    )
+    config = text_config(tokenizer)
     network = Transformer(config)
     network.init_weights(0)
     folder = tmp_path_factory.mktemp("model") / "model"
