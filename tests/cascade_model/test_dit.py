@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -14,6 +13,7 @@ from cascade_model.errors import InputError
 from cascade_model.kv_cache import KVCache
 from tests.cascade_model.families.published_cases import DATA, expected_logits, network_of
 from tests.tiny_models import tiny_config
+from tests.two_ranks import run_on_two_ranks
 
 CASES = [
     pytest.param(system, case, id=f"{system}-{case['name']}")
@@ -141,26 +141,20 @@ def squared_logits(model, tokens):
     return model(tokens, positions, dense(None), lambda rows, head: head(rows).square().sum())
 
 
-def sharded_rank(rank: int, address: str, folder: str) -> None:
-    """One of two ranks under FSDP2: the gradient of its sequence."""
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    try:
-        model, mesh = lively(), init_device_mesh("cpu", (2,))
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        squared_logits(model, torch.arange(16).view(2, 8)[rank : rank + 1]).backward()
-        whole = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-        if rank == 0:
-            torch.save(whole, folder + "/gradients")
-        dist.barrier()  # else gloo's thread may drop the last tensors while Python ends: an abort
-    finally:
-        dist.destroy_process_group()
+def sharded_gradients(rank: int, folder: str) -> None:
+    """The gradient of one rank's sequence under FSDP2."""
+    model, mesh = lively(), init_device_mesh("cpu", (2,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    squared_logits(model, torch.arange(16).view(2, 8)[rank : rank + 1]).backward()
+    whole = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    if rank == 0:
+        torch.save(whole, folder + "/gradients")
 
 
 def test_two_sharded_ranks_have_the_gradient_of_one_process(tmp_path):
-    address = f"file://{tmp_path}/rendezvous"
-    torch.multiprocessing.spawn(sharded_rank, (address, str(tmp_path)), nprocs=2)
+    run_on_two_ranks(sharded_gradients, tmp_path)
     found = torch.load(tmp_path / "gradients", weights_only=True)
     model = lively()
     (squared_logits(model, torch.arange(16).view(2, 8)) / 2).backward()

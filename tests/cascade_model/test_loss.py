@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +20,7 @@ from cascade_model.loss import diffusion_loss, row_losses, source_rows
 from cascade_model.model import vocabulary_logits
 from cascade_model.noise import mask_bits, thresholds
 from tests.tiny_models import EOS, MASK, PAD, batch_of, lively_model
+from tests.two_ranks import run_on_two_ranks
 
 TWO_ROWS = [[1, 5, 2, 8, 3, 3, 0, 11], [7, 7, 4, 9, 10, 2, 6, 1]]
 AUTOREGRESSIVE = {"block_size": 1, "logits": "shifted", "first_place": "clean"}
@@ -352,26 +352,20 @@ def test_a_batch_without_masked_tokens_has_a_zero_loss_and_zero_gradients():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def sharded_rank(rank: int, address: str, folder: str) -> None:
-    """One of two ranks under FSDP2: the loss and gradient of its half of the batch."""
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    try:
-        model = lively_model()
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        diffusion_loss(model, batch_of(TWO_ROWS[rank : rank + 1], block_size=4)).sum.backward()
-        whole = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-        if rank == 0:
-            torch.save(whole, folder + "/gradients")
-    finally:
-        dist.destroy_process_group()
+def sharded_gradients(rank: int, folder: str) -> None:
+    """The loss and gradient of one rank's half of the batch under FSDP2."""
+    model, mesh = lively_model(), init_device_mesh("cpu", (2,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    diffusion_loss(model, batch_of(TWO_ROWS[rank : rank + 1], block_size=4)).sum.backward()
+    whole = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    if rank == 0:
+        torch.save(whole, folder + "/gradients")
 
 
 def test_two_sharded_ranks_have_the_gradient_of_one_process(tmp_path):
-    address = f"file://{tmp_path}/rendezvous"
-    torch.multiprocessing.spawn(sharded_rank, (address, str(tmp_path)), nprocs=2)
+    run_on_two_ranks(sharded_gradients, tmp_path)
     found = torch.load(tmp_path / "gradients", weights_only=True)
     model = lively_model()
     (diffusion_loss(model, batch_of(TWO_ROWS, block_size=4)).sum / 2).backward()
