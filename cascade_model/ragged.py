@@ -6,19 +6,17 @@ it nor on how its prompt was cut into passes, bit for bit: a block's attention a
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cascade_model.attention import Keep, prefix_mask
-from cascade_model.config import ModelConfig
+from cascade_model.attention import Keep
 from cascade_model.networks import Network
-from cascade_model.pages import PageArena, Run, Views
+from cascade_model.pages import PageArena, Run
 from cascade_model.passes import Pass
+from cascade_model.ragged_attention import Piece, attention_of
 from cascade_model.rows import filler
 
 
@@ -40,7 +38,7 @@ def run_together(model: Network, arena: PageArena, jobs: Sequence[Job]) -> list[
     reads = [start + row for start, wanted in zip(starts, passes, strict=False)
              for row in wanted.reads]  # fmt: skip
     device = arena.entries.device
-    ragged = _Ragged(arena, jobs, model.config)
+    ragged = _Ragged(arena, jobs, model.config.block_size)
     logits = model(
         _index(tokens, device)[None],
         _index(places, device)[None],
@@ -59,21 +57,10 @@ def _index(values: list[int], device: torch.device) -> Tensor:
     return torch.tensor(values + added, device=device)
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Rows of one block of one job: the unit of attention, the same however a pass was cut."""
-
-    rows: int
-    """How many; pieces follow each other."""
-    seen: Views
-    """What the rows see: no more is read."""
-    mask: Tensor | None
-
-
 class _Ragged:
     """The cache and the attention of one ragged pass: both know which rows are whose."""
 
-    def __init__(self, arena: PageArena, jobs: Sequence[Job], config: ModelConfig) -> None:
+    def __init__(self, arena: PageArena, jobs: Sequence[Job], size: int) -> None:
         self.arena, self.layer = arena, 0
         page = arena.page_tokens
         entries = [
@@ -82,13 +69,9 @@ class _Ragged:
             for place in range(job.wanted.start, job.wanted.end)
         ]
         self.entries = torch.tensor(entries, device=arena.entries.device)
-        shape = (config.block_size, config.num_heads // config.num_kv_heads)
-        self.pieces: list[_Piece] = []
-        self.kept: list[_Piece] = []
-        for job in jobs:
-            views = cache(partial(arena.views, job.run))
-            self.pieces += _cut(job.wanted, range(len(job.wanted.tokens)), *shape, views)
-            self.kept += _cut(job.wanted, job.wanted.reads, *shape, views)
+        every = [piece for job in jobs for piece in _cut(job, range(len(job.wanted.tokens)), size)]
+        kept = [piece for job in jobs for piece in _cut(job, job.wanted.reads, size)]
+        self.every, self.kept = attention_of(arena, every), attention_of(arena, kept)
 
     def join(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write every job's new rows to its pages; attention finds them there."""
@@ -100,45 +83,18 @@ class _Ragged:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """All rows: q [1, h, rows, head_dim]."""
-        return self._each(q, self.pieces)
+        return self.every(q, self.layer)
 
     def attend_kept(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The rows that are read, in the last layer."""
-        return self._each(q, self.kept)
-
-    def _each(self, q: Tensor, pieces: list[_Piece]) -> Tensor:
-        sizes = [piece.rows for piece in pieces]
-        added = q.shape[2] - sum(sizes)
-        *parts, rest = q.split([*sizes, added], dim=2)
-        done = [self._one(part, piece) for part, piece in zip(parts, pieces, strict=True)]
-        if len(done) == 1 and not added:
-            return done[0]
-        rows = [part.transpose(1, 2) for part in [*done, rest]]  # the added ones as they are
-        return torch.cat(rows, dim=1).transpose(1, 2)
-
-    def _one(self, q: Tensor, piece: _Piece) -> Tensor:
-        """Queries that share their keys stand in one matrix: fewer and larger products."""
-        keys, values = piece.seen[self.layer]
-        folded = q.reshape(1, keys.shape[1], -1, q.shape[-1])
-        done = F.scaled_dot_product_attention(folded, keys, values, attn_mask=piece.mask)
-        return done.view_as(q)
+        return self.kept(q, self.layer)
 
 
-def _cut(
-    wanted: Pass, rows: Sequence[int], size: int, sharing: int, views: Callable[[int], Views]
-) -> Iterator[_Piece]:
-    """Pieces of rows that lie in one block, or (bidirectional) that all see the same; `sharing`
-    heads of a row see the same keys."""
+def _cut(job: Job, rows: Sequence[int], size: int) -> Iterator[Piece]:
+    """Pieces of rows that lie in one block, or (bidirectional) that all see the same."""
+    wanted = job.wanted
     sees_all = len(rows) > size and all(wanted.limits[row] == wanted.visible for row in rows)
     for _, group in itertools.groupby(
         rows, key=lambda row: 0 if sees_all else (wanted.start + row) // size
     ):
-        limits = [wanted.limits[row] for row in group]
-        seen = views(max(limits))
-        yield _Piece(len(limits), seen, _mask(limits * sharing, seen[0][0].device))
-
-
-def _mask(limits: list[int], device: torch.device) -> Tensor | None:
-    if min(limits) == max(limits):
-        return None
-    return prefix_mask(torch.tensor(limits, device=device), max(limits))
+        yield Piece(job.run, [wanted.limits[row] for row in group])
