@@ -47,6 +47,7 @@ def test_a_run_cannot_be_given_back_twice():
 def test_copies_keep_keys_and_values():
     pages = arena()
     a, b = pages.take(2), pages.take(3)
+    pages.entries.zero_()
     keys, values = pages.views(a, 8)[1]
     keys.fill_(1.5)
     values.fill_(2.5)
