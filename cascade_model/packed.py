@@ -49,7 +49,7 @@ class Product(nn.Module):
     def __init__(self, weights: list[Tensor], biases: list[Tensor | None] | None = None) -> None:
         super().__init__()
         weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
-        self.inputs = weight.shape[1]
+        self.outputs, self.inputs = weight.shape
         found = [bias for bias in biases or [] if bias is not None]
         self.bias = torch.cat(found) if found else None
         self.is_packed = _has_packed_products(weight)

@@ -22,6 +22,7 @@ from cascade_model.packed import Product, pack
 from cascade_model.pages import PageArena
 from cascade_model.passes import Pass
 from cascade_model.ragged import Job, run_together
+from cascade_model.ragged_attention import Piece, attention_of
 from cascade_model.sampler import plan_completion
 from cascade_model.scheduler import Scheduler
 from tests.benchmarks.baselines import sdar_loop
@@ -129,28 +130,63 @@ def cost_per_pass(rounds: int) -> Iterator[Row]:
         for n in (4, 16):
             ratio = found[f"rows {n}"] / found[f"bare {n}"]
             yield Row(f"{name}: pass of {n} rows / its bare products", ratio, "x", 1.3, True)
-        size = sum(p.numel() * p.element_size() for p in ours.parameters())
-        block = torch.ones(64 << 20, dtype=torch.float32)  # written: untouched pages cost nothing
-        read = in_turns(3, read=lambda block=block: block.sum())["read"]
-        floor = size / (block.numel() * 4 / read)
-        yield Row(
-            f"{name}: pass of 4 rows / time to read the weights", found["rows 4"] / floor, "x"
-        )
+        yield from roofline(name, ours, {n: found[f"rows {n}"] for n in (4, 16)})
+
+
+def roofline(name: str, model: Transformer, passes: dict[int, float]) -> Iterator[Row]:
+    """What the machine allows at best: the weights read once, or their multiplications done."""
+    products = [part for part in model.modules() if isinstance(part, Product)]
+    numbers = sum(part.inputs * part.outputs for part in products)
+    dtype = next(model.parameters()).dtype
+    block = torch.ones(64 << 20, dtype=torch.float32)  # written: untouched pages cost nothing
+    square = torch.randn(2048, 2048, dtype=dtype)
+    read = min(timed(lambda: block.sum()) for _ in range(9))
+    multiply = min(timed(lambda: square @ square) for _ in range(5))
+    bandwidth, rate = block.numel() * 4 / read, 2 * 2048**3 / multiply
+    yield Row(f"{name}: best read", bandwidth / 1e9, "GB/s")
+    yield Row(f"{name}: best product", rate / 1e9, "GFLOP/s")
+    for rows, seconds in passes.items():
+        size = numbers * dtype.itemsize
+        yield Row(f"{name}: pass of {rows} rows / weights read", seconds * bandwidth / size, "x")
+        floor = 2 * rows * numbers / rate
+        yield Row(f"{name}: pass of {rows} rows / its FLOPs", seconds / floor, "x")
 
 
 def context_slope(rounds: int) -> Iterator[Row]:
-    """(g): the cost of a 4-row pass by context."""
+    """(g): the cost of a 4-row pass by context, and of its attention calls alone."""
     model = llama_pair(torch.float32)[1]
     lengths = (256, 1024, 2048, 4096)
-    found = in_turns(rounds, **{str(n): a_pass(model, 4, n) for n in lengths})
+    arms = {f"pass {n}": a_pass(model, 4, n) for n in lengths}
+    arms |= {f"attention {n}": bare_attention(model, 4, n) for n in (256, 4096)}
+    found = in_turns(rounds, **arms)
     for length in lengths:
-        yield Row(f"engine.context {length}: pass of 4 rows", found[str(length)] * 1e3, "ms")
+        yield Row(f"engine.context {length}: pass of 4 rows", found[f"pass {length}"] * 1e3, "ms")
     config = model.config
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
-    slope = (found["4096"] - found["256"]) / (4096 - 256)
-    yield Row(
-        "engine.context: bytes of cache read per second of slope", per_token / slope / 1e9, "GB/s"
+    slope, bare = (
+        (found[f"{kind} 4096"] - found[f"{kind} 256"]) / (4096 - 256)
+        for kind in ("pass", "attention")
     )
+    yield Row("engine.context: cache read per time of the slope", per_token / slope / 1e9, "GB/s")
+    yield Row("engine.context: slope / slope of the attention calls alone", slope / bare, "x")
+
+
+def bare_attention(model: Transformer, rows: int, context: int) -> Callable[[], object]:
+    """The attention calls of such a pass and nothing else."""
+    config, tokens = model.config, context + rows
+    arena = PageArena(config, num_pages=1, page_tokens=tokens, dtype=torch.float32, device="cpu")
+    arena.entries.normal_()
+    run = arena.take(1)
+    assert run is not None
+    attend = attention_of(arena, [Piece(run, [tokens] * rows)])
+    queries = torch.randn(1, config.num_heads, rows, config.head_dim)
+
+    @torch.inference_mode()
+    def call() -> None:
+        for layer in range(config.num_layers):
+            attend(queries, layer)
+
+    return call
 
 
 def block_model(**shape) -> Transformer:
