@@ -44,6 +44,7 @@ def llama_pair(dtype: torch.dtype):
         theirs.save_pretrained(folder)
         read = read_checkpoint(folder, dtype=dtype)
     ours = network_with(read.config, read.state, "llama").eval()
+    assert isinstance(ours, Transformer)
     pack(ours)
     return theirs, ours
 
