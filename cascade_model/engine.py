@@ -16,10 +16,11 @@ from typing import Self
 
 import torch
 
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import ModelConfig
 from cascade_model.errors import InputError
 from cascade_model.networks import Network
 from cascade_model.sampler import DecodedBlock, plan_completion
+from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Counters, Running, Scheduler, SchedulerConfig
 from cascade_model.text_stream import Chunk, Completion, TextStream, complete
 from cascade_model.tokenizer import Tokenizer

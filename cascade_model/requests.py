@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from cascade_model.config import ModelConfig, SamplingParams, check
+from cascade_model.config import ModelConfig, check
+from cascade_model.sampling import SamplingParams
 
 
 def check_request(

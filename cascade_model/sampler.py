@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cascade_model.canvas import Change, Window
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import ModelConfig
 from cascade_model.contexts import (
     Bidirectional,
     BlockCausal,
@@ -27,6 +27,7 @@ from cascade_model.contexts import (
 from cascade_model.networks import Network
 from cascade_model.passes import Pass, Prediction, Runner
 from cascade_model.requests import check_infilling, check_request
+from cascade_model.sampling import SamplingParams
 from cascade_model.strategy import General
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from cascade_model.canvas import Change, Window
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import ModelConfig
 from cascade_model.drawing import draw_tokens, position_noise, uniforms
 from cascade_model.model import never_emitted
 from cascade_model.noise import POSITION
 from cascade_model.passes import Prediction
+from cascade_model.sampling import SamplingParams
 from cascade_model.schedules import masks_left
 from cascade_model.unmasking import RULES, choose, probability
 

@@ -20,9 +20,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import ModelConfig
 from cascade_model.errors import InputError
 from cascade_model.requests import check_prompt
+from cascade_model.sampling import SamplingParams
 from cascade_model.text_stream import Chunk, Completion, TextStream, complete
 from cascade_model.tokenizer import Tokenizer
 from jobs.gate import ApiKeys, Gate, error_response, http_error

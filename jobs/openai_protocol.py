@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cascade_model.config import SamplingParams
+from cascade_model.sampling import SamplingParams
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 64

@@ -6,7 +6,8 @@ import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from cascade_model.config import SamplingParams, check
+from cascade_model.config import check
+from cascade_model.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from jobs.serve import ServeConfig

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_model.config import SamplingParams
 from cascade_model.engine import LLM
 from cascade_model.errors import InputError
 from cascade_model.model import Transformer
 from cascade_model.requests import check_prompt
+from cascade_model.sampling import SamplingParams
 from cascade_model.text_stream import TextStream
 from cascade_model.tokenizer import byte_tokenizer
 from tests.tiny_models import text_config

@@ -5,7 +5,6 @@ import torch
 
 from cascade_model.attention import dense
 from cascade_model.canvas import Window
-from cascade_model.config import SamplingParams
 from cascade_model.contexts import BlockCausal, Guided
 from cascade_model.errors import InputError
 from cascade_model.model import vocabulary_logits
@@ -18,6 +17,7 @@ from cascade_model.sampler import (
     plan_infilling,
     sample,
 )
+from cascade_model.sampling import SamplingParams
 from tests.tiny_models import EOS, MASK, PAD, lively_model, tiny_config
 
 AXES = [

@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from cascade_model.config import SamplingParams
 from cascade_model.errors import InputError
 from cascade_model.passes import Pass
 from cascade_model.sampler import plan_completion, sample
+from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Scheduler, SchedulerConfig, behind, chunk, cuts
 from tests.tiny_models import lively_model
 
