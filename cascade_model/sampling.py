@@ -1,9 +1,10 @@
 """The settings of one request: how a completion is decoded. Standard library only."""
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
-from cascade_model.config import check
+from cascade_model.config import ModelConfig, check
 
 Rule = Literal[
     "confidence_threshold",
@@ -38,6 +39,17 @@ class SamplingParams:
     """Ceiling of K_b, the denoising steps of a block; none: as many as the block has masks."""
     min_steps_per_block: int = 1
     """Floor of K_b, where the block has as many masks."""
+    max_steps: int | None = None
+    """Denoising steps of the whole completion at most; none: as many as its blocks take. What
+    counts is every pass that predicts and writes: also those that mask again (remask_threshold) and
+    those that revise a full block (editing_threshold). Prompt and commit passes are no steps, and
+    guidance's second pass belongs to the step of the first. When the steps run short, blocks get
+    lower ceilings (`budget`), so that more positions are committed a step than the rule asks."""
+    deadline_seconds: float | None = None
+    """Seconds from submission in which the completion should be whole; none: no limit. The steps
+    that are left are estimated from the speed so far; once the time is over, each block that is
+    left takes its least, which is one step or min_steps_per_block. The clock decides, so the same
+    request need not give the same tokens: the one exception from that promise."""
     block_length: int | None = None
     """bidirectional models: positions decoded together; none: the model's block size."""
     cache: Literal["exact", "prefix", "dual"] = "exact"
@@ -68,14 +80,23 @@ class SamplingParams:
     seed: int = 0
     """Randomness is keyed by (seed, choice, block, step)."""
     stop_at_eos: bool = True
+    """Whether the model's own end-of-text tokens end the completion."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the completion besides these; the one that did is its last token."""
 
     def __post_init__(self) -> None:
         for name in ("confidence_threshold", "remask_threshold", "editing_threshold"):
             value = getattr(self, name)
             check(value is None or 0.0 <= value <= 1.0, f"{name}={value} must be in 0..1; use 0.9")
-        for name in ("max_tokens", "steps_per_block", "min_steps_per_block", "block_length"):
+        counts = ("max_tokens", "steps_per_block", "min_steps_per_block", "block_length")
+        for name in (*counts, "max_steps"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"{name}={value} must be at least 1")
+        seconds = self.deadline_seconds
+        check(
+            seconds is None or 0.0 < seconds < math.inf,
+            f"deadline_seconds={seconds} must be above 0 and finite; leave it out for no deadline",
+        )
         for name in ("top_k", "max_post_steps", "factor", "entropy_bound"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         for name in ("temperature", "position_temperature", "guidance_scale"):
@@ -109,3 +130,24 @@ class SamplingParams:
             f"position_temperature={self.position_temperature} has no meaning with rule="
             f"{self.rule}; use 0",
         )
+        check(
+            self.rule != "first_hitting" or self.deadline_seconds is None,
+            f"deadline_seconds={self.deadline_seconds} contradicts rule=first_hitting, which takes "
+            "one position a step however late it is; use rule=random",
+        )
+
+    def least_steps(self, masks: int) -> int:
+        """Floor of K_b for a block of this many masks."""
+        return masks if self.rule == "first_hitting" else min(self.min_steps_per_block, masks)
+
+    def most_steps(self, masks: int) -> int:
+        """Ceiling of K_b for a block of this many masks."""
+        return min(self.steps_per_block or masks, masks)
+
+    def end_ids(self, config: ModelConfig) -> tuple[int, ...]:
+        """Every token that ends the completion."""
+        return (config.end_ids if self.stop_at_eos else ()) + self.stop_ids
+
+    def without_end(self) -> Self:
+        """The same, ended by no token."""
+        return replace(self, stop_at_eos=False, stop_ids=())

@@ -21,7 +21,7 @@ class Sampler:
     def __init__(self, model: str, threads: int) -> None:
         import torch
 
-        from cascade_model.engine import LLM
+        from cascade_model.llm import LLM
 
         torch.set_num_threads(threads)
         self._llm = LLM.load(model)

@@ -134,7 +134,7 @@ class PartWorker:
     ) -> None:
         import torch
 
-        from cascade_model.engine import LLM
+        from cascade_model.llm import LLM
 
         torch.set_num_threads(threads)
         self._refusal: InputError | None = None

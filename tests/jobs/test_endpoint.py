@@ -8,7 +8,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from cascade_model.engine import LLM
+from cascade_model.llm import LLM
 from cascade_model.model import Transformer
 from cascade_model.tokenizer import byte_tokenizer
 from jobs.endpoint import Endpoint, build_api
