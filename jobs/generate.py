@@ -57,6 +57,12 @@ class GenerateConfig:
             0.0 <= self.max_dead_rate <= 1.0,
             f"max_dead_rate={self.max_dead_rate} must be in 0..1; use 0.01",
         )
+        seconds = self.sampling.deadline_seconds
+        check(
+            seconds is None,
+            f"sampling.deadline_seconds={seconds} lets the clock decide, and a shard that is made "
+            "again must have the same bytes; use sampling.max_steps",
+        )
         threads = self.threads_per_worker
         check(
             threads is None or threads >= 1,
