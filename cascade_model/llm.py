@@ -5,6 +5,7 @@ All of it is decoded together by one engine; here tokens become text and request
 
 import asyncio
 import contextlib
+import operator
 import queue
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
@@ -171,7 +172,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams],
         stop: Sequence[str] = (),
         n: int = 1,
-    ) -> Iterator[Answer]:
+    ) -> Generator[Answer, None, None]:
         """Completions as they become whole, all of them decoding together."""
         return self._together(self.engine.submit, self._tokens, prompts, params, stop, n)
 
@@ -196,11 +197,11 @@ class LLM:
         self.engine.close()
 
     def _tokens(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt)
 
     def _masked(self, text: Infilling | Sequence[int]) -> list[int]:
         if not isinstance(text, Infilling):
-            return list(text)
+            return _ids(text)
         hole = [self.config.mask_id] * text.length
         return [*self.tokenizer.encode(text.prefix), *hole, *self.tokenizer.encode(text.suffix)]
 
@@ -212,9 +213,13 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams],
         stop: Sequence[str],
         n: int,
-    ) -> Iterator[Answer]:
+    ) -> Generator[Answer, None, None]:
         """Submit `n` choices of every request, and give each as soon as it is whole."""
         check(n >= 1, f"n={n} must be at least 1")
+        check(
+            not isinstance(requests, str | Infilling),
+            f"the prompts are one alone, {requests!r}; give a list of them",
+        )
         each = [params] * len(requests) if isinstance(params, SamplingParams) else params
         check(
             len(each) == len(requests),
@@ -227,12 +232,14 @@ class LLM:
         chunks: dict[Key, list[Chunk]] = {}
         try:
             for index, (request, own) in enumerate(zip(requests, each, strict=True)):
-                tokens = tokens_of(request)
                 for choice in range(n):
                     key = (index, choice)
                     try:
                         tickets[key] = submit(
-                            tokens, own, choice, lambda event, key=key: events.put((key, event))
+                            tokens_of(request),
+                            own,
+                            choice,
+                            lambda event, key=key: events.put((key, event)),
                         )
                     except InputError as error:
                         yield Answer(index, choice, error)
@@ -254,13 +261,24 @@ class LLM:
                 ticket.cancel()
 
 
-def _in_order(answers: Iterator[Answer]) -> list[Completion]:
-    """Prompt by prompt, choice by choice; the first refusal is raised."""
+def _ids(tokens: Sequence[int]) -> list[int]:
+    """Token ids as plain integers."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        raise InputError(
+            f"the prompt {tokens!r} is neither text nor a list of token ids; give one of them"
+        ) from None
+
+
+def _in_order(answers: Generator[Answer, None, None]) -> list[Completion]:
+    """Prompt by prompt, choice by choice; the first refusal is raised and ends the others."""
     found: dict[Key, Completion] = {}
-    for answer in answers:
-        if isinstance(answer.result, InputError):
-            raise answer.result
-        found[answer.index, answer.choice] = answer.result
+    with contextlib.closing(answers):
+        for answer in answers:
+            if isinstance(answer.result, InputError):
+                raise answer.result
+            found[answer.index, answer.choice] = answer.result
     return [found[key] for key in sorted(found)]
 
 

@@ -103,6 +103,10 @@ class SamplingParams:
             value = getattr(self, name)
             check(0.0 <= value <= 10.0, f"{name}={value} must be in 0..10")
         check(0.0 < self.top_p <= 1.0, f"top_p={self.top_p} must be above 0 and at most 1")
+        check(
+            isinstance(self.stop_ids, tuple) and all(isinstance(i, int) for i in self.stop_ids),
+            f"stop_ids={self.stop_ids!r} must be a tuple of token ids; use (2,) for one",
+        )
         check(-(2**63) <= self.seed < 2**63, f"seed={self.seed} must fit in 64 bits")
         self._check_together()
 

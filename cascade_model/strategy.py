@@ -46,7 +46,7 @@ class General:
         """Whether a token that ends the completion was written before a place of the window."""
         part = slice(window.start, until)
         new = canvas[part][~self.is_given[part]]
-        return bool(torch.isin(new, self._stops).any())
+        return bool(self.end_ids) and bool(torch.isin(new, self._stops).any())
 
     def places(self, canvas: Tensor, window: Window) -> Tensor:
         """The places to predict: the masked ones, and the written ones where they may change."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cascade_model.config import check
+
 FinishReason = Literal["stop", "length"]
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
@@ -53,6 +55,10 @@ class TextStream:
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
+        check(
+            not isinstance(stop, str),
+            f"stop={stop!r} is one text, whose letters would each end the completion; give a list",
+        )
         self._decode = decode
         self._stop = [text for text in stop if text]
         self._context: list[int] = []  # the last whole characters: some decoders look behind

@@ -97,11 +97,30 @@ def test_a_refused_prompt_is_refused_for_every_choice(llm):
     assert [answers[0, 0], answers[0, 1]] == llm.generate(["a"], free(), n=2)
 
 
+def test_a_refusal_ends_the_other_requests_at_once(long):
+    with pytest.raises(InputError, match="prompt is empty") as refused:
+        long.generate(["Hello", []], LONG)
+    until_idle(long)
+    assert refused.value is not None
+
+
 def test_numbers_that_do_not_fit_are_refused_and_nothing_runs(llm):
     with pytest.raises(InputError, match="n=0 must be at least 1"):
         llm.generate(["a"], free(), n=0)
     with pytest.raises(InputError, match="params has 1 settings for 2 prompts; give one for all"):
         llm.generate(["a", "b"], [free()])
+    with pytest.raises(InputError, match="the prompts are one alone, 'Hello'; give a list"):
+        llm.generate("Hello", free())
+    with pytest.raises(InputError, match="the prompts are one alone, Infilling"):
+        llm.infill(Infilling(prefix="a", length=1, suffix=""), free())
+    for wrong in (5, [1.5], [None], ["a"]):
+        with pytest.raises(InputError, match="is neither text nor a list of token ids"):
+            llm.generate([wrong], free())
+    with pytest.raises(InputError, match="stop='END' is one text, whose letters would each"):
+        llm.generate(["a"], free(), stop="END")
+    for wrong in (5, [5], ("a",)):
+        with pytest.raises(InputError, match="must be a tuple of token ids"):
+            SamplingParams(stop_ids=wrong)
     assert not llm.engine.scheduler.running
 
 
