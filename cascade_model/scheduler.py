@@ -9,14 +9,14 @@ What a sequence decodes depends on none of this.
 
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from cascade_model.canvas import Window
 from cascade_model.config import check
 from cascade_model.networks import Network
+from cascade_model.packed import pack
 from cascade_model.pages import PageArena, Run
 from cascade_model.passes import Pass
 from cascade_model.prefix_cache import PrefixCache
@@ -93,9 +93,13 @@ def _raise(error: Exception) -> None:
 
 
 class Scheduler:
-    """Sequences of one model; not thread-safe, one thread calls `step` over and over."""
+    """Sequences of one model; not thread-safe, one thread calls `step` over and over.
+
+    The model is packed: it can be decoded with, but no longer trained or saved.
+    """
 
     def __init__(self, model: Network, config: SchedulerConfig | None = None) -> None:
+        pack(model)
         self.model, self.config = model, config or SchedulerConfig()
         self.block_size = model.config.block_size
         self.counters = Counters()
@@ -191,18 +195,18 @@ class Scheduler:
         if written < wanted.start:
             plan = sequence.plan
             lost = plan.context.rewrite(plan.canvas, wanted.stream, wanted.start)
-            return chunk(behind(lost, written), budget, self.block_size)
-        return chunk(wanted, budget, self.block_size)
+            return lost.behind(written).chunk(budget, self.block_size)
+        return wanted.chunk(budget, self.block_size)
 
     def _answer(self, sequence: Running, done: Pass, logits: Tensor) -> None:
         """Note what was written; when the wanted pass is complete, let the sequence go on."""
-        wanted, end = sequence.wanted, done.start + len(done.tokens)
+        wanted, end = sequence.wanted, done.end
         assert wanted is not None
         sequence.written[done.stream] = end
         if end <= wanted.start:
             return
-        if end < wanted.start + len(wanted.tokens):
-            sequence.wanted = behind(wanted, end)
+        if end < wanted.end:
+            sequence.wanted = wanted.behind(end)
             return
         settled = sequence.plan.context.committed  # before the next pass is planned
         self._advance(sequence, logits)
@@ -233,15 +237,15 @@ class Scheduler:
         wanted = sequence.wanted
         if wanted is None or wanted.stream or wanted.start or sequence.plan.num_streams > 1:
             return
-        ends = cuts(wanted, self.block_size)
-        found = self.prefixes.find(wanted.tokens[: int(ends[-1]) if len(ends) else 0].tolist())
+        ends = wanted.cuts(self.block_size)
+        found = self.prefixes.find(wanted.tokens[: ends[-1] if ends else 0])
         run = None if found is None else self.arena.take(self._pages_of(sequence))
         if found is None or run is None:
             return
         source, count = found
         self.arena.copy(source, run, count)
         sequence.runs[0], sequence.written[0] = run, count
-        sequence.wanted, sequence.published = behind(wanted, count), count
+        sequence.wanted, sequence.published = wanted.behind(count), count
         self.counters.prefix_tokens += count
 
     def _publish(self, sequence: Running, committed: int) -> None:
@@ -260,7 +264,7 @@ class Scheduler:
         """Make the pages of the wanted pass long enough, at others' cost where that is allowed."""
         wanted = sequence.wanted
         assert wanted is not None
-        need = self.arena.pages_for(max(wanted.visible, wanted.start + len(wanted.tokens)))
+        need = self.arena.pages_for(max(wanted.visible, wanted.end))
         run = sequence.runs.get(wanted.stream)
         if run is not None and run.count >= need:
             return True
@@ -344,45 +348,4 @@ def arena_of(model: Network, config: SchedulerConfig) -> PageArena:
     num_pages = config.cache_bytes // page_bytes
     return PageArena(
         shape, num_pages=num_pages, page_tokens=page, dtype=weight.dtype, device=weight.device
-    )
-
-
-def cuts(wanted: Pass, size: int) -> Tensor:
-    """Where a pass can be cut in two: int64, rising counts of rows, whole blocks of `size`, that
-    see nothing behind themselves and are not read."""
-    rows = len(wanted.tokens)
-    ends = wanted.start + torch.arange(1, rows + 1, device=wanted.limits.device)
-    is_closed = wanted.limits.cummax(dim=0).values <= ends
-    found = (is_closed & (ends % size == 0)).nonzero()[:, 0] + 1
-    first_read = int(wanted.reads.min()) if len(wanted.reads) else rows
-    return found[found <= min(first_read, rows - 1)]
-
-
-def chunk(wanted: Pass, budget: int, size: int) -> Pass:
-    """The first rows of a pass within the budget; at least up to its first cut, all without one."""
-    if len(wanted.tokens) <= budget:
-        return wanted
-    ends = cuts(wanted, size)
-    if len(ends) == 0:
-        return wanted
-    within = ends[ends <= budget]
-    count = int(within[-1] if len(within) else ends[0])
-    return replace(
-        wanted,
-        tokens=wanted.tokens[:count],
-        limits=wanted.limits[:count],
-        visible=wanted.start + count,
-        reads=wanted.reads[:0],
-    )
-
-
-def behind(wanted: Pass, start: int) -> Pass:
-    """The rows of a pass from a place on."""
-    skipped = max(0, start - wanted.start)
-    return replace(
-        wanted,
-        tokens=wanted.tokens[skipped:],
-        start=wanted.start + skipped,
-        limits=wanted.limits[skipped:],
-        reads=wanted.reads - skipped,
     )

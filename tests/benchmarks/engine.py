@@ -12,12 +12,12 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from cascade_model.config import ModelConfig
 from cascade_model.families import read_checkpoint
 from cascade_model.model import Transformer, never_emitted
 from cascade_model.networks import network_with
+from cascade_model.packed import Product, pack
 from cascade_model.pages import PageArena
 from cascade_model.passes import Pass
 from cascade_model.ragged import Job, run_together
@@ -42,7 +42,9 @@ def llama_pair(dtype: torch.dtype):
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         read = read_checkpoint(folder, dtype=dtype)
-    return theirs, network_with(read.config, read.state, "llama").eval()
+    ours = network_with(read.config, read.state, "llama").eval()
+    pack(ours)
+    return theirs, ours
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -71,24 +73,27 @@ def a_pass(model: Transformer, rows: int, context: int) -> Callable[[], object]:
     run = arena.take(1)
     assert run is not None
     wanted = Pass(
-        tokens=torch.randint(0, 1000, (rows,)),
+        tokens=torch.randint(0, 1000, (rows,)).tolist(),
         start=context,
-        limits=torch.full((rows,), pages),
+        limits=[pages] * rows,
         visible=pages,
-        reads=torch.arange(rows),
+        reads=list(range(rows)),
     )
     return lambda: run_together(model, arena, [Job(wanted, run)])
 
 
 def bare_products(model: Transformer, rows: int) -> Callable[[], object]:
-    """The matrix products of a pass and nothing else."""
-    linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype) for w in linears}
+    """The matrix products of a pass, as the pass makes them, and nothing else."""
+    products = [m for m in model.modules() if isinstance(m, Product)]
+    dtype = next(model.parameters()).dtype
+    inputs = {
+        size: torch.randn(1, rows, size, dtype=dtype) for size in {p.inputs for p in products}
+    }
 
     @torch.inference_mode()
     def call() -> None:
-        for weight in linears:
-            F.linear(inputs[weight.shape[1]], weight)
+        for product in products:
+            product(inputs[product.inputs])
 
     return call
 

@@ -24,13 +24,12 @@ def float_model(**axes) -> Transformer:
 
 def prefill(rows: int, seed: int) -> Pass:
     generator = torch.Generator().manual_seed(seed)
-    place = torch.arange(rows)
     return Pass(
-        tokens=torch.randint(0, 490, (rows,), generator=generator),
+        tokens=torch.randint(0, 490, (rows,), generator=generator).tolist(),
         start=0,
-        limits=((place // 4 + 1) * 4).clamp(max=rows),
+        limits=[min((place // 4 + 1) * 4, rows) for place in range(rows)],
         visible=rows,
-        reads=place[-2:],
+        reads=list(range(rows))[-2:],
     )
 
 

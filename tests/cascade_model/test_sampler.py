@@ -62,9 +62,7 @@ class UncachedRunner:
 
     def run(self, wanted):
         entries = self.entries.setdefault(wanted.stream, {})
-        for row, (token, limit) in enumerate(
-            zip(wanted.tokens.tolist(), wanted.limits.tolist(), strict=True)
-        ):
+        for row, (token, limit) in enumerate(zip(wanted.tokens, wanted.limits, strict=True)):
             entries[wanted.start + row] = (token, limit)
         tokens = torch.tensor([[entries[place][0] for place in range(wanted.visible)]])
         limits = torch.tensor([entries[place][1] for place in range(wanted.visible)])
@@ -74,7 +72,7 @@ class UncachedRunner:
                 tokens,
                 torch.arange(wanted.visible)[None],
                 dense(mask[None, None]),
-                lambda hidden, head: head(hidden[0, wanted.start + wanted.reads]),
+                lambda hidden, head: head(hidden[0, [wanted.start + row for row in wanted.reads]]),
             )
 
 
@@ -166,10 +164,10 @@ def test_committed_entries_of_the_cache_are_never_written_again():
         list(decode(recorder.model.config, recorder, PROMPT, params))
         final = {}
         for wanted in recorder.seen:
-            for row, limit in enumerate(wanted.limits.tolist()):
+            for row, limit in enumerate(wanted.limits):
                 place = wanted.start + row
                 assert place not in final
-                clean = not bool((wanted.tokens[: limit - wanted.start] == MASK).any())
+                clean = MASK not in wanted.tokens[: limit - wanted.start]
                 if clean and limit < wanted.visible:
                     final[place] = True
 
@@ -266,8 +264,8 @@ def test_a_ragged_prompt_tail_opens_the_first_block():
     recorder = Recorder(lively_model())
     params = SamplingParams(max_tokens=5, stop_at_eos=False)
     list(decode(recorder.model.config, recorder, PROMPT, params))
-    assert recorder.seen[0].tokens.tolist() == [*PROMPT, MASK]
-    assert recorder.seen[0].limits.tolist() == [4] * 4 + [8] * 4
+    assert recorder.seen[0].tokens == [*PROMPT, MASK]
+    assert recorder.seen[0].limits == [4] * 4 + [8] * 4
 
 
 def test_decoding_on_from_a_committed_prefix_gives_the_same_rest():
@@ -333,8 +331,8 @@ class Scripted(UniformRunner):
 
     def run(self, wanted):
         result = super().run(wanted)
-        for index, row in enumerate((wanted.start + wanted.reads).tolist()):
-            row %= len(self.text)
+        for index, read in enumerate(wanted.reads):
+            row = (wanted.start + read) % len(self.text)
             result[index, self.text[row]] = 20.0 - row if self.left_first else 10.0 + row
         return result
 

@@ -3,13 +3,11 @@
 import random
 
 import pytest
-import torch
 
 from cascade_model.errors import InputError
-from cascade_model.passes import Pass
 from cascade_model.sampler import plan_completion, sample
 from cascade_model.sampling import SamplingParams
-from cascade_model.scheduler import Scheduler, SchedulerConfig, behind, chunk, cuts
+from cascade_model.scheduler import Scheduler, SchedulerConfig
 from tests.tiny_models import lively_model
 
 AXES = [
@@ -232,26 +230,3 @@ def test_what_can_never_fit_is_refused_before_anything_is_taken():
     with pytest.raises(InputError, match="needs keys and values of 52 tokens"):
         scheduler.check(plan)
     assert scheduler.arena.free_pages == 2
-
-
-def a_pass(limits: list[int], reads: list[int], start: int = 0) -> Pass:
-    return Pass(
-        tokens=torch.arange(len(limits)),
-        start=start,
-        limits=torch.tensor(limits),
-        visible=start + len(limits),
-        reads=torch.tensor(reads, dtype=torch.int64),
-    )
-
-
-def test_a_pass_is_cut_where_no_row_sees_behind_the_cut():
-    blocks = a_pass([4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12], [9, 11])
-    assert cuts(blocks, 4).tolist() == [4, 8]
-    first = chunk(blocks, 10, 4)
-    assert (len(first.tokens), first.visible, first.reads.tolist()) == (8, 8, [])
-    rest = behind(blocks, 8)
-    assert (rest.start, rest.tokens.tolist(), rest.reads.tolist()) == (8, [8, 9, 10, 11], [1, 3])
-    assert chunk(blocks, 1, 4).tokens.tolist() == [0, 1, 2, 3]
-    everything = a_pass([6] * 6, [2])
-    assert chunk(everything, 2, 4) is everything
-    assert cuts(a_pass([5, 6, 7], [2], start=4), 1).tolist() == [1, 2]
