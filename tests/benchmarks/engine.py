@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import ModelConfig
 from cascade_model.families import read_checkpoint
 from cascade_model.model import Transformer, never_emitted
 from cascade_model.networks import network_with
@@ -24,6 +24,7 @@ from cascade_model.passes import Pass
 from cascade_model.ragged import Job, run_together
 from cascade_model.ragged_attention import Piece, attention_of
 from cascade_model.sampler import plan_completion
+from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Scheduler
 from tests.benchmarks.baselines import sdar_loop
 from tests.benchmarks.report import Row

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from cascade_model.config import SamplingParams
 from cascade_model.model import Transformer
 from cascade_model.passes import Pass
 from cascade_model.ragged import Job, run_together
 from cascade_model.sampler import plan_completion
+from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Scheduler, SchedulerConfig, arena_of
 from tests.tiny_models import tiny_config
 

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from cascade_model.config import SamplingParams
 from cascade_model.errors import InputError
 from cascade_model.sampler import plan_completion, sample
+from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Scheduler, SchedulerConfig
 from tests.tiny_models import lively_model
 
