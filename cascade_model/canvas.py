@@ -1,6 +1,6 @@
 """The text being written: known tokens and masks, filled window by window from the left."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -25,8 +25,8 @@ class Window:
     """Passes made after the window was full, to revise it."""
     is_settled: bool = False
     """Whether the last such pass changed nothing."""
-    revised: Tensor | None = None
-    """bool [end - start]: places that were masked again."""
+    revised: set[int] = field(default_factory=set)
+    """Places that were masked again."""
 
     @property
     def is_last_step(self) -> bool:
