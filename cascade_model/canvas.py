@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from cascade_model.text_stream import TokenLogprob
+
 
 @dataclass(slots=True, kw_only=True)
 class Window:
@@ -27,6 +29,8 @@ class Window:
     """Whether the last such pass changed nothing."""
     revised: set[int] = field(default_factory=set)
     """Places that were masked again."""
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    """By place, of what was last written there; filled where it is asked for."""
 
     @property
     def is_last_step(self) -> bool:

@@ -412,6 +412,9 @@ class SamplingParams:
     seed: int = 0
     """Randomness is keyed by (seed, choice, block, step)."""
     stop_at_eos: bool = True
+    logprobs: int | None = None
+    """Tell how probable each token was (`text_stream.TokenLogprob`): 0 the token alone, k also the
+    k most probable ones of its place, 20 at most; none: nothing is computed."""
 
     def __post_init__(self) -> None:
         for name in ("confidence_threshold", "remask_threshold", "editing_threshold"):
@@ -427,6 +430,10 @@ class SamplingParams:
             check(0.0 <= value <= 10.0, f"{name}={value} must be in 0..10")
         check(0.0 < self.top_p <= 1.0, f"top_p={self.top_p} must be above 0 and at most 1")
         check(-(2**63) <= self.seed < 2**63, f"seed={self.seed} must fit in 64 bits")
+        check(
+            self.logprobs is None or 0 <= self.logprobs <= 20,
+            f"logprobs={self.logprobs} must be in 0..20; use 0 for the chosen tokens alone",
+        )
         self._check_together()
 
     def _check_together(self) -> None:

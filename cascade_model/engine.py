@@ -311,5 +311,9 @@ def _checked(event: Event) -> DecodedBlock:
 
 def _chunk(text: TextStream, block: DecodedBlock) -> Chunk:
     return text.push(
-        block.tokens, passes=block.passes, steps=block.steps, finish_reason=block.finish_reason
+        block.tokens,
+        passes=block.passes,
+        steps=block.steps,
+        finish_reason=block.finish_reason,
+        logprobs=block.logprobs,
     )

@@ -28,6 +28,7 @@ from cascade_model.networks import Network
 from cascade_model.passes import Pass, Prediction, Runner
 from cascade_model.requests import check_infilling, check_request
 from cascade_model.strategy import General
+from cascade_model.text_stream import TokenLogprob
 
 
 class Strategy(Protocol):
@@ -58,6 +59,8 @@ class DecodedBlock:
     """K_b: denoising steps of this block."""
     finish_reason: Literal["stop", "length"] | None
     """Set on the last block only."""
+    logprobs: tuple[TokenLogprob, ...] | None
+    """One for each token; none where they were not asked for."""
 
 
 def denoise(
@@ -117,11 +120,19 @@ class Plan:
     def block(self, window: Window) -> DecodedBlock:
         """What a finished window adds to the completion; asked for once, as soon as it is done."""
         end = self.known + self.params.max_tokens
-        tokens = self.canvas[max(self.known, window.start) : window.keep].tolist()
+        first = max(self.known, window.start)
+        tokens = self.canvas[first : window.keep].tolist()
         tokens, stopped = _new_tokens(tokens, self.strategy.config.end_ids, self.params)
         reason = "stop" if stopped else "length" if window.keep == end else None
         passes, self.counted = self.context.passes - self.counted, self.context.passes
-        return DecodedBlock(tokens=tokens, passes=passes, steps=window.step, finish_reason=reason)
+        is_told, places = self.params.logprobs is not None, range(first, first + len(tokens))
+        return DecodedBlock(
+            tokens=tokens,
+            passes=passes,
+            steps=window.step,
+            finish_reason=reason,
+            logprobs=tuple(window.logprobs[place] for place in places) if is_told else None,
+        )
 
 
 def plan_completion(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cascade_model.canvas import Change, Window
 from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.decisions import logprobs_of
 from cascade_model.drawing import draw_tokens, most_probable, position_noise, uniforms
 from cascade_model.model import never_emitted
 from cascade_model.noise import POSITION
@@ -96,7 +97,9 @@ class General:
             scores, order = (np.where(is_end, -np.inf, values) for values in (scores, order))
         least, most = self._bounds(window, block.count(self.config.mask_id))
         taken = choose(scores, order, least, most, self.params)
-        return dict(compress(zip(places, tokens, strict=True), taken))
+        written = dict(compress(zip(places, tokens, strict=True), taken))
+        self._tell(window, written, drawn, taken)
+        return written
 
     def _scores(self, drawn: Drawn, key: tuple) -> np.ndarray:
         """How the rule rates each place, float [m]."""
@@ -131,22 +134,28 @@ class General:
     def _remask(self, window: Window, old: Written, logits: Tensor) -> Written:
         """Mask again what has lost confidence; each place once, so that a window ends."""
         tokens = torch.tensor(list(old.values()), dtype=torch.int64, device=logits.device)
-        is_low = self._probabilities(logits, tokens) < self.params.remask_threshold
+        is_low = probability(Drawn(logits, tokens)).cpu().numpy() < self.params.remask_threshold
         doubted = set(compress(old, is_low)) - window.revised
         window.revised |= doubted
         return dict.fromkeys(doubted, self.config.mask_id)
 
     def _edit(self, window: Window, old: Written, logits: Tensor) -> Written:
         """Rewrite where another token is now likelier than the threshold (LLaDA2.1)."""
-        best = most_probable(logits)
-        is_better = self._probabilities(logits, best) > self.params.editing_threshold
-        better = compress(zip(old, best.tolist(), strict=True), is_better)
-        changed = {place: token for place, token in better if token != old[place]}
+        best = Drawn(logits, most_probable(logits))
+        tokens = best.tokens.cpu().numpy()
+        is_better = probability(best).cpu().numpy() > self.params.editing_threshold
+        is_changed = is_better & (tokens != np.array(list(old.values()), dtype=np.int64))
+        changed = dict(compress(zip(old, tokens.tolist(), strict=True), is_changed))
+        self._tell(window, changed, best, is_changed)
         window.is_settled = window.post_steps > 0 and not changed
         return changed
 
-    def _probabilities(self, logits: Tensor, tokens: Tensor) -> np.ndarray:
-        return probability(Drawn(logits, tokens)).cpu().numpy()
+    def _tell(self, window: Window, written: Written, drawn: Drawn, is_written: np.ndarray) -> None:
+        """Note the log-probabilities of what is written, the rows of `drawn` that it is from."""
+        if self.params.logprobs is not None:
+            rows = is_written.nonzero()[0].tolist()
+            told = logprobs_of(drawn, rows, self.params.logprobs)
+            window.logprobs |= zip(written, told, strict=True)
 
 
 def _change(written: Written, canvas: Tensor) -> Change:

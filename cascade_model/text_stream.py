@@ -4,12 +4,32 @@ A server can hold this half of decoding on another machine than the model. Whate
 is held back: an unfinished character, a possible beginning of a stop.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How probable a token was, in natural logarithms.
+
+    The distribution is the prediction of the step that wrote the token, with guidance, before
+    temperature, top-k and top-p; ids that are never drawn (mask, padding, with suppress_eos=token
+    the end of text) have no share in it. Where a place was written more than once (editing,
+    remasking) the last time counts. In an autoregressive model, and with rule=sequential in any
+    other, a text's values add up to its log-likelihood (`likelihood.sequential`). Where a step
+    commits several tokens, each is predicted without knowing the others.
+    """
+
+    logprob: float
+    """At most 0, -inf never."""
+    top: tuple[tuple[int, float], ...]
+    """The most probable tokens of the place, best first, with theirs; fewer than were asked for
+    where there are no more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +46,8 @@ class Chunk:
     """K_b: its denoising steps."""
     finish_reason: FinishReason | None
     """Set on the last chunk only."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each token; none where they were not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +61,8 @@ class Completion:
     """Forward passes of the whole answer."""
     steps_per_block: tuple[int, ...]
     """K_b, the denoising steps of each block."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each token; none where they were not asked for."""
 
 
 class TextStream:
@@ -57,7 +81,13 @@ class TextStream:
         self._held = ""  # decoded, but perhaps the beginning of a stop
 
     def push(
-        self, tokens: Sequence[int], *, passes: int, steps: int, finish_reason: FinishReason | None
+        self,
+        tokens: Sequence[int],
+        *,
+        passes: int,
+        steps: int,
+        finish_reason: FinishReason | None,
+        logprobs: Sequence[TokenLogprob] | None = None,
     ) -> Chunk:
         """Add one block; the chunk's `finish_reason` is "stop" once a stop string is complete."""
         text, taken = "", tuple(tokens)
@@ -71,7 +101,12 @@ class TextStream:
         else:
             text += self._rest() if finish_reason is not None else ""
         return Chunk(
-            text=text, token_ids=taken, passes=passes, steps=steps, finish_reason=finish_reason
+            text=text,
+            token_ids=taken,
+            passes=passes,
+            steps=steps,
+            finish_reason=finish_reason,
+            logprobs=None if logprobs is None else tuple(logprobs[: len(taken)]),
         )
 
     def _decode_next(self, token: int) -> str:
@@ -132,4 +167,10 @@ def complete(chunks: Iterator[Chunk]) -> Completion:
         finish_reason=parts[-1].finish_reason,
         passes=sum(part.passes for part in parts),
         steps_per_block=tuple(part.steps for part in parts),
+        logprobs=_joined([part.logprobs for part in parts]),
     )
+
+
+def _joined(parts: list[tuple[TokenLogprob, ...] | None]) -> tuple[TokenLogprob, ...] | None:
+    told = [part for part in parts if part is not None]
+    return tuple(itertools.chain(*told)) if told else None

@@ -1,5 +1,7 @@
 """The general strategy: each step as its formulas say, whatever shortcuts are taken."""
 
+import math
+
 import pytest
 import torch
 
@@ -159,6 +161,51 @@ def test_every_step_writes_what_its_formulas_say(rule, options):
             window.step += 1
         assert not {MASK, PAD} & set(canvas.tolist())
         assert canvas[:3].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_last_write_of_a_place_is_told(options):
+    """Also where it was edited, or masked again and filled once more."""
+    num_rewritten = 0
+    for seed in range(12):
+        values = {"confidence_threshold": 0.4, "stop_at_eos": False} | options
+        params = SamplingParams(seed=seed, max_tokens=B - 3, logprobs=3, **values)
+        canvas, window, strategy = window_of(params)
+        expected: dict[int, tuple] = {}
+        while not strategy.is_done(canvas, window):
+            places = strategy.places(canvas, window)
+            logits = rough_logits(len(places), 100 * seed + window.step)
+            banned = [MASK, PAD] + [EOS] * (params.suppress_eos == "token")
+            logs = logits.index_fill(-1, torch.tensor(banned), float("-inf")).log_softmax(-1)
+            change = strategy.step(canvas, window, Prediction(places, logits))
+            canvas[change.places] = change.tokens
+            window.step += 1
+            for place, token in zip(change.places.tolist(), change.tokens.tolist(), strict=True):
+                if token != MASK:
+                    row = logs[places.tolist().index(place)]
+                    ranked = sorted(range(V), key=lambda i, row=row: (-row[i].item(), i))[:3]
+                    num_rewritten += place in expected
+                    expected[place] = (row[token].item(), ranked)
+        assert sorted(window.logprobs) == list(range(3, B))
+        for place, (value, ranked) in expected.items():
+            told = window.logprobs[place]
+            assert told.logprob == pytest.approx(value, abs=1e-5)
+            assert [token for token, _ in told.top] == ranked
+            assert told.top[0][1] >= told.logprob
+            assert sum(math.exp(one) for _, one in told.top) <= 1 + 1e-6
+    revises = {"remask_threshold", "editing_threshold"} & set(options)
+    assert bool(num_rewritten) == bool(revises)
+
+
+def test_nothing_is_computed_that_was_not_asked_for(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("computed without being asked for")
+
+    monkeypatch.setattr("cascade_model.strategy.logprobs_of", refuse)
+    canvas, window, strategy = window_of(SamplingParams(max_tokens=B - 3))
+    places = strategy.places(canvas, window)
+    strategy.step(canvas, window, Prediction(places, rough_logits(len(places), 0)))
+    assert window.logprobs == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
