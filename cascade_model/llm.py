@@ -322,4 +322,5 @@ def _chunk(text: TextStream, block: DecodedBlock) -> Chunk:
         steps=block.steps,
         finish_reason=block.finish_reason,
         stop_reason=block.stop_reason,
+        logprobs=block.logprobs,
     )

@@ -35,6 +35,7 @@ from cascade_model.requests import (
 )
 from cascade_model.sampling import SamplingParams
 from cascade_model.strategy import General
+from cascade_model.text_stream import TokenLogprob
 
 
 class Strategy(Protocol):
@@ -68,6 +69,8 @@ class DecodedBlock:
     """Set on the last block only."""
     stop_reason: int | None
     """The token that ended the completion; none where it has its full length, or goes on."""
+    logprobs: tuple[TokenLogprob, ...] | None
+    """One for each token; none where they were not asked for."""
 
 
 def denoise(
@@ -133,19 +136,22 @@ class Plan:
 
     def block(self, window: Window) -> DecodedBlock:
         """What a finished window adds to the completion; asked for once, as soon as it is done."""
-        block = slice(window.start, window.keep)
-        tokens = self.canvas[block][~self.strategy.is_given[block]].tolist()
-        ends = self.strategy.end_ids
-        place = next((place for place, token in enumerate(tokens) if token in ends), None)
-        end = None if place is None else tokens[place]
+        given = self.strategy.is_given
+        places = [place for place in range(window.start, window.keep) if not given[place]]
+        canvas, ends = self.canvas.tolist(), self.strategy.end_ids
+        end = next((place for place in places if canvas[place] in ends), None)
+        if end is not None:
+            places = places[: places.index(end) + 1]
         is_last = window is self.windows[-1]
         passes, self.counted = self.context.passes - self.counted, self.context.passes
+        is_told = self.strategy.params.logprobs is not None
         return DecodedBlock(
-            tokens=tokens if place is None else tokens[: place + 1],
+            tokens=[canvas[place] for place in places],
             passes=passes,
             steps=window.step,
             finish_reason="stop" if end is not None else "length" if is_last else None,
-            stop_reason=end,
+            stop_reason=None if end is None else canvas[end],
+            logprobs=tuple(window.logprobs[place] for place in places) if is_told else None,
         )
 
 
