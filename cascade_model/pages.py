@@ -74,6 +74,13 @@ class PageArena:
                 self._free.append((first, count))
         run.count = 0
 
+    def shorten(self, run: Run, count: int) -> None:
+        """Free the pages of a run behind its first `count`."""
+        if count < run.count:
+            rest = Run(run.first + count, run.count - count)
+            run.count = count
+            self.give_back(rest)
+
     def copy(self, source: Run, target: Run, tokens: int) -> None:
         """Copy the first `tokens` entries of one run to another."""
         a, b = source.first * self.page_tokens, target.first * self.page_tokens

@@ -1,26 +1,28 @@
 """Continuous batching at the level of one forward pass.
 
 Every running sequence stands at some block and step and wants one `Pass`. A round runs as many of
-these together as the row budget allows: denoising and commits first, in turn, then chunks of long
-prompts. First done, first out. Keys and values live in runs of pages; when they run short, known
-prefixes go first, then the youngest sequence gives its pages up and computes them again later.
-What a sequence decodes depends on none of this.
+these together as the row budget allows: denoising and commits first, then chunks of long prompts,
+each in its turn. First done, first out. A beginning that another sequence has computed, or is just
+computing, is copied. Keys and values live in runs of pages; when they run short, known prefixes go
+first, then the youngest sequence gives its pages up and computes them again later. What a sequence
+decodes depends on none of this.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from cascade_model.canvas import Window
 from cascade_model.config import check
+from cascade_model.counters import Counters
 from cascade_model.networks import Network
 from cascade_model.packed import pack
 from cascade_model.pages import PageArena, Run
 from cascade_model.passes import Pass
-from cascade_model.prefix_cache import PrefixCache
+from cascade_model.prefix_cache import Beginning, PrefixCache
 from cascade_model.ragged import Job, run_together
+from cascade_model.running import Running
 from cascade_model.sampler import DecodedBlock, Plan
 
 
@@ -31,11 +33,12 @@ class SchedulerConfig:
     max_sequences: int = 32
     """Sequences that run at once."""
     rows_per_round: int = 512
-    """Rows of one forward pass, unless a single pass that cannot be cut needs more."""
+    """Rows of one forward pass; beside a single pass that cannot be cut and takes more than half of
+    them, half as many for the others."""
     cache_bytes: int = 1 << 30
     """Keys and values of all sequences and known prefixes."""
     prefix_share: float = 0.25
-    """Of the pages, how many known prefixes may hold; 0 switches the prefix cache off."""
+    """Of the pages, how many known prefixes may hold; 0: nothing is taken over from others."""
     page_tokens: int = 32
     """Rounded up to whole blocks."""
 
@@ -46,46 +49,6 @@ class SchedulerConfig:
             0.0 <= self.prefix_share < 1.0,
             f"prefix_share={self.prefix_share} must be at least 0 and below 1; use 0.25",
         )
-
-
-@dataclass(slots=True)
-class Counters:
-    """What an engine did so far."""
-
-    rounds: int = 0
-    passes: int = 0
-    rows: int = 0
-    prefix_tokens: int = 0
-    """Prompt tokens that the prefix cache spared."""
-    preemptions: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Running:
-    """One sequence in the engine."""
-
-    plan: Plan
-    loop: Generator[Pass | Window, Tensor, None]
-    deliver: Callable[[DecodedBlock], None]
-    """Called with each block as soon as it is done."""
-    fail: Callable[[Exception], None]
-    """Called with the error that ended this sequence alone."""
-    wanted: Pass | None = None
-    """The pass that the sequence waits for; none before its first."""
-    runs: dict[int, Run] = field(default_factory=dict)
-    """Its pages, per stream."""
-    written: dict[int, int] = field(default_factory=dict)
-    """Per stream, how many leading entries are in its pages."""
-    published: int = 0
-    """Committed tokens that the prefix cache was offered."""
-    was_passed_over: bool = False
-    """Had no room in the last round; goes first in the next."""
-    is_done: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Rows of the pass it waits for."""
-        return 0 if self.wanted is None else len(self.wanted.tokens)
 
 
 def _raise(error: Exception) -> None:
@@ -102,12 +65,14 @@ class Scheduler:
         pack(model)
         self.model, self.config = model, config or SchedulerConfig()
         self.block_size = model.config.block_size
-        self.counters = Counters()
+        self.counters = self._sums = Counters()
+        """As of the last round; never written to once it stands here, so any thread may read it."""
         self.arena = arena_of(model, self.config)
         known_pages = int(self.arena.num_pages * self.config.prefix_share)
         self.prefixes = PrefixCache(self.arena, known_pages)
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
+        self._note()
 
     def check(self, plan: Plan) -> None:
         """Refuse (`InputError`) a request that can never fit; safe from any thread."""
@@ -129,32 +94,43 @@ class Scheduler:
         """Queue a request that `check` let pass."""
         sequence = Running(plan=plan, loop=plan.loop(), deliver=deliver, fail=fail)
         self.waiting.append(sequence)
+        self._note()
         return sequence
 
     def cancel(self, sequence: Running) -> None:
-        """Forget a sequence and free its pages; at any time between two steps, more than once."""
+        """Forget a sequence; at any time between two steps, more than once. Its pages are free, or
+        known prefixes."""
         sequence.is_done = True
         sequence.loop.close()
+        self._leave_behind(sequence)
         self._release(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
         if sequence in self.waiting:
             self.waiting.remove(sequence)
+        self._note()
 
     def step(self) -> bool:
         """One round: admit, run one forward pass, hand out its logits. False when idle."""
+        try:
+            return self._round()
+        finally:
+            self._note()
+
+    def _round(self) -> bool:
         self._admit()
+        self._copy_beginnings()
         chosen = self._choose()
         if not chosen:
             if self.running:
                 raise RuntimeError("no running sequence has room for its next pass")
             return False
-        jobs = [Job(piece, sequence.runs[piece.stream]) for sequence, piece in chosen]
-        self.counters.rounds += 1
-        self.counters.passes += len(jobs)
-        self.counters.rows += sum(len(job.wanted.tokens) for job in jobs)
+        jobs = [Job(piece, sequence.runs[piece.stream]) for sequence, piece in chosen.items()]
+        self._sums.rounds += 1
+        self._sums.passes += len(jobs)
+        self._sums.rows += sum(len(job.wanted.tokens) for job in jobs)
         answers = run_together(self.model, self.arena, jobs)
-        for (sequence, piece), logits in zip(chosen, answers, strict=True):
+        for (sequence, piece), logits in zip(chosen.items(), answers, strict=True):
             self._answer(sequence, piece, logits)
         return True
 
@@ -163,40 +139,94 @@ class Scheduler:
         while self.waiting and len(self.running) < self.config.max_sequences:
             sequence = self.waiting[0]
             if sequence.wanted is None:
-                self._advance(sequence, None)
-                self._use_known_prefix(sequence)
+                self._sums.tokens += sequence.advance(None)
+                sequence.beginning = self._beginning(sequence)
             if not sequence.is_done and not self._has_room(sequence, may_preempt=False):
                 return
             self.waiting.popleft()
             if not sequence.is_done:
+                sequence.is_new = sequence.beginning.pages > 0
+                self._sums.prefix_lookups += sequence.is_new
                 self.running.append(sequence)
 
-    def _choose(self) -> list[tuple[Running, Pass]]:
-        """What runs in this round: short passes first, so that no long prompt holds them up."""
-        budget = self.config.rows_per_round
-        chosen: list[tuple[Running, Pass]] = []
-        for sequence in sorted(self.running, key=lambda s: (not s.was_passed_over, s.rows)):
-            if sequence not in self.running:  # preempted by one before it
+    def _beginning(self, sequence: Running) -> Beginning:
+        """The whole pages that a first pass writes for good; none where nothing is shared."""
+        wanted, page = sequence.wanted, self.arena.page_tokens
+        if wanted is None or not self._shares(sequence):
+            return Beginning()
+        ends = wanted.cuts(self.block_size)
+        return Beginning.of(wanted.tokens[: ends[-1] if ends else 0], page)
+
+    def _shares(self, sequence: Running) -> bool:
+        return self.config.prefix_share > 0 and sequence.plan.num_streams == 1
+
+    def _copy_beginnings(self) -> None:
+        """New sequences copy what is known of their beginning; where an older one is about to write
+        more of it, they wait for that. The oldest waits for nobody, so one of them always runs."""
+        for sequence in self.running:
+            sequence.awaited = 0
+        for number, sequence in enumerate(self.running):
+            if not sequence.is_new:
                 continue
-            has_room = self._has_room(sequence, may_preempt=not chosen)
-            piece = self._next_piece(sequence, max(budget, 1)) if has_room else None
-            fits = piece is not None and (not chosen or len(piece.tokens) <= budget)
-            sequence.was_passed_over = not fits
-            if piece is not None and fits:
-                chosen.append((sequence, piece))
-                budget -= len(piece.tokens)
+            older = self.running[:number]
+            source, known = self._most_known(sequence, older)
+            for writer in older:
+                shared = writer.beginning.shared(sequence.beginning)
+                if shared > known:
+                    rows = shared * self.arena.page_tokens - writer.entries()
+                    writer.awaited = min(rows, writer.awaited or rows)
+                    break
+            else:
+                sequence.is_new = False
+                if source is not None:
+                    self._copy(source, known, sequence)
+
+    def _most_known(self, sequence: Running, older: list[Running]) -> tuple[Run | None, int]:
+        """Who has most of a sequence's beginning, and how many pages of it."""
+        wanted, size = sequence.beginning, self.arena.page_tokens
+        source, most = self.prefixes.find(wanted) or (None, 0)
+        for other in older:
+            pages = min(other.beginning.shared(wanted), other.entries() // size)
+            if pages > most:
+                source, most = other.runs[0], pages
+        return source, most
+
+    def _copy(self, source: Run, pages: int, sequence: Running) -> None:
+        """Begin with keys and values that another sequence computed."""
+        assert sequence.wanted is not None
+        count = pages * self.arena.page_tokens
+        self.arena.copy(source, sequence.runs[0], count)
+        sequence.written[0] = count
+        sequence.wanted = sequence.wanted.behind(count)
+        self._sums.prefix_hits += 1
+        self._sums.prefix_tokens += count
+
+    def _choose(self) -> dict[Running, Pass]:
+        """What runs in this round: short passes first, so that no long prompt holds them up, and
+        what somebody waits for as if it were theirs. Half of the rows go before that to those that
+        had no place in the last rounds."""
+        able = [sequence for sequence in self.running if not sequence.is_new]
+        late = sorted((s for s in able if s.passed_over), key=lambda s: (-s.passed_over, s.rows))
+        half, chosen = max(1, self.config.rows_per_round // 2), {}
+        self._fill(chosen, late, half)
+        rows = sum(len(piece.tokens) for piece in chosen.values())
+        soon = sorted(able, key=lambda s: s.awaited or s.rows)
+        self._fill(chosen, soon, max(half, self.config.rows_per_round - rows))
+        for sequence in able:
+            sequence.passed_over = 0 if sequence in chosen else sequence.passed_over + 1
         return chosen
 
-    def _next_piece(self, sequence: Running, budget: int) -> Pass:
-        """Entries that a preempted sequence lost, a chunk of what it waits for, or all of it."""
-        wanted = sequence.wanted
-        assert wanted is not None
-        written = sequence.written.get(wanted.stream, 0)
-        if written < wanted.start:
-            plan = sequence.plan
-            lost = plan.context.rewrite(plan.canvas, wanted.stream, wanted.start)
-            return lost.behind(written).chunk(budget, self.block_size)
-        return wanted.chunk(budget, self.block_size)
+    def _fill(self, chosen: dict[Running, Pass], order: list[Running], budget: int) -> None:
+        """Choose, in this order, what has room and fits into the rows; at least one whatever it
+        takes."""
+        for sequence in order:
+            if sequence in chosen or sequence not in self.running:  # preempted by one before it
+                continue
+            if self._has_room(sequence, may_preempt=not chosen):
+                piece = sequence.next_piece(max(budget, 1), self.block_size)
+                if not chosen or len(piece.tokens) <= budget:
+                    chosen[sequence] = piece
+                    budget -= len(piece.tokens)
 
     def _answer(self, sequence: Running, done: Pass, logits: Tensor) -> None:
         """Note what was written; when the wanted pass is complete, let the sequence go on."""
@@ -208,53 +238,19 @@ class Scheduler:
         if end < wanted.end:
             sequence.wanted = wanted.behind(end)
             return
-        settled = sequence.plan.context.committed  # before the next pass is planned
-        self._advance(sequence, logits)
-        self._publish(sequence, settled)
+        sequence.settled = sequence.plan.context.committed  # before the next pass is planned
+        self._sums.tokens += sequence.advance(logits)
         if sequence.is_done:
             self.cancel(sequence)
 
-    def _advance(self, sequence: Running, reply: Tensor | None) -> None:
-        """Run the sequence's own code until it wants a pass or is done; its failure is its own."""
-        try:
-            event = sequence.loop.send(reply)  # type: ignore[arg-type]
-            while isinstance(event, Window):
-                block = sequence.plan.block(event)
-                sequence.is_done = block.finish_reason is not None
-                sequence.deliver(block)
-                if sequence.is_done:
-                    return
-                event = next(sequence.loop)
-            sequence.wanted = event
-        except StopIteration:
-            sequence.is_done = True
-        except Exception as error:
-            sequence.is_done = True
-            sequence.fail(error)
-
-    def _use_known_prefix(self, sequence: Running) -> None:
-        """Copy the keys and values of a beginning that was computed before."""
-        wanted = sequence.wanted
-        if wanted is None or wanted.stream or wanted.start or sequence.plan.num_streams > 1:
-            return
-        ends = wanted.cuts(self.block_size)
-        found = self.prefixes.find(wanted.tokens[: ends[-1] if ends else 0])
-        run = None if found is None else self.arena.take(self._pages_of(sequence))
-        if found is None or run is None:
-            return
-        source, count = found
-        self.arena.copy(source, run, count)
-        sequence.runs[0], sequence.written[0] = run, count
-        sequence.wanted, sequence.published = wanted.behind(count), count
-        self.counters.prefix_tokens += count
-
-    def _publish(self, sequence: Running, committed: int) -> None:
-        """Offer committed tokens to those that come: the prompt's at once, the rest at the end."""
-        is_news = committed > sequence.published and (sequence.is_done or not sequence.published)
-        if is_news and 0 in sequence.runs and sequence.plan.num_streams == 1:
-            tokens = sequence.plan.canvas[:committed].tolist()
-            self.prefixes.publish(tokens, sequence.runs[0])
-            sequence.published = committed
+    def _leave_behind(self, sequence: Running) -> None:
+        """Leave the pages of committed tokens to those that come."""
+        if 0 in sequence.runs and self._shares(sequence):
+            count = min(sequence.settled, sequence.entries())
+            tokens = sequence.plan.canvas[:count].tolist()
+            beginning = Beginning.of(tokens, self.arena.page_tokens)
+            if self.prefixes.adopt(beginning, sequence.runs[0]):
+                del sequence.runs[0]
 
     def _pages_of(self, sequence: Running) -> int:
         """Pages of one stream when everything is written."""
@@ -322,7 +318,7 @@ class Scheduler:
                 self._release(other)
                 self.running.remove(other)
                 self.waiting.appendleft(other)
-                self.counters.preemptions += 1
+                self._sums.preemptions += 1
                 return True
         return False
 
@@ -331,6 +327,18 @@ class Scheduler:
             self.arena.give_back(run)
         sequence.runs.clear()
         sequence.written.clear()
+
+    def _note(self) -> None:
+        """Publish the counters."""
+        free, known = self.arena.free_pages, self.prefixes.pages
+        self.counters = replace(
+            self._sums,
+            running=len(self.running),
+            waiting=len(self.waiting),
+            pages_held=self.arena.num_pages - free - known,
+            pages_known=known,
+            pages_free=free,
+        )
 
 
 def arena_of(model: Network, config: SchedulerConfig) -> PageArena:

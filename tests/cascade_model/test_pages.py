@@ -16,14 +16,24 @@ def arena(pages: int = 20) -> PageArena:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["take", "shorten", "give back"]), st.integers(1, 9)),
+        max_size=40,
+    )
+)
 def test_runs_never_overlap_and_all_pages_come_back(moves):
     pages, held = arena(), []
-    for is_taking, number in moves:
-        if is_taking:
+    for move, number in moves:
+        if move == "take":
             run = pages.take(number)
             if run is not None:
                 held.append(run)
+        elif held and move == "shorten":
+            run = held[number % len(held)]
+            kept = min(run.count, number)
+            pages.shorten(run, number)
+            assert run.count == kept
         elif held:
             pages.give_back(held.pop(number % len(held)))
         taken = [page for run in held for page in range(run.first, run.first + run.count)]
