@@ -114,6 +114,10 @@ class Plan:
 
     canvas: Tensor
     """int64 [L]: prompt, masks, and a suffix where there is one."""
+    is_given: Tensor
+    """bool [L]: what the request gave; committed tokens of an earlier run are not given."""
+    end_ids: tuple[int, ...]
+    """Tokens that end the completion."""
     windows: list[Window]
     """The blocks to decode."""
     context: ServableContext
@@ -134,9 +138,8 @@ class Plan:
     def block(self, window: Window) -> DecodedBlock:
         """What a finished window adds to the completion; asked for once, as soon as it is done."""
         block = slice(window.start, window.keep)
-        tokens = self.canvas[block][~self.strategy.is_given[block]].tolist()
-        ends = self.strategy.end_ids
-        place = next((place for place, token in enumerate(tokens) if token in ends), None)
+        tokens = self.canvas[block][~self.is_given[block]].tolist()
+        place = next((place for place, token in enumerate(tokens) if token in self.end_ids), None)
         end = None if place is None else tokens[place]
         is_last = window is self.windows[-1]
         passes, self.counted = self.context.passes - self.counted, self.context.passes
@@ -252,6 +255,8 @@ def _plan(
 ) -> Plan:
     return Plan(
         canvas=canvas,
+        is_given=is_given,
+        end_ids=params.end_ids(config),
         windows=windows,
         context=_context(config, params, is_given),
         strategy=General(config, params, is_given, choice),

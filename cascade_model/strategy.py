@@ -29,8 +29,8 @@ class General:
         ends = [i for i in config.end_ids if params.suppress_eos == "token"]
         self._banned = torch.tensor(sorted({*banned, *ends}), device=is_given.device)
         self._ends = torch.tensor(config.end_ids, device=is_given.device)
-        self.end_ids = params.end_ids(config)
-        self._stops = torch.tensor(self.end_ids, dtype=torch.int64, device=is_given.device)
+        self._stop_ids = params.end_ids(config)
+        self._stops = torch.tensor(self._stop_ids, dtype=torch.int64, device=is_given.device)
 
     def is_done(self, canvas: Tensor, window: Window) -> bool:
         """Whether all places that will be kept are filled, or all up to a token that ends it."""
@@ -46,7 +46,7 @@ class General:
         """Whether a token that ends the completion was written before a place of the window."""
         part = slice(window.start, until)
         new = canvas[part][~self.is_given[part]]
-        return bool(self.end_ids) and bool(torch.isin(new, self._stops).any())
+        return bool(self._stop_ids) and bool(torch.isin(new, self._stops).any())
 
     def places(self, canvas: Tensor, window: Window) -> Tensor:
         """The places to predict: the masked ones, and the written ones where they may change."""
