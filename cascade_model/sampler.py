@@ -117,6 +117,10 @@ class Plan:
 
     canvas: Tensor
     """int64 [L]: prompt, masks, and a suffix where there is one."""
+    is_given: Tensor
+    """bool [L]: what the request gave; committed tokens of an earlier run are not given."""
+    end_ids: tuple[int, ...]
+    """Tokens that end the completion."""
     windows: list[Window]
     """The blocks to decode."""
     context: ServableContext
@@ -136,10 +140,9 @@ class Plan:
 
     def block(self, window: Window) -> DecodedBlock:
         """What a finished window adds to the completion; asked for once, as soon as it is done."""
-        given = self.strategy.is_given
+        given, canvas = self.is_given.tolist(), self.canvas.tolist()
         places = [place for place in range(window.start, window.keep) if not given[place]]
-        canvas, ends = self.canvas.tolist(), self.strategy.end_ids
-        end = next((place for place in places if canvas[place] in ends), None)
+        end = next((place for place in places if canvas[place] in self.end_ids), None)
         if end is not None:
             places = places[: places.index(end) + 1]
         is_last = window is self.windows[-1]
@@ -258,6 +261,8 @@ def _plan(
 ) -> Plan:
     return Plan(
         canvas=canvas,
+        is_given=is_given,
+        end_ids=params.end_ids(config),
         windows=windows,
         context=_context(config, params, is_given),
         strategy=General(config, params, is_given, choice),

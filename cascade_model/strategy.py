@@ -34,9 +34,8 @@ class General:
         self, config: ModelConfig, params: SamplingParams, is_given: Tensor, choice: int = 0
     ) -> None:
         self.config, self.params, self.choice = config, params, choice
-        self.is_given: list[bool] = is_given.tolist()
-        self.end_ids = params.end_ids(config)
-        self._ends = config.end_ids
+        self._is_given: list[bool] = is_given.tolist()
+        self._stop_ids, self._ends = params.end_ids(config), config.end_ids
         ends = self._ends if params.suppress_eos == "token" else ()
         banned = sorted({*never_emitted(config), *ends})
         self._banned = torch.tensor(banned, device=is_given.device)
@@ -57,7 +56,7 @@ class General:
         wanted = [
             place
             for place, token in enumerate(block, start=window.start)
-            if token == mask or (revises and not self.is_given[place])
+            if token == mask or (revises and not self._is_given[place])
         ]
         return torch.tensor(wanted, dtype=torch.int64, device=canvas.device)
 
@@ -80,7 +79,7 @@ class General:
     def _has_end(self, window: Window, tokens: list[int]) -> bool:
         """Whether a token that ends the completion was written among the window's first tokens."""
         return any(
-            token in self.end_ids and not self.is_given[place]
+            token in self._stop_ids and not self._is_given[place]
             for place, token in enumerate(tokens, start=window.start)
         )
 
