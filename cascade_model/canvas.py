@@ -16,7 +16,9 @@ class Window:
     keep: int
     """End of the places that will be kept; a last block is filled whole where that is the law."""
     max_steps: int
-    """K_b at most."""
+    """K_b at most: by then everything is filled."""
+    budget: int | None = None
+    """Steps after which a full window is revised no more; none: as many as the strategy likes."""
     step: int = 0
     """Steps made."""
     num_masked: int = 0
@@ -32,6 +34,11 @@ class Window:
     def is_last_step(self) -> bool:
         """Whether everything must be filled by the step to come."""
         return self.step + 1 >= self.max_steps
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether its budget is used up."""
+        return self.budget is not None and self.step >= self.budget
 
 
 @dataclass(frozen=True, slots=True)

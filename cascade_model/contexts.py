@@ -79,91 +79,84 @@ class BlockCausal:
     def rewrite(self, canvas: Tensor, stream: int, end: int) -> Pass:
         """See `Context`."""
         return Pass(
-            tokens=canvas[:end].clone(),
+            tokens=canvas[:end].tolist(),
             start=0,
-            limits=self._clean_limits(0, end, canvas.device),
+            limits=self._clean_limits(0, end),
             visible=end,
-            reads=torch.zeros(0, dtype=torch.int64, device=canvas.device),
+            reads=[],
             stream=self.stream,
         )
 
     def predict(self, canvas: Tensor, window: Window, places: Tensor) -> Predicting:
         """See `Context`."""
-        if not (self.config.needs_boundary and places[0] == window.start):
-            rows = self._rows(places)
-            logits = yield from self._run(canvas, window, rows)
+        wanted = places.tolist()
+        if not (self.config.needs_boundary and wanted[0] == window.start):
+            logits = yield from self._run(canvas, window, self._rows(wanted))
             return Prediction(places, logits)
-        is_open = bool(canvas[window.start] == self.config.mask_id)
+        is_open = int(canvas[window.start]) == self.config.mask_id
         is_free = self.is_first_alone and is_open
-        is_alone = is_free and (not window.is_last_step or len(places) == 1)
+        is_alone = is_free and (not window.is_last_step or len(wanted) == 1)
         if self.committed < window.start and (is_alone or not self.is_fused):
             self._boundary = yield from self._commit(canvas, window.start, read_last=True)
         if is_alone:
             assert self._boundary is not None
             return Prediction(places[:1], self._boundary)
-        inside = self._rows(places[1:])
+        inside = self._rows(wanted[1:])
         if self.committed == window.start:
             assert self._boundary is not None
             logits = yield from self._run(canvas, window, inside)
             return Prediction(places, torch.cat([self._boundary, logits]))
-        last = torch.tensor([window.start - 1], device=canvas.device)
-        logits = yield from self._run(canvas, window, torch.cat([last, inside]))
+        logits = yield from self._run(canvas, window, [window.start - 1, *inside])
         self._boundary = logits[:1]
         return Prediction(places, logits)
 
-    def _rows(self, places: Tensor) -> Tensor:
+    def _rows(self, places: list[int]) -> list[int]:
         """The place whose row predicts each place."""
-        return places if self.config.logits == "aligned" else (places - 1).clamp(min=0)
+        if self.config.logits == "aligned":
+            return places
+        return [max(place - 1, 0) for place in places]
 
-    def _run(self, canvas: Tensor, window: Window, sources: Tensor):
+    def _run(self, canvas: Tensor, window: Window, sources: list[int]):
         """One pass over the window, with the finished blocks before it where they are pending."""
         if self.committed < window.start and not self.is_fused:
             yield from self._commit(canvas, window.start, read_last=False)
         first = self.committed
         own_row = self.config.first_place == "own" and self.config.logits == "shifted"
         lowest = window.start if own_row else first
-        limits = torch.cat(
-            [
-                self._clean_limits(first, window.start, canvas.device),
-                torch.full((window.end - window.start,), window.end, device=canvas.device),
-            ]
-        )
+        limits = self._clean_limits(first, window.start)
+        limits += [window.end] * (window.end - window.start)
+        reads = [max(place, lowest) - first for place in sources]
         self.committed = window.start
-        return (
-            yield from self._pass(
-                canvas[first : window.end], first, limits, sources.clamp(min=lowest) - first
-            )
-        )
+        return (yield from self._pass(canvas[first : window.end], first, limits, reads))
 
     def _commit(self, canvas: Tensor, end: int, *, read_last: bool):
         """One pass that writes the pending finished blocks; their last row's logits [1, v]."""
-        first, count = self.committed, end - self.committed
-        reads = torch.tensor([count - 1] if read_last else [], dtype=torch.int64)
+        first = self.committed
+        reads = [end - first - 1] if read_last else []
         self.committed = end
-        limits = self._clean_limits(first, end, canvas.device)
-        return (yield from self._pass(canvas[first:end], first, limits, reads.to(canvas.device)))
+        limits = self._clean_limits(first, end)
+        return (yield from self._pass(canvas[first:end], first, limits, reads))
 
-    def _pass(self, tokens: Tensor, start: int, limits: Tensor, reads: Tensor):
+    def _pass(self, tokens: Tensor, start: int, limits: list[int], reads: list[int]):
         self.passes += 1
-        visible = start + len(tokens)
         return (
             yield Pass(
-                tokens=tokens.clone(),
+                tokens=tokens.tolist(),
                 start=start,
                 limits=limits,
-                visible=visible,
+                visible=start + len(tokens),
                 reads=reads,
                 stream=self.stream,
             )
         )
 
-    def _clean_limits(self, start: int, end: int, device: torch.device) -> Tensor:
+    def _clean_limits(self, start: int, end: int) -> list[int]:
         """What finished tokens see: their whole block and all before, or themselves and before."""
-        place = torch.arange(start, end, device=device)
         if self.config.clean_half == "token_causal":
-            return place + 1
-        size = self.config.block_size
-        return (((place - self.origin) // size + 1) * size + self.origin).clamp(max=end)
+            return list(range(start + 1, end + 1))
+        size, origin = self.config.block_size, self.origin
+        ends = (((place - origin) // size + 1) * size + origin for place in range(start, end))
+        return [min(block_end, end) for block_end in ends]
 
 
 class Bidirectional:
@@ -198,14 +191,14 @@ class Bidirectional:
         if self.cache != "exact" and window.step > 0:
             start = max(window.start - self.lead, 0)
             end = window.end if self.cache == "dual" else end
-        sources = places - int(self.config.logits == "shifted")
+        back = int(self.config.logits == "shifted")
         self.passes += 1
         logits = yield Pass(
-            tokens=canvas[start:end].clone(),
+            tokens=canvas[start:end].tolist(),
             start=start,
-            limits=torch.full((end - start,), len(canvas), device=canvas.device),
+            limits=[len(canvas)] * (end - start),
             visible=len(canvas),
-            reads=sources.clamp(min=start) - start,
+            reads=[max(place - back - start, 0) for place in places.tolist()],
             stream=self.stream,
         )
         return Prediction(places, logits)

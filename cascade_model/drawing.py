@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade_model.config import SamplingParams
 from cascade_model.noise import POSITION, TOKEN, VOCABULARY, counters, key_of, philox4x32
+from cascade_model.sampling import SamplingParams
 
 _LARGEST = 1.0 - 2.0**-53
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade_model.config import ExpertsConfig
+from cascade_model.rows import filled
 
 
 class FeedForward(nn.Module):
@@ -56,9 +57,7 @@ class MixtureOfExperts(nn.Module):
 
         Scores are computed in float32 or wider.
         """
-        config = self.config
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        scores = F.linear(rows.to(wide), self.router.weight.to(wide))
+        config, scores = self.config, self.scores(rows)
         if config.router == "softmax":
             scores = scores.softmax(dim=-1)
             ranked = scores = scores + self.router_bias if config.router_bias else scores
@@ -72,6 +71,11 @@ class MixtureOfExperts(nn.Module):
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return chosen, (weights * config.weight_scale).to(rows.dtype)
 
+    def scores(self, rows: Tensor) -> Tensor:
+        """The router's outputs, [r, hidden] -> [r, experts]."""
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        return F.linear(rows.to(wide), self.router.weight.to(wide))
+
     def _routed(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Each expert on its rows: sorted by expert, so that every weight is read once."""
         result = torch.zeros_like(rows)
@@ -83,15 +87,17 @@ class MixtureOfExperts(nn.Module):
             if count:
                 part = slice(start, start + count)
                 index = row_of[part]
-                made = self._expert(expert, rows[index])
+                own = rows[index]
+                made = self.expert(expert, own if self.training else filled(own))[:count]
                 scaled = made * weights.flatten()[order[part]][:, None]
                 result = result.index_add(0, index, scaled)
                 start += count
         return result
 
-    def _expert(self, expert: int, rows: Tensor) -> Tensor:
-        gate = F.silu(F.linear(rows, self.gate_proj[expert]))
-        return F.linear(gate * F.linear(rows, self.up_proj[expert]), self.down_proj[expert])
+    def expert(self, number: int, rows: Tensor) -> Tensor:
+        """One expert on some rows [r, hidden]."""
+        gate = F.silu(F.linear(rows, self.gate_proj[number]))
+        return F.linear(gate * F.linear(rows, self.up_proj[number]), self.down_proj[number])
 
 
 def _best_groups(scores: Tensor, num_groups: int, kept: int) -> Tensor:

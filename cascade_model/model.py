@@ -77,16 +77,24 @@ class Layer(nn.Module):
         cache: CacheSlot | None,
         keep: Keep | None,
     ) -> Tensor:
-        k = rotate(self.k_norm(self._heads(self.k_proj(x))), rotation)
-        v = self._heads(self.v_proj(x))
+        q, k, v = self.project(x, rotation, keep)
         if cache is not None:
             k, v = cache.join(self.index, k, v)
         if keep is not None:
-            cos, sin = rotation
-            x, attend = x[:, keep.rows], keep.attend
-            rotation = (cos[:, :, keep.rows], sin[:, :, keep.rows])
-        q = rotate(self.q_norm(self._heads(self.q_proj(x))), rotation)
+            attend = keep.attend
         return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def project(
+        self, x: Tensor, rotation: Rotation, keep: Keep | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [n, r, hidden] to turned queries (of the kept rows) and keys, and values:
+        [n, heads, r, head_dim]."""
+        k = rotate(self.k_norm(self._heads(self.k_proj(x))), rotation)
+        v = self._heads(self.v_proj(x))
+        if keep is not None:
+            cos, sin = rotation
+            x, rotation = x[:, keep.rows], (cos[:, :, keep.rows], sin[:, :, keep.rows])
+        return rotate(self.q_norm(self._heads(self.q_proj(x))), rotation), k, v
 
     def _heads(self, projected: Tensor) -> Tensor:
         """[n, r, heads x head_dim] -> [n, heads, r, head_dim]."""
@@ -160,22 +168,24 @@ def draw_weights(
 
 
 def rotary(positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> Rotation:
-    """Cosines and sines [n, 1, r, size / 2] of the angles position x theta^(-2i / size)."""
+    """Cosines and sines [n, 1, r, size] of the angles position x theta^(-2i / size), i being
+    counted in each half, and the first half's sines negative: as `rotate` wants them."""
     wide = torch.promote_types(dtype, torch.float32)
     even = torch.arange(0, size, 2, dtype=wide, device=positions.device)
     frequencies = 1.0 / theta ** (even / size)
     angles = positions[:, None, :, None].to(wide) * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn the pairs (i, i + s/2) of the leading s dimensions of x [n, h, r, head_dim], s being
-    twice the angles given: the half-split layout."""
+    the size of the rotation: the half-split layout."""
     cos, sin = rotation
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([part.to(x.dtype) for part in turned] + [rest], dim=-1)
+    size = cos.shape[-1]
+    leading = x if size == x.shape[-1] else x[..., :size]
+    turned = (leading * cos + leading.roll(size // 2, -1) * sin).to(x.dtype)
+    return turned if leading is x else torch.cat([turned, x[..., size:]], dim=-1)
 
 
 def never_emitted(config: ModelConfig) -> list[int]:

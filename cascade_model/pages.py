@@ -11,6 +11,9 @@ from torch import Tensor
 
 from cascade_model.config import ModelConfig
 
+Views = list[tuple[Tensor, Tensor]]
+"""Of each layer, keys and values [1, kv_heads, entries, head_dim]."""
+
 
 @dataclass(slots=True, eq=False)
 class Run:
@@ -21,7 +24,7 @@ class Run:
 
 
 class PageArena:
-    """Per layer, keys and values [kv_heads, tokens, head_dim] of all pages; first fit."""
+    """Per layer, keys and values [tokens, kv_heads, head_dim] of all pages; first fit."""
 
     def __init__(
         self,
@@ -34,8 +37,9 @@ class PageArena:
     ) -> None:
         self.page_tokens, self.num_pages = page_tokens, num_pages
         tokens = num_pages * page_tokens
-        shape = (2, config.num_layers, config.num_kv_heads, tokens, config.head_dim)
-        self.entries = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (2, config.num_layers, tokens, config.num_kv_heads, config.head_dim)
+        self.entries = torch.empty(shape, dtype=dtype, device=device)
+        # Not zeros: an entry is only read once it is written, and memory is taken page by page.
         self._free: list[tuple[int, int]] = [(0, num_pages)]  # first page and count, rising
 
     @property
@@ -80,10 +84,10 @@ class PageArena:
     def copy(self, source: Run, target: Run, tokens: int) -> None:
         """Copy the first `tokens` entries of one run to another."""
         a, b = source.first * self.page_tokens, target.first * self.page_tokens
-        self.entries[:, :, :, b : b + tokens] = self.entries[:, :, :, a : a + tokens]
+        self.entries[:, :, b : b + tokens] = self.entries[:, :, a : a + tokens]
 
-    def view(self, run: Run, layer: int, visible: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [1, kv_heads, visible, head_dim] of a run, in place."""
+    def views(self, run: Run, visible: int) -> Views:
+        """The first `visible` entries of a run, in place."""
         start = run.first * self.page_tokens
-        seen = self.entries[:, layer, None, :, start : start + visible]
-        return seen[0], seen[1]
+        seen = self.entries[:, :, None, start : start + visible].transpose(3, 4)
+        return list(zip(*(part.unbind() for part in seen.unbind()), strict=True))

@@ -5,7 +5,7 @@ logits; whoever drives it runs the pass, alone (`Runner`) or together with those
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,18 +19,59 @@ from cascade_model.networks import Network
 class Pass:
     """Rows to run: their keys and values are written at start..start+r of the sequence's cache."""
 
-    tokens: Tensor
-    """int64 [r]."""
+    tokens: list[int]
+    """One a row, r in all."""
     start: int
     """Place of the first row, for the cache and for rotary positions."""
-    limits: Tensor
-    """int64 [r]: row i sees cache entries 0..limits[i]-1, those of this pass included."""
+    limits: list[int]
+    """Row i sees cache entries 0..limits[i]-1, those of this pass included."""
     visible: int
     """Cache entries that some row may see."""
-    reads: Tensor
-    """int64 [m]: the rows whose logits are wanted."""
+    reads: list[int]
+    """The m rows whose logits are wanted."""
     stream: int = 0
     """Which of the sequence's caches; guidance has a second one."""
+
+    @property
+    def end(self) -> int:
+        """Place behind the last row."""
+        return self.start + len(self.tokens)
+
+    def cuts(self, size: int) -> list[int]:
+        """Where the pass can be cut in two: rising counts of rows, ending with whole blocks of
+        `size`, that see nothing behind themselves and are not read."""
+        last = min([len(self.tokens) - 1, *self.reads])
+        found, furthest = [], 0
+        for count, limit in enumerate(self.limits[:last], start=1):
+            furthest, end = max(furthest, limit), self.start + count
+            if furthest <= end and end % size == 0:
+                found.append(count)
+        return found
+
+    def chunk(self, budget: int, size: int) -> "Pass":
+        """The first rows within the budget; at least up to the first cut, all without one."""
+        ends = self.cuts(size) if len(self.tokens) > budget else []
+        if not ends:
+            return self
+        count = max([end for end in ends if end <= budget], default=ends[0])
+        return replace(
+            self,
+            tokens=self.tokens[:count],
+            limits=self.limits[:count],
+            visible=self.start + count,
+            reads=[],
+        )
+
+    def behind(self, start: int) -> "Pass":
+        """The rows from a place on."""
+        skipped = max(0, start - self.start)
+        return replace(
+            self,
+            tokens=self.tokens[skipped:],
+            start=self.start + skipped,
+            limits=self.limits[skipped:],
+            reads=[row - skipped for row in self.reads],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +95,20 @@ class Runner:
     @torch.inference_mode()
     def run(self, wanted: Pass) -> Tensor:
         """Logits [m, vocabulary] of the rows that are read, in float32 or wider."""
-        rows = len(wanted.tokens)
-        slot = self._cache(wanted.stream).slot(wanted.start, rows, wanted.visible)
-        mask = prefix_mask(wanted.limits, wanted.visible)
-        kept = Keep(wanted.reads, dense(None if mask is None else mask[:, :, wanted.reads]))
-        positions = torch.arange(wanted.start, wanted.start + rows, device=wanted.tokens.device)
+        device = next(self.model.parameters()).device
+        tokens, places, limits = (
+            torch.tensor(values, device=device)
+            for values in (wanted.tokens, range(wanted.start, wanted.end), wanted.limits)
+        )
+        reads = torch.tensor(wanted.reads, dtype=torch.int64, device=device)
+        mask = prefix_mask(limits, wanted.visible)
+        kept = Keep(reads, dense(None if mask is None else mask[:, :, reads]))
         return self.model(
-            wanted.tokens[None],
-            positions[None],
+            tokens[None],
+            places[None],
             dense(mask),
             lambda hidden, head: _wide(head(hidden[0])),
-            slot,
+            self._cache(wanted.stream).slot(wanted.start, len(tokens), wanted.visible),
             kept,
         )
 

@@ -1,16 +1,118 @@
 """Which requests can be decoded at all: checked before anything is allocated, without torch."""
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from cascade_model.config import ModelConfig, SamplingParams, check
+from cascade_model.config import ModelConfig, check
+from cascade_model.sampling import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Infilling:
+    """A text with a hole in it."""
+
+    prefix: str
+    """What stands before the hole."""
+    length: int
+    """Tokens of the hole; every one is filled."""
+    suffix: str
+    """What follows the hole."""
+
+    def __post_init__(self) -> None:
+        check(self.length >= 1, f"length={self.length} of the hole must be at least 1")
+
+
+def block_edges(config: ModelConfig, prompt_length: int, params: SamplingParams) -> list[int]:
+    """Where the blocks of a completion begin, rising, and where the last one ends.
+
+    In a block-causal model the grid starts at the prompt's first token: the prompt's tail opens the
+    first block, and the last block is filled whole. Else it starts behind the prompt.
+    """
+    end, size = prompt_length + params.max_tokens, config.block_size
+    if config.attention == "block_causal":
+        return list(range(prompt_length // size * size, -(-end // size) * size + 1, size))
+    return [*range(prompt_length, end, params.block_length or size), end]
+
+
+def masks_behind(edges: Sequence[int], known: int) -> list[int]:
+    """Masks of every block that goes beyond the first `known` tokens."""
+    return [end - max(start, known) for start, end in itertools.pairwise(edges) if end > known]
 
 
 def check_request(
-    config: ModelConfig, prompt_tokens: Sequence[int], params: SamplingParams
+    config: ModelConfig,
+    prompt_tokens: Sequence[int],
+    params: SamplingParams,
+    committed: Sequence[int] = (),
+    steps_made: int = 0,
 ) -> None:
-    """Refuse (`InputError`) a completion that the model cannot give."""
+    """Refuse (`InputError`) a completion that the model cannot give, or cannot go on with.
+
+    `committed` and `steps_made` as in `sampler.plan_completion`.
+    """
     check_prompt(config, prompt_tokens, params.max_tokens)
     check_decoding(config, params)
+    edges = block_edges(config, len(prompt_tokens), params)
+    known = len(prompt_tokens) + len(committed)
+    done = [edge - len(prompt_tokens) for edge in edges if len(prompt_tokens) < edge <= known]
+    check_committed(config, params, committed, done)
+    least = len(done) if params.max_steps is not None else 0
+    check(
+        steps_made >= least and (done != [] or steps_made == 0),
+        f"steps_made={steps_made} does not fit the {len(done)} blocks of committed, each of which "
+        "took a step at least; give the sum of their steps",
+    )
+    check_budget(params, masks_behind(edges, known), steps_made)
+
+
+def check_committed(
+    config: ModelConfig, params: SamplingParams, committed: Sequence[int], done: Sequence[int]
+) -> None:
+    """Refuse (`InputError`) what cannot be the beginning of a completion that is to go on.
+
+    `done`: lengths of the beginnings of `committed` that are whole blocks, rising.
+    """
+    check_tokens(config, committed, "committed")
+    count, whole = len(committed), max(done, default=0)
+    check(
+        count < params.max_tokens,
+        f"committed has {count} tokens and max_tokens={params.max_tokens}; nothing is left to "
+        "decode, so leave the request out or raise max_tokens",
+    )
+    check(
+        count == whole,
+        f"committed has {count} tokens and ends within a block; give whole blocks only, which are "
+        f"the first {whole}",
+    )
+    ends = params.end_ids(config)
+    end = next((token for token in committed if token in ends), None)
+    check(
+        end is None,
+        f"committed has the token id {end}, which ends the completion; nothing is left to decode",
+    )
+
+
+def check_budget(params: SamplingParams, masks: Sequence[int], steps_made: int = 0) -> None:
+    """Refuse (`InputError`) a `max_steps` that the blocks, which have these masks, must exceed."""
+    if params.max_steps is None:
+        return
+    least = sum(params.least_steps(count) for count in masks)
+    if params.rule == "first_hitting":
+        need = f"{least} masks, which rule=first_hitting fills one a step"
+        cure = "or use rule=random"
+    elif params.min_steps_per_block > 1:
+        need = f"{least} steps of {len(masks)} blocks with min_steps_per_block="
+        need, cure = f"{need}{params.min_steps_per_block}", "or lower min_steps_per_block"
+    else:
+        need, cure = f"{len(masks)} blocks, each of which takes a step", "or ask for fewer tokens"
+    spent = f" less steps_made={steps_made}" if steps_made else ""
+    check(
+        params.max_steps - steps_made >= least,
+        f"max_steps={params.max_steps}{spent} is below the {need}; raise max_steps to "
+        f"{steps_made + least} {cure}",
+    )
 
 
 def check_prompt(config: ModelConfig, prompt_tokens: Sequence[int], max_tokens: int) -> None:
@@ -28,19 +130,19 @@ def check_prompt(config: ModelConfig, prompt_tokens: Sequence[int], max_tokens: 
     )
 
 
-def check_tokens(config: ModelConfig, tokens: Sequence[int]) -> None:
+def check_tokens(config: ModelConfig, tokens: Sequence[int], name: str = "prompt") -> None:
     """Refuse (`InputError`) ids outside the vocabulary, the mask and the padding token."""
     wrong = next((token for token in tokens if not 0 <= token < config.vocab_size), None)
     check(
         wrong is None,
-        f"prompt has the token id {wrong}, outside the vocabulary of {config.vocab_size}; use the "
+        f"{name} has the token id {wrong}, outside the vocabulary of {config.vocab_size}; use the "
         "ids of this model's tokenizer",
     )
     special = {config.mask_id, config.pad_id} - set(config.end_ids)
     found = next((token for token in tokens if token in special), None)
     check(
         found is None,
-        f"prompt has the mask or padding token {found}; leave it out, it is not text",
+        f"{name} has the mask or padding token {found}; leave it out, it is not text",
     )
 
 
@@ -48,10 +150,10 @@ def check_infilling(config: ModelConfig, tokens: Sequence[int], params: Sampling
     """Refuse (`InputError`) a text without holes, or with one that cannot see what follows it.
 
     A bidirectional model sees all of the text. In a block-causal one a hole sees no later block,
-    so what follows must lie within its own.
+    so what follows must lie within its own. All holes together have at most `max_tokens`.
     """
     mask, size = config.mask_id, config.block_size
-    check_tokens(config, [token for token in tokens if token != mask])
+    check_tokens(config, [token for token in tokens if token != mask], "the text")
     holes = [place for place, token in enumerate(tokens) if token == mask]
     check(bool(holes), f"the text has no mask token {mask}; mark the hole with it")
     check(
@@ -71,11 +173,37 @@ def check_infilling(config: ModelConfig, tokens: Sequence[int], params: Sampling
         f"the text has {len(tokens)} tokens, over the context of {config.max_sequence_length}; "
         "shorten it",
     )
+    check(
+        len(holes) <= params.max_tokens,
+        f"the hole has {len(holes)} tokens, over max_tokens={params.max_tokens}; shorten it or "
+        f"raise max_tokens to {len(holes)}",
+    )
     check_decoding(config, params)
+    check_budget(params, list(masks_per_block(config, tokens, params).values()))
+
+
+def masks_per_block(
+    config: ModelConfig, tokens: Sequence[int], params: SamplingParams
+) -> dict[int, int]:
+    """Masks of each block of a text with holes, by its number; blocks without are left out.
+
+    The grid starts at the first token; a block-causal model fills its last block whole.
+    """
+    is_causal, mask = config.attention == "block_causal", config.mask_id
+    size = config.block_size if is_causal else params.block_length or config.block_size
+    padded = [*tokens, *[mask] * (-len(tokens) % size if is_causal else 0)]
+    counts = Counter(place // size for place, token in enumerate(padded) if token == mask)
+    return dict(sorted(counts.items()))
 
 
 def check_decoding(config: ModelConfig, params: SamplingParams) -> None:
     """Refuse (`InputError`) settings that contradict the model."""
+    wrong = next((token for token in params.stop_ids if not 0 <= token < config.vocab_size), None)
+    check(
+        wrong is None,
+        f"stop_ids={params.stop_ids} has {wrong}, outside the vocabulary of {config.vocab_size}; "
+        "use the ids of this model's tokenizer",
+    )
     check(
         not config.needs_boundary
         or (config.first_place, config.clean_half) != ("noisy", "token_causal"),

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from cascade_model.canvas import Window
-from cascade_model.chunks import behind, chunk
 from cascade_model.pages import Run
 from cascade_model.passes import Pass
 from cascade_model.prefix_cache import Beginning
@@ -46,7 +45,7 @@ class Running:
         """Rows until its next answer: those of the pass it waits for, and of entries it lost."""
         wanted = self.wanted
         assert wanted is not None
-        return wanted.start + len(wanted.tokens) - min(self.entries(wanted.stream), wanted.start)
+        return wanted.end - min(self.entries(wanted.stream), wanted.start)
 
     def entries(self, stream: int = 0) -> int:
         """Leading entries that are in its pages."""
@@ -59,8 +58,8 @@ class Running:
         written = self.entries(wanted.stream)
         if written < wanted.start:
             lost = self.plan.context.rewrite(self.plan.canvas, wanted.stream, wanted.start)
-            return chunk(behind(lost, written), budget, block_size)
-        return chunk(wanted, budget, block_size)
+            return lost.behind(written).chunk(budget, block_size)
+        return wanted.chunk(budget, block_size)
 
     def advance(self, reply: Tensor | None) -> int:
         """Run the sequence's own code until it wants a pass or is done; its failure is its own.

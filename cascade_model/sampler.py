@@ -8,15 +8,16 @@ of (request, seed): the same request gives the same tokens.
 """
 
 import itertools
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from cascade_model.budget import Budget
 from cascade_model.canvas import Change, Window
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import ModelConfig
 from cascade_model.contexts import (
     Bidirectional,
     BlockCausal,
@@ -26,7 +27,13 @@ from cascade_model.contexts import (
 )
 from cascade_model.networks import Network
 from cascade_model.passes import Pass, Prediction, Runner
-from cascade_model.requests import check_infilling, check_request
+from cascade_model.requests import (
+    block_edges,
+    check_infilling,
+    check_request,
+    masks_per_block,
+)
+from cascade_model.sampling import SamplingParams
 from cascade_model.strategy import General
 
 
@@ -51,27 +58,38 @@ class DecodedBlock:
     """What one block added to the completion."""
 
     tokens: list[int]
-    """New tokens, up to and including the end-of-text token, at most `max_tokens` in all."""
+    """New tokens, up to and including one that ends the completion, at most `max_tokens` in all;
+    of a text with holes, what they were filled with."""
     passes: int
     """Forward passes since the block before it: prompt or commit pass, then denoising."""
     steps: int
     """K_b: denoising steps of this block."""
     finish_reason: Literal["stop", "length"] | None
     """Set on the last block only."""
+    stop_reason: int | None
+    """The token that ended the completion; none where it has its full length, or goes on."""
 
 
 def denoise(
-    context: Context, canvas: Tensor, windows: Iterable[Window], strategy: Strategy
+    context: Context,
+    canvas: Tensor,
+    windows: Iterable[Window],
+    strategy: Strategy,
+    budget: Budget | None = None,
 ) -> Generator[Pass | Window, Tensor, None]:
     """Fill the canvas int64 [L] in place: yields passes, to be answered with their logits, and
-    each window when it is done."""
+    each window when it is done. A budget sets the windows' ceilings; none: as they are."""
     for window in windows:
+        if budget is not None:
+            budget.open(window)
         while not strategy.is_done(canvas, window):
             places = strategy.places(canvas, window)
             prediction = yield from context.predict(canvas, window, places)
             change = strategy.step(canvas, window, prediction)
             canvas[change.places] = change.tokens
             window.step += 1
+            if budget is not None:
+                budget.note_step(window)
         yield window
 
 
@@ -96,12 +114,11 @@ class Plan:
 
     canvas: Tensor
     """int64 [L]: prompt, masks, and a suffix where there is one."""
-    known: int
-    """Tokens of the prompt."""
     windows: list[Window]
+    """The blocks to decode."""
     context: ServableContext
     strategy: General
-    params: SamplingParams
+    budget: Budget
     counted: int = 0
     """Passes that finished blocks have told of."""
 
@@ -112,53 +129,56 @@ class Plan:
 
     def loop(self) -> Generator[Pass | Window, Tensor, None]:
         """The denoising loop of this request."""
-        return denoise(self.context, self.canvas, self.windows, self.strategy)
+        return denoise(self.context, self.canvas, self.windows, self.strategy, self.budget)
 
     def block(self, window: Window) -> DecodedBlock:
         """What a finished window adds to the completion; asked for once, as soon as it is done."""
-        end = self.known + self.params.max_tokens
-        tokens = self.canvas[max(self.known, window.start) : window.keep].tolist()
-        tokens, stopped = _new_tokens(tokens, self.strategy.config.end_ids, self.params)
-        reason = "stop" if stopped else "length" if window.keep == end else None
+        block = slice(window.start, window.keep)
+        tokens = self.canvas[block][~self.strategy.is_given[block]].tolist()
+        ends = self.strategy.end_ids
+        place = next((place for place, token in enumerate(tokens) if token in ends), None)
+        end = None if place is None else tokens[place]
+        is_last = window is self.windows[-1]
         passes, self.counted = self.context.passes - self.counted, self.context.passes
-        return DecodedBlock(tokens=tokens, passes=passes, steps=window.step, finish_reason=reason)
+        return DecodedBlock(
+            tokens=tokens if place is None else tokens[: place + 1],
+            passes=passes,
+            steps=window.step,
+            finish_reason="stop" if end is not None else "length" if is_last else None,
+            stop_reason=end,
+        )
 
 
 def plan_completion(
     config: ModelConfig,
-    prompt_tokens: list[int],
+    prompt_tokens: Sequence[int],
     params: SamplingParams,
     choice: int = 0,
     device: torch.device | str = "cpu",
+    *,
+    committed: Sequence[int] = (),
+    steps_made: int = 0,
 ) -> Plan:
-    """A completion of a prompt. Raises `InputError` as `check_request`."""
-    check_request(config, prompt_tokens, params)
-    size, known = config.block_size, len(prompt_tokens)
-    end = known + params.max_tokens
-    is_causal = config.attention == "block_causal"
-    length = -(-end // size) * size if is_causal else end
-    canvas = torch.full((length,), config.mask_id, dtype=torch.int64, device=device)
-    canvas[:known] = torch.tensor(prompt_tokens, dtype=torch.int64, device=device)
-    is_given = torch.arange(length, device=device) < known
-    if is_causal:
-        edges = list(range(known // size * size, length + 1, size))
-    else:
-        edges = [*range(known, length, params.block_length or size), length]
-    first = edges[0] // size if is_causal else 0
+    """A completion of a prompt, from its beginning or from where another run of it came to.
+
+    `committed` are the tokens of the blocks that were decoded already, `steps_made` the sum of
+    their steps, which a budget (`max_steps`) counts. The rest is the same as without the cut; of
+    the passes only those of the rest are told. A deadline runs anew. Raises `InputError` as
+    `check_request`.
+    """
+    check_request(config, prompt_tokens, params, committed, steps_made)
+    prompt, known = len(prompt_tokens), len(prompt_tokens) + len(committed)
+    edges, end = block_edges(config, prompt, params), prompt + params.max_tokens
+    canvas = torch.full((edges[-1],), config.mask_id, dtype=torch.int64, device=device)
+    canvas[:known] = torch.tensor([*prompt_tokens, *committed], dtype=torch.int64, device=device)
+    is_given = torch.arange(edges[-1], device=device) < prompt
+    first = edges[0] // config.block_size if config.attention == "block_causal" else 0
     windows = [
-        _window(first + number, start, stop, end, stop - max(start, known), params)
-        for number, (start, stop) in enumerate(itertools.pairwise(edges))
+        _window(number, start, stop, end, stop - max(start, known), params)
+        for number, (start, stop) in enumerate(itertools.pairwise(edges), start=first)
+        if stop > known
     ]
-    context = _context(config, params, is_given)
-    strategy = General(config, params, is_given, choice)
-    return Plan(
-        canvas=canvas,
-        known=known,
-        windows=windows,
-        context=context,
-        strategy=strategy,
-        params=params,
-    )
+    return _plan(config, canvas, is_given, windows, params, choice, steps_made)
 
 
 def sample(
@@ -184,7 +204,9 @@ def decoded(plan: Plan, runner: Runner) -> Iterator[DecodedBlock]:
             return
 
 
-def infill(model: Network, tokens: list[int], params: SamplingParams, choice: int = 0) -> list[int]:
+def infill(
+    model: Network, tokens: Sequence[int], params: SamplingParams, choice: int = 0
+) -> list[int]:
     """Fill the mask tokens of a text; everything else stays.
 
     Raises `InputError` where a hole cannot see what follows it (`check_infilling`).
@@ -198,37 +220,42 @@ def infill(model: Network, tokens: list[int], params: SamplingParams, choice: in
 
 def plan_infilling(
     config: ModelConfig,
-    tokens: list[int],
+    tokens: Sequence[int],
     params: SamplingParams,
     choice: int = 0,
     device: torch.device | str = "cpu",
 ) -> Plan:
-    """The holes (mask tokens) of a text."""
+    """The holes (mask tokens) of a text; no token ends it early. Raises `InputError` as
+    `check_infilling`."""
     check_infilling(config, tokens, params)
     is_causal, size = config.attention == "block_causal", config.block_size
     length = -(-len(tokens) // size) * size if is_causal else len(tokens)
     canvas = torch.full((length,), config.mask_id, dtype=torch.int64, device=device)
     canvas[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device=device)
     is_given = canvas != config.mask_id
-    step = params.block_length or size
-    masks = {
-        start: int((~is_given[start : start + step]).sum()) for start in range(0, length, step)
-    }
+    step = size if is_causal else params.block_length or size
     windows = [
-        _window(start // step, start, min(start + step, length), len(tokens), count, params)
-        for start, count in masks.items()
-        if count
+        _window(number, number * step, min((number + 1) * step, length), len(tokens), count, params)
+        for number, count in masks_per_block(config, tokens, params).items()
     ]
-    context = _context(config, params, is_given)
-    endless = _without_stop(params)
-    strategy = General(config, endless, is_given, choice)
+    return _plan(config, canvas, is_given, windows, params.without_end(), choice)
+
+
+def _plan(
+    config: ModelConfig,
+    canvas: Tensor,
+    is_given: Tensor,
+    windows: list[Window],
+    params: SamplingParams,
+    choice: int,
+    steps_made: int = 0,
+) -> Plan:
     return Plan(
         canvas=canvas,
-        known=0,
         windows=windows,
-        context=context,
-        strategy=strategy,
-        params=endless,
+        context=_context(config, params, is_given),
+        strategy=General(config, params, is_given, choice),
+        budget=Budget(windows, params, steps_made=steps_made),
     )
 
 
@@ -252,27 +279,11 @@ def _context(config: ModelConfig, params: SamplingParams, is_given: Tensor) -> S
 def _window(
     number: int, start: int, stop: int, end: int, masks: int, params: SamplingParams
 ) -> Window:
-    steps = min(params.steps_per_block or masks, masks)
     return Window(
         number=number,
         start=start,
         end=stop,
         keep=min(stop, end),
         num_masked=masks,
-        max_steps=steps,
+        max_steps=params.most_steps(masks),
     )
-
-
-def _without_stop(params: SamplingParams) -> SamplingParams:
-    """Infilling ends nowhere early: the text behind the hole stays."""
-    return replace(params, stop_at_eos=False)
-
-
-def _new_tokens(
-    tokens: list[int], end_ids: tuple[int, ...], params: SamplingParams
-) -> tuple[list[int], bool]:
-    """Cut behind the first end-of-text token."""
-    ends = [place for place, token in enumerate(tokens) if token in end_ids]
-    if params.stop_at_eos and ends:
-        return tokens[: ends[0] + 1], True
-    return tokens, False

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from cascade_model.chunks import behind, cuts
 from cascade_model.config import check
 from cascade_model.counters import Counters
 from cascade_model.networks import Network
+from cascade_model.packed import pack
 from cascade_model.pages import PageArena, Run
 from cascade_model.passes import Pass
 from cascade_model.prefix_cache import Beginning, PrefixCache
@@ -56,9 +56,13 @@ def _raise(error: Exception) -> None:
 
 
 class Scheduler:
-    """Sequences of one model; not thread-safe, one thread calls `step` over and over."""
+    """Sequences of one model; not thread-safe, one thread calls `step` over and over.
+
+    The model is packed: it can be decoded with, but no longer trained or saved.
+    """
 
     def __init__(self, model: Network, config: SchedulerConfig | None = None) -> None:
+        pack(model)
         self.model, self.config = model, config or SchedulerConfig()
         self.block_size = model.config.block_size
         self.counters = self._sums = Counters()
@@ -150,8 +154,8 @@ class Scheduler:
         wanted, page = sequence.wanted, self.arena.page_tokens
         if wanted is None or not self._shares(sequence):
             return Beginning()
-        ends = cuts(wanted, self.block_size).tolist()
-        return Beginning.of(wanted.tokens[: ends[-1] if ends else 0].tolist(), page)
+        ends = wanted.cuts(self.block_size)
+        return Beginning.of(wanted.tokens[: ends[-1] if ends else 0], page)
 
     def _shares(self, sequence: Running) -> bool:
         return self.config.prefix_share > 0 and sequence.plan.num_streams == 1
@@ -193,7 +197,7 @@ class Scheduler:
         count = pages * self.arena.page_tokens
         self.arena.copy(source, sequence.runs[0], count)
         sequence.written[0] = count
-        sequence.wanted = behind(sequence.wanted, count)
+        sequence.wanted = sequence.wanted.behind(count)
         self._sums.prefix_hits += 1
         self._sums.prefix_tokens += count
 
@@ -226,13 +230,13 @@ class Scheduler:
 
     def _answer(self, sequence: Running, done: Pass, logits: Tensor) -> None:
         """Note what was written; when the wanted pass is complete, let the sequence go on."""
-        wanted, end = sequence.wanted, done.start + len(done.tokens)
+        wanted, end = sequence.wanted, done.end
         assert wanted is not None
         sequence.written[done.stream] = end
         if end <= wanted.start:
             return
-        if end < wanted.start + len(wanted.tokens):
-            sequence.wanted = behind(wanted, end)
+        if end < wanted.end:
+            sequence.wanted = wanted.behind(end)
             return
         sequence.settled = sequence.plan.context.committed  # before the next pass is planned
         self._sums.tokens += sequence.advance(logits)
@@ -256,7 +260,7 @@ class Scheduler:
         """Make the pages of the wanted pass long enough, at others' cost where that is allowed."""
         wanted = sequence.wanted
         assert wanted is not None
-        need = self.arena.pages_for(max(wanted.visible, wanted.start + len(wanted.tokens)))
+        need = self.arena.pages_for(max(wanted.visible, wanted.end))
         run = sequence.runs.get(wanted.stream)
         if run is not None and run.count >= need:
             return True

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from cascade_model.canvas import Change, Window
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import ModelConfig
 from cascade_model.drawing import draw_tokens, position_noise, uniforms
 from cascade_model.model import never_emitted
 from cascade_model.noise import POSITION
 from cascade_model.passes import Prediction
+from cascade_model.sampling import SamplingParams
 from cascade_model.schedules import masks_left
 from cascade_model.unmasking import RULES, choose, probability
 
@@ -28,21 +29,24 @@ class General:
         ends = [i for i in config.end_ids if params.suppress_eos == "token"]
         self._banned = torch.tensor(sorted({*banned, *ends}), device=is_given.device)
         self._ends = torch.tensor(config.end_ids, device=is_given.device)
+        self.end_ids = params.end_ids(config)
+        self._stops = torch.tensor(self.end_ids, dtype=torch.int64, device=is_given.device)
 
     def is_done(self, canvas: Tensor, window: Window) -> bool:
-        """Whether all places that will be kept are filled, or all up to an end-of-text token."""
+        """Whether all places that will be kept are filled, or all up to a token that ends it."""
         kept = canvas[window.start : window.keep]
         open_places = (kept == self.config.mask_id).nonzero()
         if len(open_places):
             return self.has_end(window, canvas, window.start + int(open_places[0]))
-        editing = self.params.editing_threshold is not None
-        return not editing or window.is_settled or window.post_steps >= self.params.max_post_steps
+        if self.params.editing_threshold is None or window.is_spent:
+            return True
+        return window.is_settled or window.post_steps >= self.params.max_post_steps
 
     def has_end(self, window: Window, canvas: Tensor, until: int) -> bool:
-        """Whether an end-of-text token was written before a place of the window."""
+        """Whether a token that ends the completion was written before a place of the window."""
         part = slice(window.start, until)
         new = canvas[part][~self.is_given[part]]
-        return self.params.stop_at_eos and bool(torch.isin(new, self._ends).any())
+        return bool(self.end_ids) and bool(torch.isin(new, self._stops).any())
 
     def places(self, canvas: Tensor, window: Window) -> Tensor:
         """The places to predict: the masked ones, and the written ones where they may change."""
@@ -100,7 +104,7 @@ class General:
         planned = masks_left(
             self.params.schedule, window.num_masked, window.step + 1, window.max_steps
         )
-        still = self.params.min_steps_per_block - window.step - 1
+        still = min(self.params.min_steps_per_block, window.max_steps) - window.step - 1
         return max(1, masks - planned), max(1, masks - max(0, still))
 
     def _revises(self, window: Window) -> bool:

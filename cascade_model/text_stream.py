@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cascade_model.config import check
+
 FinishReason = Literal["stop", "length"]
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
@@ -26,6 +28,8 @@ class Chunk:
     """K_b: its denoising steps."""
     finish_reason: FinishReason | None
     """Set on the last chunk only."""
+    stop_reason: int | str | None
+    """What ended the completion: the token's id, or the stop string; none where its length did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +39,8 @@ class Completion:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    stop_reason: int | str | None
+    """The token's id or the stop string that ended it; none where its length did."""
     passes: int
     """Forward passes of the whole answer."""
     steps_per_block: tuple[int, ...]
@@ -49,6 +55,10 @@ class TextStream:
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
+        check(
+            not isinstance(stop, str),
+            f"stop={stop!r} is one text, whose letters would each end the completion; give a list",
+        )
         self._decode = decode
         self._stop = [text for text in stop if text]
         self._context: list[int] = []  # the last whole characters: some decoders look behind
@@ -57,21 +67,33 @@ class TextStream:
         self._held = ""  # decoded, but perhaps the beginning of a stop
 
     def push(
-        self, tokens: Sequence[int], *, passes: int, steps: int, finish_reason: FinishReason | None
+        self,
+        tokens: Sequence[int],
+        *,
+        passes: int,
+        steps: int,
+        finish_reason: FinishReason | None,
+        stop_reason: int | str | None = None,
     ) -> Chunk:
         """Add one block; the chunk's `finish_reason` is "stop" once a stop string is complete."""
         text, taken = "", tuple(tokens)
         for count, token in enumerate(tokens, start=1):
             self._held += self._decode_next(token)
-            before = self._cut_at_stop()
-            if before is not None:
-                text, taken, finish_reason = text + before, taken[:count], "stop"
+            stop = self._first_stop()
+            if stop is not None:
+                text += self._held[: self._held.find(stop)]
+                taken, finish_reason, stop_reason = taken[:count], "stop", stop
                 break
             text += self._release()
         else:
             text += self._rest() if finish_reason is not None else ""
         return Chunk(
-            text=text, token_ids=taken, passes=passes, steps=steps, finish_reason=finish_reason
+            text=text,
+            token_ids=taken,
+            passes=passes,
+            steps=steps,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
         )
 
     def _decode_next(self, token: int) -> str:
@@ -92,14 +114,14 @@ class TextStream:
         before = self._decode(self._context) if self._context else ""
         return self._decode(self._context + self._pending)[len(before) :]
 
-    def _cut_at_stop(self) -> str | None:
-        """The held text before the first completed stop, or None."""
+    def _first_stop(self) -> str | None:
+        """The stop that was completed first in the held text; of two the longer, or None."""
         hits = [
-            (start + len(stop), start)
+            (start + len(stop), start, stop)
             for stop in self._stop
             if (start := self._held.find(stop)) >= 0
         ]
-        return self._held[: min(hits)[1]] if hits else None
+        return min(hits)[2] if hits else None
 
     def _release(self) -> str:
         """Take out the held text, less the longest ending that begins a stop."""
@@ -130,6 +152,7 @@ def complete(chunks: Iterator[Chunk]) -> Completion:
         text="".join(part.text for part in parts),
         token_ids=tuple(token for part in parts for token in part.token_ids),
         finish_reason=parts[-1].finish_reason,
+        stop_reason=parts[-1].stop_reason,
         passes=sum(part.passes for part in parts),
         steps_per_block=tuple(part.steps for part in parts),
     )

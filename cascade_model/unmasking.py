@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cascade_model.config import SamplingParams
+from cascade_model.sampling import SamplingParams
 
 Score = Callable[[Tensor, Tensor], Tensor]
 Choice = Callable[[Tensor, SamplingParams], Tensor]

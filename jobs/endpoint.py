@@ -1,8 +1,8 @@
 """The ingress as a FastAPI application: OpenAI routes over any source of decoded blocks.
 
 It holds no weights. Given prompt tokens, settings and a choice number, the source (`Decode`) yields
-dicts `{"tokens", "passes", "steps", "finish_reason"}`, one a block; here they become text, are cut
-at stop strings and sent. The seed is drawn here when the client gives none.
+dicts `{"tokens", "passes", "steps", "finish_reason", "stop_reason"}`, one a block; here they become
+text, are cut at stop strings and sent. The seed is drawn here when the client gives none.
 """
 
 import asyncio
@@ -20,9 +20,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import ModelConfig
 from cascade_model.errors import InputError
-from cascade_model.requests import check_prompt
+from cascade_model.requests import check_prompt, check_request
+from cascade_model.sampling import SamplingParams
 from cascade_model.text_stream import Chunk, Completion, TextStream, complete
 from cascade_model.tokenizer import Tokenizer
 from jobs.gate import ApiKeys, Gate, error_response, http_error
@@ -84,6 +85,19 @@ class Endpoint:
             too_long = len(tokens) + max_tokens > self.config.max_sequence_length
             code = "context_length_exceeded" if too_long else "invalid_value"
             raise ApiError(400, str(error), param=param, code=code) from None
+
+    def settings(
+        self, body: CompletionRequest | ChatRequest, tokens: Sequence[int], length: int, seed: int
+    ) -> SamplingParams:
+        """The engine's settings; 400 for those that contradict each other or the model."""
+        try:
+            params = body.sampling(length, seed)
+            check_request(self.config, tokens, params)
+        except InputError as error:
+            name = str(error).partition("=")[0]
+            param = name if name in type(body).model_fields else None
+            raise ApiError(400, str(error), param=param, code="invalid_value") from None
+        return params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,6 +223,7 @@ class Job:
                 ),
                 "logprobs": None,
                 "finish_reason": completion.finish_reason,
+                "stop_reason": completion.stop_reason,
             }
             for answer, completion in zip(self.answers, completions, strict=True)
         ]
@@ -223,6 +238,7 @@ class Job:
             **body,
             "logprobs": None,
             "finish_reason": chunk.finish_reason,
+            "stop_reason": chunk.stop_reason,
         }
         return {**self.head, "choices": [choice], **({"usage": None} if self.wants_usage else {})}
 
@@ -241,7 +257,7 @@ def job_for(
     for tokens in prompts:
         length = max_tokens or max(endpoint.config.max_sequence_length - len(tokens), 1)
         endpoint.require_prompt(tokens, length, "messages" if is_chat else "prompt")
-        params = body.sampling(length, seed)
+        params = endpoint.settings(body, tokens, length, seed)
         answers += [
             Answer(
                 index=len(answers) + choice,

@@ -5,8 +5,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from cascade_model.config import SamplingParams, check, to_dict
+from cascade_model.config import check, to_dict
 from cascade_model.errors import InputError, Unfinished
+from cascade_model.sampling import SamplingParams
 from jobs.cli import command
 from jobs.launch import absolute
 from pipelines.cluster import cores, require_resources, start_ray
@@ -55,6 +56,12 @@ class GenerateConfig:
         check(
             0.0 <= self.max_dead_rate <= 1.0,
             f"max_dead_rate={self.max_dead_rate} must be in 0..1; use 0.01",
+        )
+        seconds = self.sampling.deadline_seconds
+        check(
+            seconds is None,
+            f"sampling.deadline_seconds={seconds} lets the clock decide, and a shard that is made "
+            "again must have the same bytes; use sampling.max_steps",
         )
         threads = self.threads_per_worker
         check(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cascade_model.config import SamplingParams
+from cascade_model.sampling import SamplingParams
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 64
@@ -42,6 +42,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
+# The engine's settings that are fields of this server.
+OWN = ("rule", "confidence_threshold", "steps_per_block", "max_steps", "deadline_seconds")
 # Fields that do not change the answer.
 HARMLESS = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user")
 
@@ -141,6 +143,17 @@ class Request(BaseModel):
     steps_per_block: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         None, description="Ceiling of the denoising steps of a block."
     )
+    max_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+        None, description="Ceiling of the denoising steps of one whole choice."
+    )
+    deadline_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Seconds in which a choice should be whole, from when a sampler has it; the "
+        "same seed need not give the same text then.",
+    )
+    stop_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] | None = Field(
+        None, description="Tokens that end a choice, besides the model's own."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -184,16 +197,13 @@ class Request(BaseModel):
 
     def sampling(self, max_tokens: int, seed: int) -> SamplingParams:
         """The engine's settings; a field that is null takes its default."""
-        optional = {
-            name: value
-            for name in ("rule", "confidence_threshold", "steps_per_block")
-            if (value := getattr(self, name)) is not None
-        }
+        optional = {name: value for name in OWN if (value := getattr(self, name)) is not None}
         return SamplingParams(
             max_tokens=max_tokens,
             seed=seed,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
+            stop_ids=tuple(self.stop_ids or ()),
             **optional,
         )
 

@@ -6,7 +6,8 @@ import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from cascade_model.config import SamplingParams, check
+from cascade_model.config import check
+from cascade_model.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from jobs.serve import ServeConfig
@@ -20,7 +21,7 @@ class Sampler:
     def __init__(self, model: str, threads: int) -> None:
         import torch
 
-        from cascade_model.engine import LLM
+        from cascade_model.llm import LLM
 
         torch.set_num_threads(threads)
         self._llm = LLM.load(model)

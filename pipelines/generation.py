@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record
-from cascade_model.config import SamplingParams, digest
+from cascade_model.config import digest
 from cascade_model.errors import InputError, Unfinished
+from cascade_model.sampling import SamplingParams
 from cascade_model.text_stream import Completion
 from pipelines.cluster import quiet_ray_data
 from pipelines.prompts import Columns, DeadRow, Part, Prompt, read_part
@@ -133,7 +134,7 @@ class PartWorker:
     ) -> None:
         import torch
 
-        from cascade_model.engine import LLM
+        from cascade_model.llm import LLM
 
         torch.set_num_threads(threads)
         self._refusal: InputError | None = None

@@ -16,7 +16,7 @@ TORCH_FREE = [
     "cascade_model.errors", "cascade_model.config", "cascade_model.schema", "cascade_model.noise",
     "cascade_model.commit",
     "cascade_model.tokenizer", "cascade_model.shards", "cascade_model.corpus",
-    "cascade_model.requests", "cascade_model.text_stream",
+    "cascade_model.sampling", "cascade_model.requests", "cascade_model.text_stream",
     "pipelines.config", "pipelines.cluster", "pipelines.sources", "pipelines.documents",
     "pipelines.packing", "pipelines.parts", "pipelines.runner", "pipelines.prepare",
     "pipelines.prompts",

@@ -289,11 +289,11 @@ class Unpadded:
         self.passes += 1
         return (
             yield Pass(
-                tokens=tokens.clone(),
+                tokens=tokens.tolist(),
                 start=start,
-                limits=limits,
+                limits=limits.tolist(),
                 visible=start + len(tokens),
-                reads=reads,
+                reads=reads.tolist(),
                 stream=self.stream,
             )
         )

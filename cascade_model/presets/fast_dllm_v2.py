@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
-import torch
 from torch import Tensor
 
 from cascade_model.canvas import Change, Window
@@ -140,14 +139,14 @@ class NestedBlocks:
         """
         self.passes += 1
         size = self.settings.block_size
-        limits = (torch.arange(start, end, device=canvas.device) // size + 1) * size
+        limits = [(place // size + 1) * size for place in range(start, end)]
         rows, row_of = reads.unique(return_inverse=True)
         logits = yield Pass(
-            tokens=canvas[start:end].clone(),
+            tokens=canvas[start:end].tolist(),
             start=start,
             limits=limits,
-            visible=int(limits[-1]),
-            reads=rows - start,
+            visible=limits[-1],
+            reads=(rows - start).tolist(),
         )
         return logits[row_of]
 

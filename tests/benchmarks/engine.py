@@ -4,6 +4,7 @@ Random weights of known shapes: these rows say what passes cost, not how good a 
 turns; each figure is the median of its rounds.
 """
 
+import copy
 import statistics
 import tempfile
 import time
@@ -12,16 +13,18 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import ModelConfig
 from cascade_model.families import read_checkpoint
 from cascade_model.model import Transformer, never_emitted
 from cascade_model.networks import network_with
+from cascade_model.packed import Product, pack
 from cascade_model.pages import PageArena
 from cascade_model.passes import Pass
 from cascade_model.ragged import Job, run_together
+from cascade_model.ragged_attention import Piece, attention_of
 from cascade_model.sampler import plan_completion
+from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Scheduler
 from tests.benchmarks.baselines import sdar_loop
 from tests.benchmarks.report import Row
@@ -41,7 +44,10 @@ def llama_pair(dtype: torch.dtype):
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         read = read_checkpoint(folder, dtype=dtype)
-    return theirs, network_with(read.config, read.state, "llama").eval()
+    ours = network_with(read.config, read.state, "llama").eval()
+    assert isinstance(ours, Transformer)
+    pack(ours)
+    return theirs, ours
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -70,24 +76,27 @@ def a_pass(model: Transformer, rows: int, context: int) -> Callable[[], object]:
     run = arena.take(1)
     assert run is not None
     wanted = Pass(
-        tokens=torch.randint(0, 1000, (rows,)),
+        tokens=torch.randint(0, 1000, (rows,)).tolist(),
         start=context,
-        limits=torch.full((rows,), pages),
+        limits=[pages] * rows,
         visible=pages,
-        reads=torch.arange(rows),
+        reads=list(range(rows)),
     )
     return lambda: run_together(model, arena, [Job(wanted, run)])
 
 
 def bare_products(model: Transformer, rows: int) -> Callable[[], object]:
-    """The matrix products of a pass and nothing else."""
-    linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype) for w in linears}
+    """The matrix products of a pass, as the pass makes them, and nothing else."""
+    products = [m for m in model.modules() if isinstance(m, Product)]
+    dtype = next(model.parameters()).dtype
+    inputs = {
+        size: torch.randn(1, rows, size, dtype=dtype) for size in {p.inputs for p in products}
+    }
 
     @torch.inference_mode()
     def call() -> None:
-        for weight in linears:
-            F.linear(inputs[weight.shape[1]], weight)
+        for product in products:
+            product(inputs[product.inputs])
 
     return call
 
@@ -123,28 +132,63 @@ def cost_per_pass(rounds: int) -> Iterator[Row]:
         for n in (4, 16):
             ratio = found[f"rows {n}"] / found[f"bare {n}"]
             yield Row(f"{name}: pass of {n} rows / its bare products", ratio, "x", 1.3, True)
-        size = sum(p.numel() * p.element_size() for p in ours.parameters())
-        block = torch.ones(64 << 20, dtype=torch.float32)  # written: untouched pages cost nothing
-        read = in_turns(3, read=lambda block=block: block.sum())["read"]
-        floor = size / (block.numel() * 4 / read)
-        yield Row(
-            f"{name}: pass of 4 rows / time to read the weights", found["rows 4"] / floor, "x"
-        )
+        yield from roofline(name, ours, {n: found[f"rows {n}"] for n in (4, 16)})
+
+
+def roofline(name: str, model: Transformer, passes: dict[int, float]) -> Iterator[Row]:
+    """What the machine allows at best: the weights read once, or their multiplications done."""
+    products = [part for part in model.modules() if isinstance(part, Product)]
+    numbers = sum(part.inputs * part.outputs for part in products)
+    dtype = next(model.parameters()).dtype
+    block = torch.ones(64 << 20, dtype=torch.float32)  # written: untouched pages cost nothing
+    square = torch.randn(2048, 2048, dtype=dtype)
+    read = min(timed(lambda: block.sum()) for _ in range(9))
+    multiply = min(timed(lambda: square @ square) for _ in range(5))
+    bandwidth, rate = block.numel() * 4 / read, 2 * 2048**3 / multiply
+    yield Row(f"{name}: best read", bandwidth / 1e9, "GB/s")
+    yield Row(f"{name}: best product", rate / 1e9, "GFLOP/s")
+    for rows, seconds in passes.items():
+        size = numbers * dtype.itemsize
+        yield Row(f"{name}: pass of {rows} rows / weights read", seconds * bandwidth / size, "x")
+        floor = 2 * rows * numbers / rate
+        yield Row(f"{name}: pass of {rows} rows / its FLOPs", seconds / floor, "x")
 
 
 def context_slope(rounds: int) -> Iterator[Row]:
-    """(g): the cost of a 4-row pass by context."""
+    """(g): the cost of a 4-row pass by context, and of its attention calls alone."""
     model = llama_pair(torch.float32)[1]
     lengths = (256, 1024, 2048, 4096)
-    found = in_turns(rounds, **{str(n): a_pass(model, 4, n) for n in lengths})
+    arms = {f"pass {n}": a_pass(model, 4, n) for n in lengths}
+    arms |= {f"attention {n}": bare_attention(model, 4, n) for n in (256, 4096)}
+    found = in_turns(rounds, **arms)
     for length in lengths:
-        yield Row(f"engine.context {length}: pass of 4 rows", found[str(length)] * 1e3, "ms")
+        yield Row(f"engine.context {length}: pass of 4 rows", found[f"pass {length}"] * 1e3, "ms")
     config = model.config
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
-    slope = (found["4096"] - found["256"]) / (4096 - 256)
-    yield Row(
-        "engine.context: bytes of cache read per second of slope", per_token / slope / 1e9, "GB/s"
+    slope, bare = (
+        (found[f"{kind} 4096"] - found[f"{kind} 256"]) / (4096 - 256)
+        for kind in ("pass", "attention")
     )
+    yield Row("engine.context: cache read per time of the slope", per_token / slope / 1e9, "GB/s")
+    yield Row("engine.context: slope / slope of the attention calls alone", slope / bare, "x")
+
+
+def bare_attention(model: Transformer, rows: int, context: int) -> Callable[[], object]:
+    """The attention calls of such a pass and nothing else."""
+    config, tokens = model.config, context + rows
+    arena = PageArena(config, num_pages=1, page_tokens=tokens, dtype=torch.float32, device="cpu")
+    arena.entries.normal_()
+    run = arena.take(1)
+    assert run is not None
+    attend = attention_of(arena, [Piece(run, [tokens] * rows)])
+    queries = torch.randn(1, config.num_heads, rows, config.head_dim)
+
+    @torch.inference_mode()
+    def call() -> None:
+        for layer in range(config.num_layers):
+            attend(queries, layer)
+
+    return call
 
 
 def block_model(**shape) -> Transformer:
@@ -175,6 +219,7 @@ def against_published(rounds: int, gen: int = 512) -> Iterator[Row]:
     """(c): the cached published loop, and one that prefills every block again; B = 4."""
     model = block_model(hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64,
                         intermediate_size=768)  # fmt: skip
+    plain = copy.deepcopy(model)  # the scheduler packs its own
     prompt = torch.randint(0, 8000, (64,), generator=torch.Generator().manual_seed(7)).tolist()
     bars = {1: 2.0, 2: 1.4, 4: 1.25}
     for steps, bar in bars.items():
@@ -186,19 +231,26 @@ def against_published(rounds: int, gen: int = 512) -> Iterator[Row]:
         def ours(params=params, outcome=outcome) -> None:
             outcome["ours"] = decode_all(model, [prompt], params)[0]
 
-        def published(again: bool, steps=steps, outcome=outcome) -> None:
-            tokens, _ = sdar_loop(model, prompt, steps=steps, gen_length=gen, block_length=4,
+        def published(network, again: bool, steps=steps, outcome=outcome) -> None:
+            tokens, _ = sdar_loop(network, prompt, steps=steps, gen_length=gen, block_length=4,
                                   mask_id=8191, prefills_every_block=again)  # fmt: skip
             outcome["published"] = tokens[64:]
 
-        arms = {"ours": ours, "cached": lambda: published(False)}
+        ours()
+        arms = {
+            "ours": ours,
+            "packed": partial(published, model, False),
+            "cached": partial(published, plain, False),
+        }
         if steps == 1:
-            arms["again"] = lambda: published(True)
+            arms["again"] = partial(published, plain, True)
         found = in_turns(rounds, **arms)
         if outcome["ours"] != outcome["published"]:
             raise SystemExit(f"K={steps}: the two arms gave different tokens")
         name = f"engine.published B=4 K={steps}, {gen} tokens"
         yield Row(f"{name}: cached loop / ours", found["cached"] / found["ours"], "x", bar)
+        ratio = found["packed"] / found["ours"]
+        yield Row(f"{name}: cached loop on our packed weights / ours", ratio, "x")
         if steps == 1:
             yield Row(f"{name}: prefilling loop / ours", found["again"] / found["ours"], "x", 6.0)
 

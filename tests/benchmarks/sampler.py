@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from cascade_model.canvas import Window
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import ModelConfig
 from cascade_model.contexts import BlockCausal
 from cascade_model.model import Transformer, never_emitted
 from cascade_model.passes import Pass, Runner
 from cascade_model.sampler import denoise, plan_completion
+from cascade_model.sampling import SamplingParams
 from tests.benchmarks import engine
 from tests.benchmarks.baselines import block_causal_loop, llada_loop
 from tests.benchmarks.report import Row, publish

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from cascade_model.config import ModelConfig, SamplingParams
+from cascade_model.config import ModelConfig
 from cascade_model.model import Transformer
 from cascade_model.networks import Network
+from cascade_model.sampling import SamplingParams
 from cascade_model.weights import load_model
 from tests.benchmarks.report import commit, machine
 from tests.cascade_model.traces import (
@@ -219,14 +220,17 @@ def work(job: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     traces = {}
     for dtype, asks in job["asks"].items():
         scheduler = scheduler_of(model_of(job["model"], dtype))
-        watches = [
-            Watch(scheduler, Ask(tuple(ask["prompt"]), SamplingParams(**ask["params"])))
-            for ask in asks
-        ]
+        watches = [Watch(scheduler, ask_from(ask)) for ask in asks]
         while scheduler.step():
             print("a round", flush=True)
         traces[dtype] = [asdict(watch.trace()) for watch in watches]
     return traces
+
+
+def ask_from(values: dict[str, Any]) -> Ask:
+    """Back from JSON, which knows no tuples."""
+    params = {k: tuple(v) if isinstance(v, list) else v for k, v in values["params"].items()}
+    return Ask(tuple(values["prompt"]), SamplingParams(**params))
 
 
 def elsewhere(job: dict[str, Any], *, is_killed_first: bool) -> dict[str, Found]:

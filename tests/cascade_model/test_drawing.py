@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from cascade_model.config import SamplingParams
 from cascade_model.drawing import (
     by_gumbel,
     by_inverse,
@@ -15,6 +14,7 @@ from cascade_model.drawing import (
     vocabulary_uniforms,
 )
 from cascade_model.noise import TOKEN
+from cascade_model.sampling import SamplingParams
 
 PLACES = list(range(4000))
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_model.config import SamplingParams
-from cascade_model.engine import LLM
 from cascade_model.errors import InputError
+from cascade_model.llm import LLM
 from cascade_model.model import Transformer
 from cascade_model.requests import check_prompt
+from cascade_model.sampling import SamplingParams
 from cascade_model.text_stream import TextStream
 from cascade_model.tokenizer import byte_tokenizer
 from tests.tiny_models import text_config
@@ -102,7 +102,7 @@ def test_the_end_of_text_token_counts_but_is_not_text():
 
 def test_a_stream_joins_to_what_generate_returns(llm):
     params = SamplingParams(max_tokens=18, temperature=1.0, seed=3, stop_at_eos=False)
-    chunks = list(llm.stream("Hello", params))
+    chunks = list(llm.chunks("Hello", params))
     [whole] = llm.generate(["Hello"], params)
     assert "".join(chunk.text for chunk in chunks) == whole.text
     assert sum((chunk.token_ids for chunk in chunks), ()) == whole.token_ids
@@ -187,7 +187,7 @@ def test_blocks_for_an_event_loop_are_the_same(llm):
 
 def test_leaving_early_frees_the_pages(llm):
     params = SamplingParams(max_tokens=60, stop_at_eos=False)
-    stream = llm.stream("Hello", params)
+    stream = llm.chunks("Hello", params)
     next(stream)
     stream.close()
 

@@ -8,12 +8,12 @@ import torch
 
 from cascade_model.attention import clean_mask, dense
 from cascade_model.canvas import Change
-from cascade_model.config import SamplingParams
 from cascade_model.errors import InputError
 from cascade_model.likelihood import difference, monte_carlo, sequential
 from cascade_model.model import vocabulary_logits
 from cascade_model.passes import Runner
 from cascade_model.sampler import denoise, drive, plan_completion
+from cascade_model.sampling import SamplingParams
 from tests.tiny_models import MASK, PAD, lively_model
 
 PROMPT, ANSWER = [3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8, 9]

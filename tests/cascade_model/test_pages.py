@@ -57,11 +57,12 @@ def test_a_run_cannot_be_given_back_twice():
 def test_copies_keep_keys_and_values():
     pages = arena()
     a, b = pages.take(2), pages.take(3)
-    keys, values = pages.view(a, 1, 8)
+    pages.entries.zero_()
+    keys, values = pages.views(a, 8)[1]
     keys.fill_(1.5)
     values.fill_(2.5)
     pages.copy(a, b, 6)
-    keys, values = pages.view(b, 1, 8)
+    keys, values = pages.views(b, 8)[1]
     assert keys[..., :6, :].eq(1.5).all()
     assert values[..., :6, :].eq(2.5).all()
     assert keys[..., 6:, :].eq(0).all()

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from cascade_model.config import SamplingParams
 from cascade_model.model import Transformer
 from cascade_model.passes import Pass
 from cascade_model.ragged import Job, run_together
 from cascade_model.sampler import plan_completion
+from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Scheduler, SchedulerConfig, arena_of
 from tests.tiny_models import tiny_config
 
@@ -24,13 +24,12 @@ def float_model(**axes) -> Transformer:
 
 def prefill(rows: int, seed: int) -> Pass:
     generator = torch.Generator().manual_seed(seed)
-    place = torch.arange(rows)
     return Pass(
-        tokens=torch.randint(0, 490, (rows,), generator=generator),
+        tokens=torch.randint(0, 490, (rows,), generator=generator).tolist(),
         start=0,
-        limits=((place // 4 + 1) * 4).clamp(max=rows),
+        limits=[min((place // 4 + 1) * 4, rows) for place in range(rows)],
         visible=rows,
-        reads=place[-2:],
+        reads=list(range(rows))[-2:],
     )
 
 

@@ -5,7 +5,6 @@ import torch
 
 from cascade_model.attention import dense
 from cascade_model.canvas import Window
-from cascade_model.config import SamplingParams
 from cascade_model.contexts import BlockCausal, Guided
 from cascade_model.errors import InputError
 from cascade_model.model import vocabulary_logits
@@ -18,6 +17,7 @@ from cascade_model.sampler import (
     plan_infilling,
     sample,
 )
+from cascade_model.sampling import SamplingParams
 from tests.tiny_models import EOS, MASK, PAD, lively_model, tiny_config
 
 AXES = [
@@ -62,9 +62,7 @@ class UncachedRunner:
 
     def run(self, wanted):
         entries = self.entries.setdefault(wanted.stream, {})
-        for row, (token, limit) in enumerate(
-            zip(wanted.tokens.tolist(), wanted.limits.tolist(), strict=True)
-        ):
+        for row, (token, limit) in enumerate(zip(wanted.tokens, wanted.limits, strict=True)):
             entries[wanted.start + row] = (token, limit)
         tokens = torch.tensor([[entries[place][0] for place in range(wanted.visible)]])
         limits = torch.tensor([entries[place][1] for place in range(wanted.visible)])
@@ -74,7 +72,7 @@ class UncachedRunner:
                 tokens,
                 torch.arange(wanted.visible)[None],
                 dense(mask[None, None]),
-                lambda hidden, head: head(hidden[0, wanted.start + wanted.reads]),
+                lambda hidden, head: head(hidden[0, [wanted.start + row for row in wanted.reads]]),
             )
 
 
@@ -166,10 +164,10 @@ def test_committed_entries_of_the_cache_are_never_written_again():
         list(decode(recorder.model.config, recorder, PROMPT, params))
         final = {}
         for wanted in recorder.seen:
-            for row, limit in enumerate(wanted.limits.tolist()):
+            for row, limit in enumerate(wanted.limits):
                 place = wanted.start + row
                 assert place not in final
-                clean = not bool((wanted.tokens[: limit - wanted.start] == MASK).any())
+                clean = MASK not in wanted.tokens[: limit - wanted.start]
                 if clean and limit < wanted.visible:
                     final[place] = True
 
@@ -266,8 +264,8 @@ def test_a_ragged_prompt_tail_opens_the_first_block():
     recorder = Recorder(lively_model())
     params = SamplingParams(max_tokens=5, stop_at_eos=False)
     list(decode(recorder.model.config, recorder, PROMPT, params))
-    assert recorder.seen[0].tokens.tolist() == [*PROMPT, MASK]
-    assert recorder.seen[0].limits.tolist() == [4] * 4 + [8] * 4
+    assert recorder.seen[0].tokens == [*PROMPT, MASK]
+    assert recorder.seen[0].limits == [4] * 4 + [8] * 4
 
 
 def test_decoding_on_from_a_committed_prefix_gives_the_same_rest():
@@ -276,6 +274,41 @@ def test_decoding_on_from_a_committed_prefix_gives_the_same_rest():
     whole = tokens_of(sample(model, PROMPT, params))
     rest = SamplingParams(max_tokens=12, temperature=1.0, seed=9, stop_at_eos=False)
     assert tokens_of(sample(model, PROMPT + whole[:5], rest)) == whole[5:]
+
+
+GOING_ON = [*OPTIONS, {"max_steps": 14}, {"max_steps": 14, "editing_threshold": 0.2}]
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("options", GOING_ON)
+def test_a_run_cut_behind_any_block_goes_on_with_the_same_rest(axes, options):
+    """What counts as given stays the prompt: guidance hides it, revising leaves it alone."""
+    model = lively_model(**axes)
+    if axes.get("block_size") == 1 and {"max_steps", "min_steps_per_block"} & set(options):
+        return
+    values = {"max_tokens": 22, "temperature": 1.0, "confidence_threshold": 0.5, "seed": 6}
+    params = SamplingParams(**(values | options), stop_at_eos=False)
+    whole = list(sample(model, PROMPT, params))
+    for count in range(len(whole)):
+        plan = plan_completion(
+            model.config,
+            PROMPT,
+            params,
+            committed=tokens_of(whole[:count]),
+            steps_made=sum(block.steps for block in whole[:count]),
+        )
+        rest = list(decoded(plan, Runner(model, len(plan.canvas))))
+        assert tokens_of(rest) == tokens_of(whole[count:])
+        assert [block.steps for block in rest] == [block.steps for block in whole[count:]]
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_approximate_caches_begin_anew_in_every_block_and_go_on_too(cache):
+    model = lively_model(attention="bidirectional", block_size=8)
+    params = SamplingParams(max_tokens=24, temperature=1.0, cache=cache, stop_at_eos=False)
+    whole = list(sample(model, PROMPT, params))
+    plan = plan_completion(model.config, PROMPT, params, committed=tokens_of(whole[:1]))
+    assert tokens_of(decoded(plan, Runner(model, len(plan.canvas)))) == tokens_of(whole[1:])
 
 
 def test_the_same_seed_gives_the_same_tokens_and_seeds_and_choices_differ():
@@ -298,8 +331,8 @@ class Scripted(UniformRunner):
 
     def run(self, wanted):
         result = super().run(wanted)
-        for index, row in enumerate((wanted.start + wanted.reads).tolist()):
-            row %= len(self.text)
+        for index, read in enumerate(wanted.reads):
+            row = (wanted.start + read) % len(self.text)
             result[index, self.text[row]] = 20.0 - row if self.left_first else 10.0 + row
         return result
 
@@ -328,6 +361,20 @@ def test_the_end_of_text_can_be_ignored():
     blocks = scripted([1, EOS, 2, 3], params)
     assert tokens_of(blocks) == [1, EOS, 2, 3] * 2
     assert [block.finish_reason for block in blocks] == [None, "length"]
+
+
+@pytest.mark.parametrize("stop_at_eos", [True, False])
+def test_a_token_of_the_request_ends_it_too_and_is_told(stop_at_eos):
+    params = SamplingParams(
+        max_tokens=40, rule="low_confidence", stop_ids=(9, 2), stop_at_eos=stop_at_eos
+    )
+    [block] = scripted([1, 2, EOS, 3], params)
+    assert (block.tokens, block.finish_reason, block.stop_reason) == ([1, 2], "stop", 2)
+    assert block.steps == 2
+    [first, last] = scripted([1, EOS, 2, 3], SamplingParams(max_tokens=8, stop_at_eos=False))
+    assert (first.stop_reason, last.stop_reason, last.finish_reason) == (None, None, "length")
+    [block] = scripted([1, EOS, 2, 3], SamplingParams(max_tokens=40, rule="low_confidence"))
+    assert block.stop_reason == EOS
 
 
 def test_passes_are_one_a_step():
@@ -439,6 +486,17 @@ def test_a_hole_sees_a_suffix_in_its_own_block_only(axes):
         assert not {MASK, PAD} & set(filled)
     with pytest.raises(InputError, match="followed by text beyond its block"):
         infill(model, [1, 2, 3, MASK, 5, 6, 7, 8], SamplingParams())
+
+
+def test_a_hole_sees_the_suffix_of_its_own_block():
+    model = lively_model()
+    logits = []
+    for suffix in (8, 9):
+        recorder = Recorder(model)
+        plan = plan_infilling(model.config, [1, 2, 3, 4, 5, MASK, MASK, suffix], SamplingParams())
+        list(drive(plan.loop(), recorder))
+        logits.append(recorder.given[0])
+    assert not torch.allclose(logits[0], logits[1])
 
 
 def test_guidance_of_scale_zero_is_no_guidance_and_a_large_one_changes_the_text():

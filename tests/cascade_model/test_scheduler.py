@@ -17,10 +17,11 @@ from hypothesis.stateful import (
     rule,
 )
 
-from cascade_model.config import ExpertsConfig, SamplingParams
+from cascade_model.config import ExpertsConfig
 from cascade_model.errors import InputError
 from cascade_model.networks import Network, build_network
 from cascade_model.sampler import plan_completion, sample
+from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Running, Scheduler, SchedulerConfig
 from tests.tiny_models import lively_model, tiny_config
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cascade_model.config import SamplingParams
+from cascade_model.sampling import SamplingParams
 from cascade_model.unmasking import (
     RULES,
     choose,

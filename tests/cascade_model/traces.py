@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_model.config import SamplingParams
 from cascade_model.networks import Network
 from cascade_model.sampler import Plan, plan_completion
+from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Scheduler, SchedulerConfig
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import tokenizers
 import torch
 
-from cascade_model.config import SamplingParams
 from cascade_model.model import Transformer
 from cascade_model.presets.a2d import BD3LMSettings, MDLMSettings, a2d_bd3lm, a2d_infill, a2d_mdlm
 from cascade_model.presets.dream import DreamSettings, dream
@@ -19,6 +18,7 @@ from cascade_model.presets.llada2 import LLaDA2Settings, llada2
 from cascade_model.presets.llada21 import LLaDA21Settings, llada21
 from cascade_model.presets.sdar import SDARSettings, sdar
 from cascade_model.sampler import sample as sample_blocks
+from cascade_model.sampling import SamplingParams
 from tests.conformance.cases import Case, CaseError, Record
 from tests.conformance.checkpoints import Checkpoints
 from tests.conformance.forward import run

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from cascade_model.attention import dense
-from cascade_model.config import SamplingParams
 from cascade_model.families import read_checkpoint
 from cascade_model.networks import own_state
 from cascade_model.sampler import sample
+from cascade_model.sampling import SamplingParams
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer
 from cascade_model.weights import load_model, read_config, read_published
 from jobs import convert

@@ -8,7 +8,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from cascade_model.engine import LLM
+from cascade_model.llm import LLM
 from cascade_model.model import Transformer
 from cascade_model.tokenizer import byte_tokenizer
 from jobs.endpoint import Endpoint, build_api
@@ -144,7 +144,29 @@ def test_a_stop_cuts_the_text_and_the_usage(client):
     body = complete(client, seed=3, max_tokens=40, stop=[stop]).json()
     assert body["choices"][0]["text"] == whole[: whole.index(stop)]
     assert body["choices"][0]["finish_reason"] == "stop"
+    assert body["choices"][0]["stop_reason"] == stop
     assert body["usage"]["completion_tokens"] < 40
+
+
+def test_a_token_that_the_request_names_ends_it(client):
+    whole = complete(client, seed=3, max_tokens=40).json()["choices"][0]
+    last = next(letter for letter in whole["text"] if letter.isascii())
+    [choice] = complete(client, seed=3, max_tokens=40, stop_ids=[ord(last)]).json()["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", ord(last))
+    assert choice["text"] == whole["text"].partition(last)[0] + last
+
+
+def test_a_budget_bounds_the_passes_and_one_that_is_too_small_names_the_cure(client):
+    settings = {"seed": 5, "max_tokens": 21, "confidence_threshold": 1.0}  # blocks of 1 and 4
+    usage = complete(client, **settings, max_steps=11, deadline_seconds=60).json()["usage"]
+    assert usage["completion_tokens"] == 21
+    assert usage["completion_tokens_details"]["passes"] == 11
+    short = complete(client, **settings, max_steps=5)
+    error = require_error(short, 400, "max_steps", "invalid_value")
+    assert "raise max_steps to 6" in error["message"]
+    wrong = complete(client, stop_ids=[10**6])
+    error = require_error(wrong, 400, "stop_ids", "invalid_value")
+    assert "outside the vocabulary" in error["message"]
 
 
 def test_a_chat_answers_as_the_assistant_whole_and_streamed(client):

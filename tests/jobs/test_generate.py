@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from cascade_model.errors import CheckpointMismatch, InputError
+from cascade_model.sampling import SamplingParams
 from jobs import generate
 from jobs.cli import build
 from jobs.generate import GenerateConfig, input_urls, job_identity
@@ -213,6 +214,12 @@ def test_an_output_that_cannot_be_written_is_one_sentence(model, prompts, capsys
 def test_a_dead_rate_outside_its_range_is_refused():
     with pytest.raises(InputError, match=r"max_dead_rate=1\.5"):
         GenerateConfig(model="m", input="i", output="o", max_dead_rate=1.5)
+
+
+def test_a_deadline_is_refused_as_a_shard_must_come_out_the_same_again():
+    late = SamplingParams(deadline_seconds=2.0)
+    with pytest.raises(InputError, match=r"sampling\.deadline_seconds=2\.0 lets the clock decide"):
+        GenerateConfig(model="m", input="i", output="o", sampling=late)
 
 
 def test_a_folder_of_prompts_is_read_in_the_order_of_names(tmp_path):

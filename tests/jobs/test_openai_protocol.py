@@ -48,6 +48,14 @@ def test_a_prompt_is_text_or_tokens_one_or_many(prompt, prompts):
         {"rule": "quick"},
         {"confidence_threshold": 1.5},
         {"steps_per_block": 0},
+        {"max_steps": 0},
+        {"max_steps": 2.5},
+        {"deadline_seconds": 0},
+        {"deadline_seconds": float("inf")},
+        {"deadline_seconds": "soon"},
+        {"stop_ids": [-1]},
+        {"stop_ids": [1] * 65},
+        {"stop_ids": 7},
         {"stream_options": {"include_usage": True}},
     ],
 )
@@ -106,7 +114,11 @@ def test_the_settings_reach_the_engine():
         rule="low_confidence",
         confidence_threshold=0.25,
         steps_per_block=2,
+        max_steps=9,
+        deadline_seconds=5,
+        stop_ids=[10, 13],
     ).sampling(7, 11)
+    assert (params.max_steps, params.deadline_seconds, params.stop_ids) == (9, 5, (10, 13))
     assert (params.max_tokens, params.seed, params.temperature, params.top_p) == (7, 11, 0, 0.5)
     assert (params.rule, params.confidence_threshold, params.steps_per_block) == (
         "low_confidence",

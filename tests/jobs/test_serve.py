@@ -240,8 +240,8 @@ def test_the_real_client_completes_and_repeats_with_a_seed(client):
 
 @pytest.mark.ray
 def test_the_endpoint_gives_the_engines_own_tokens(client, model):
-    from cascade_model.config import SamplingParams
-    from cascade_model.engine import LLM
+    from cascade_model.llm import LLM
+    from cascade_model.sampling import SamplingParams
 
     params = SamplingParams(max_tokens=12, seed=3, temperature=0.5, confidence_threshold=0.1)
     [own] = LLM.load(model).generate(["abc"], params)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cascade_model.commit import Folder
-from cascade_model.config import SamplingParams
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.model import Transformer
+from cascade_model.sampling import SamplingParams
 from cascade_model.tokenizer import byte_tokenizer
 from cascade_model.weights import save_model
 from pipelines.generation import (

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from cascade_model.attention import clean_mask, dense
-from cascade_model.config import SamplingParams
 from cascade_model.errors import CheckpointMismatch
 from cascade_model.families import export, read_checkpoint
 from cascade_model.networks import network_with
 from cascade_model.sampler import sample
+from cascade_model.sampling import SamplingParams
 from tests.cascade_model.families.published_cases import DATA
 
 

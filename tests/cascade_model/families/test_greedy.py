@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from cascade_model.config import SamplingParams
 from cascade_model.families import read_checkpoint
 from cascade_model.networks import network_with
 from cascade_model.sampler import sample
+from cascade_model.sampling import SamplingParams
 from tests.cascade_model.families.published_cases import DATA
 
 CASES = [

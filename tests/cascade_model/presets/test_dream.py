@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from cascade_model.config import SamplingParams
 from cascade_model.errors import InputError
 from cascade_model.presets.dream import DreamSettings, confidences, count, dream, keep, times
 from cascade_model.sampler import sample
+from cascade_model.sampling import SamplingParams
 from tests.cascade_model.presets.heads import DREAM, fed, masking_model, text_model
 from tests.tiny_models import MASK
 

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from cascade_model.config import SamplingParams
 from cascade_model.errors import InputError
 from cascade_model.presets.fast_dllm import FastDLLMSettings, accepted, best_and_above, fast_dllm
 from cascade_model.sampler import sample
+from cascade_model.sampling import SamplingParams
 from tests.cascade_model.presets.heads import WHOLE, fed, masking_model, text_model
 from tests.tiny_models import EOS, MASK
 

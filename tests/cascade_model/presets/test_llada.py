@@ -2,10 +2,10 @@
 
 import pytest
 
-from cascade_model.config import SamplingParams
 from cascade_model.errors import InputError
 from cascade_model.presets.llada import LLaDASettings, llada
 from cascade_model.sampler import sample
+from cascade_model.sampling import SamplingParams
 from tests.cascade_model.presets.heads import WHOLE, fed, text_model
 from tests.tiny_models import EOS, MASK, lively_model
 

@@ -5,11 +5,11 @@ import torch
 
 from cascade_model.attention import dense
 from cascade_model.canvas import Window
-from cascade_model.config import SamplingParams
 from cascade_model.errors import InputError
 from cascade_model.passes import Prediction, Runner
 from cascade_model.presets.llada21 import Editing, LLaDA21Settings, llada21
 from cascade_model.sampler import sample
+from cascade_model.sampling import SamplingParams
 from tests.tiny_models import EOS, MASK, PAD, lively_model
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7]

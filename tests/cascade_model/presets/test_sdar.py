@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from cascade_model.attention import dense
-from cascade_model.config import SamplingParams
 from cascade_model.errors import InputError
 from cascade_model.passes import Runner
 from cascade_model.presets.sdar import SDARSettings, sdar
 from cascade_model.sampler import sample
+from cascade_model.sampling import SamplingParams
 from tests.tiny_models import MASK, PAD, lively_model
 
 STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic"]

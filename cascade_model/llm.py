@@ -1,0 +1,325 @@
+"""A loaded model for people: prompts in, text out, for threads or an event loop.
+
+All of it is decoded together by one engine; here tokens become text and requests become answers.
+"""
+
+import asyncio
+import contextlib
+import operator
+import queue
+import weakref
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from cascade_model.config import ModelConfig, check
+from cascade_model.engine import Engine, Event, Ticket
+from cascade_model.errors import InputError
+from cascade_model.networks import Network
+from cascade_model.requests import Infilling
+from cascade_model.sampler import DecodedBlock
+from cascade_model.sampling import SamplingParams
+from cascade_model.scheduler import Counters, SchedulerConfig
+from cascade_model.text_stream import Chunk, Completion, TextStream, complete
+from cascade_model.tokenizer import Tokenizer
+from cascade_model.weights import load_model, require_text
+
+Prompt = str | Sequence[int]
+Key = tuple[int, int]  # prompt and choice
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One of many completions, as soon as it is whole."""
+
+    index: int
+    """Which prompt."""
+    choice: int
+    """Which of its completions, from 0."""
+    result: Completion | InputError
+    """The error is the request's own: it could not be decoded."""
+
+
+class LLM:
+    """A model, its tokenizer and an engine."""
+
+    def __init__(
+        self, model: Network, tokenizer: Tokenizer, config: SchedulerConfig | None = None
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.config: ModelConfig = model.config
+        self.engine = Engine(model, config)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        config: SchedulerConfig | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> Self:
+        """Load a model folder, of ours or published; `CheckpointMismatch` if it is damaged."""
+        model, tokenizer = load_model(folder, dtype, device)
+        return cls(model.eval(), require_text(tokenizer, folder), config)
+
+    @property
+    def counters(self) -> Counters:
+        """What the engine did so far."""
+        return replace(self.engine.scheduler.counters)
+
+    def blocks(
+        self,
+        prompt_tokens: Sequence[int],
+        params: SamplingParams,
+        choice: int = 0,
+        *,
+        committed: Sequence[int] = (),
+        steps_made: int = 0,
+    ) -> Generator[DecodedBlock, None, None]:
+        """Decode block by block; leaving early, or dropping the iterator, ends the decoding.
+
+        A completion that another engine began goes on behind its `committed` tokens, whole blocks
+        that took `steps_made` steps (`sampler.plan_completion`): the rest is the same.
+        """
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        ticket = self.engine.submit(
+            prompt_tokens,
+            params,
+            choice,
+            events.put,
+            committed=committed,
+            steps_made=steps_made,
+        )
+        blocks = _until_finished(ticket, events)
+        weakref.finalize(blocks, ticket.cancel)
+        return blocks
+
+    def stream_blocks(
+        self,
+        prompt_tokens: Sequence[int],
+        params: SamplingParams,
+        choice: int = 0,
+        *,
+        committed: Sequence[int] = (),
+        steps_made: int = 0,
+    ) -> AsyncGenerator[DecodedBlock, None]:
+        """The same for the running event loop; a cancelled task ends the decoding."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
+
+        def deliver(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ticket = self.engine.submit(
+            prompt_tokens,
+            params,
+            choice,
+            deliver,
+            committed=committed,
+            steps_made=steps_made,
+        )
+        blocks = _awaited_until_finished(ticket, events)
+        weakref.finalize(blocks, ticket.cancel)
+        return blocks
+
+    def chunks(
+        self, prompt: Prompt, params: SamplingParams, stop: Sequence[str] = (), choice: int = 0
+    ) -> Iterator[Chunk]:
+        """Chunks of text, one a block; decoding ends as soon as a stop string is complete."""
+        text = TextStream(self.tokenizer.decode, stop)
+        with contextlib.closing(self.blocks(self._tokens(prompt), params, choice)) as blocks:
+            for block in blocks:
+                chunk = _chunk(text, block)
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams, stop: Sequence[str] = (), choice: int = 0
+    ) -> AsyncGenerator[Chunk, None]:
+        """The same for an event loop: `async for chunk in llm.stream(...)`; a cancelled task ends
+        the decoding."""
+        text = TextStream(self.tokenizer.decode, stop)
+        source = self.stream_blocks(self._tokens(prompt), params, choice)
+        async with contextlib.aclosing(source) as blocks:
+            async for block in blocks:
+                chunk = _chunk(text, block)
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        stop: Sequence[str] = (),
+        n: int = 1,
+    ) -> list[Completion]:
+        """`n` completions a prompt, prompt by prompt; `params` is shared or one a prompt.
+
+        Choice i of a prompt is the same for every n. Raises `InputError` when a prompt cannot be
+        decoded.
+        """
+        return _in_order(self.answers(prompts, params, stop, n))
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        stop: Sequence[str] = (),
+        n: int = 1,
+    ) -> Generator[Answer, None, None]:
+        """Completions as they become whole, all of them decoding together."""
+        return self._together(self.engine.submit, self._tokens, prompts, params, stop, n)
+
+    def infill(
+        self,
+        texts: Sequence[Infilling | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        n: int = 1,
+    ) -> list[Completion]:
+        """Fill the holes of texts: a prefix, a length and a suffix each, or tokens with mask ids.
+
+        An answer's tokens and text are those of the holes alone, from left to right; what stands
+        around them stays. No token and no text ends a hole early. Order, `params` and `n` as in
+        `generate`. Raises `InputError` where a hole cannot see what follows it, or has more than
+        `max_tokens` (`requests.check_infilling`).
+        """
+        submit = self.engine.submit_infilling
+        return _in_order(self._together(submit, self._masked, texts, params, (), n))
+
+    def close(self) -> None:
+        """End the engine's thread."""
+        self.engine.close()
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt)
+
+    def _masked(self, text: Infilling | Sequence[int]) -> list[int]:
+        if not isinstance(text, Infilling):
+            return _ids(text)
+        hole = [self.config.mask_id] * text.length
+        return [*self.tokenizer.encode(text.prefix), *hole, *self.tokenizer.encode(text.suffix)]
+
+    def _together(
+        self,
+        submit: Callable[..., Ticket],
+        tokens_of: Callable[[Any], list[int]],
+        requests: Sequence[Any],
+        params: SamplingParams | Sequence[SamplingParams],
+        stop: Sequence[str],
+        n: int,
+    ) -> Generator[Answer, None, None]:
+        """Submit `n` choices of every request, and give each as soon as it is whole."""
+        check(n >= 1, f"n={n} must be at least 1")
+        check(
+            not isinstance(requests, str | Infilling),
+            f"the prompts are one alone, {requests!r}; give a list of them",
+        )
+        each = [params] * len(requests) if isinstance(params, SamplingParams) else params
+        check(
+            len(each) == len(requests),
+            f"params has {len(each)} settings for {len(requests)} prompts; give one for all, or "
+            "one a prompt",
+        )
+        events: queue.SimpleQueue[tuple[Key, Event]] = queue.SimpleQueue()
+        tickets: dict[Key, Ticket] = {}
+        texts: dict[Key, TextStream] = {}
+        chunks: dict[Key, list[Chunk]] = {}
+        try:
+            for index, (request, own) in enumerate(zip(requests, each, strict=True)):
+                for choice in range(n):
+                    key = (index, choice)
+                    try:
+                        tickets[key] = submit(
+                            tokens_of(request),
+                            own,
+                            choice,
+                            lambda event, key=key: events.put((key, event)),
+                        )
+                    except InputError as error:
+                        yield Answer(index, choice, error)
+                        continue
+                    texts[key], chunks[key] = TextStream(self.tokenizer.decode, stop), []
+            while texts:
+                key, event = events.get()
+                block = _checked(event)
+                if key not in texts:  # decoded on before its end was heard of
+                    continue
+                chunk = _chunk(texts[key], block)
+                chunks[key].append(chunk)
+                if chunk.finish_reason is not None:
+                    tickets.pop(key).cancel()
+                    del texts[key]
+                    yield Answer(*key, complete(iter(chunks.pop(key))))
+        finally:
+            for ticket in tickets.values():
+                ticket.cancel()
+
+
+def _ids(tokens: Sequence[int]) -> list[int]:
+    """Token ids as plain integers."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        raise InputError(
+            f"the prompt {tokens!r} is neither text nor a list of token ids; give one of them"
+        ) from None
+
+
+def _in_order(answers: Generator[Answer, None, None]) -> list[Completion]:
+    """Prompt by prompt, choice by choice; the first refusal is raised and ends the others."""
+    found: dict[Key, Completion] = {}
+    with contextlib.closing(answers):
+        for answer in answers:
+            if isinstance(answer.result, InputError):
+                raise answer.result
+            found[answer.index, answer.choice] = answer.result
+    return [found[key] for key in sorted(found)]
+
+
+def _until_finished(
+    ticket: Ticket, events: "queue.SimpleQueue[Event]"
+) -> Generator[DecodedBlock, None, None]:
+    try:
+        while True:
+            block = _checked(events.get())
+            yield block
+            if block.finish_reason is not None:
+                return
+    finally:
+        ticket.cancel()
+
+
+async def _awaited_until_finished(
+    ticket: Ticket, events: "asyncio.Queue[Event]"
+) -> AsyncGenerator[DecodedBlock, None]:
+    try:
+        while True:
+            block = _checked(await events.get())
+            yield block
+            if block.finish_reason is not None:
+                return
+    finally:
+        ticket.cancel()
+
+
+def _checked(event: Event) -> DecodedBlock:
+    """A block, or its error raised."""
+    if isinstance(event, BaseException):
+        raise event
+    return event
+
+
+def _chunk(text: TextStream, block: DecodedBlock) -> Chunk:
+    return text.push(
+        block.tokens,
+        passes=block.passes,
+        steps=block.steps,
+        finish_reason=block.finish_reason,
+        stop_reason=block.stop_reason,
+    )

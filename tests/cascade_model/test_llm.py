@@ -1,0 +1,335 @@
+"""Choices, holes, going on elsewhere and event loops: all through one engine."""
+
+import asyncio
+import gc
+import threading
+import time
+
+import pytest
+import torch
+
+from cascade_model.errors import InputError
+from cascade_model.llm import LLM
+from cascade_model.model import Transformer
+from cascade_model.requests import Infilling
+from cascade_model.sampler import infill
+from cascade_model.sampling import SamplingParams
+from cascade_model.text_stream import TextStream
+from cascade_model.tokenizer import byte_tokenizer
+from tests.tiny_models import text_config
+
+TOKENIZER = byte_tokenizer()
+MASK = TOKENIZER.mask_id
+HELLO = TOKENIZER.encode("Hello")
+
+
+def model_of(**changes) -> Transformer:
+    model = Transformer(text_config(TOKENIZER, **changes))
+    model.init_weights(0)
+    with torch.no_grad():
+        model.embed.weight.mul_(20)
+    return model.double().eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More threads only wait for each other on matrices this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    own = LLM(model_of(), TOKENIZER)
+    yield own
+    own.close()
+
+
+@pytest.fixture(scope="module")
+def both_ways():
+    own = LLM(model_of(attention="bidirectional", block_size=8), TOKENIZER)
+    yield own
+    own.close()
+
+
+@pytest.fixture(scope="module")
+def long():
+    """Takes thousands of steps: what is not ended runs on for longer than a test waits."""
+    own = LLM(model_of(max_sequence_length=8192), TOKENIZER)
+    yield own
+    own.close()
+
+
+LONG = SamplingParams(max_tokens=8000, confidence_threshold=1.0, stop_at_eos=False)
+
+
+def free(**settings) -> SamplingParams:
+    return SamplingParams(**({"max_tokens": 18, "temperature": 1.0} | settings), stop_at_eos=False)
+
+
+def until_idle(llm: LLM, seconds: float = 10) -> None:
+    """Whatever was left before is over, and every page is free or holds a known prefix."""
+    llm.generate(["x"], SamplingParams(max_tokens=1))
+    scheduler, deadline = llm.engine.scheduler, time.monotonic() + seconds
+    while scheduler.running or scheduler.waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert scheduler.arena.free_pages + scheduler.prefixes.pages == scheduler.arena.num_pages
+
+
+def test_choices_stand_beside_each_other_and_the_first_is_the_only_one(llm):
+    params = free(seed=4)
+    prompts = ["abc", "xyz"]
+    three = llm.generate(prompts, params, n=3)
+    assert [three[0], three[3]] == llm.generate(prompts, params)
+    assert three[:2] == llm.generate(["abc"], params, n=2)
+    assert len({answer.token_ids for answer in three}) == 6
+    keys = [(answer.index, answer.choice) for answer in llm.answers(prompts, params, n=3)]
+    assert sorted(keys) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+def test_a_refused_prompt_is_refused_for_every_choice(llm):
+    answers = {(a.index, a.choice): a.result for a in llm.answers(["a", []], free(), n=2)}
+    assert len(answers) == 4
+    assert [isinstance(answers[1, choice], InputError) for choice in (0, 1)] == [True, True]
+    assert [answers[0, 0], answers[0, 1]] == llm.generate(["a"], free(), n=2)
+
+
+def test_a_refusal_ends_the_other_requests_at_once(long):
+    with pytest.raises(InputError, match="prompt is empty") as refused:
+        long.generate(["Hello", []], LONG)
+    until_idle(long)
+    assert refused.value is not None
+
+
+def test_numbers_that_do_not_fit_are_refused_and_nothing_runs(llm):
+    with pytest.raises(InputError, match="n=0 must be at least 1"):
+        llm.generate(["a"], free(), n=0)
+    with pytest.raises(InputError, match="params has 1 settings for 2 prompts; give one for all"):
+        llm.generate(["a", "b"], [free()])
+    with pytest.raises(InputError, match="the prompts are one alone, 'Hello'; give a list"):
+        llm.generate("Hello", free())
+    with pytest.raises(InputError, match="the prompts are one alone, Infilling"):
+        llm.infill(Infilling(prefix="a", length=1, suffix=""), free())
+    for wrong in (5, [1.5], [None], ["a"]):
+        with pytest.raises(InputError, match="is neither text nor a list of token ids"):
+            llm.generate([wrong], free())
+    with pytest.raises(InputError, match="stop='END' is one text, whose letters would each"):
+        llm.generate(["a"], free(), stop="END")
+    for wrong in (5, [5], ("a",)):
+        with pytest.raises(InputError, match="must be a tuple of token ids"):
+            SamplingParams(stop_ids=wrong)
+    assert not llm.engine.scheduler.running
+
+
+def test_what_ended_a_completion_is_told(llm):
+    [whole] = llm.generate(["Hello"], free(seed=5))
+    assert (whole.finish_reason, whole.stop_reason) == ("length", None)
+    [cut] = llm.generate(["Hello"], free(seed=5), stop=["never", whole.text[5:7]])
+    assert (cut.finish_reason, cut.stop_reason) == ("stop", whole.text[5:7])
+    token = whole.token_ids[7]
+    [ended] = llm.generate(["Hello"], free(seed=5, stop_ids=(token,)))
+    assert (ended.finish_reason, ended.stop_reason) == ("stop", token)
+    assert ended.token_ids == whole.token_ids[: whole.token_ids.index(token) + 1]
+
+
+def test_a_stop_string_comes_before_the_token_that_would_end_the_block():
+    chunk = TextStream(TOKENIZER.decode, ["ell"]).push(
+        HELLO, passes=1, steps=1, finish_reason="stop", stop_reason=HELLO[-1]
+    )
+    assert (chunk.text, chunk.stop_reason, len(chunk.token_ids)) == ("H", "ell", 4)
+    chunk = TextStream(TOKENIZER.decode, ["elx"]).push(
+        HELLO, passes=1, steps=1, finish_reason="stop", stop_reason=HELLO[-1]
+    )
+    assert (chunk.text, chunk.stop_reason) == ("Hello", HELLO[-1])
+
+
+def test_a_budget_is_kept_beside_other_requests(llm):
+    params = [free(max_steps=9, confidence_threshold=1.0), free(seed=1), free(max_steps=6)]
+    answers = llm.generate(["Hello"] * 3, params)
+    assert sum(answers[0].steps_per_block) == 9
+    assert sum(answers[2].steps_per_block) <= 6
+    assert [len(answer.token_ids) for answer in answers] == [18] * 3
+    assert answers == [llm.generate(["Hello"], own)[0] for own in params]
+    with pytest.raises(InputError, match="max_steps=2 is below the 5 blocks"):
+        llm.generate(["Hello"], free(max_steps=2))
+    assert llm.generate(["Hello"], params[0]) == answers[:1]
+
+
+def test_a_deadline_that_is_over_leaves_one_step_a_block(llm):
+    [answer] = llm.generate(["Hello"], free(deadline_seconds=1e-9, confidence_threshold=1.0))
+    assert answer.steps_per_block == (1,) * 5
+    assert len(answer.token_ids) == 18
+
+
+@pytest.mark.parametrize(
+    ("axes", "settings"),
+    [
+        ({}, {"max_steps": 12, "remask_threshold": 0.6}),
+        ({"logits": "shifted"}, {"guidance_scale": 1.0}),
+        ({"attention": "bidirectional"}, {"position_temperature": 0.5, "max_steps": 12}),
+    ],
+)
+def test_a_fresh_engine_goes_on_where_another_was_cut(axes, settings):
+    params = free(**settings, seed=8)
+    first, second = LLM(model_of(**axes), TOKENIZER), LLM(model_of(**axes), TOKENIZER)
+    whole = list(first.blocks(HELLO, params, 1))
+    for count in range(len(whole)):
+        committed = [token for block in whole[:count] for token in block.tokens]
+        steps = sum(block.steps for block in whole[:count])
+        rest = list(second.blocks(HELLO, params, 1, committed=committed, steps_made=steps))
+        assert [block.tokens for block in rest] == [block.tokens for block in whole[count:]]
+        assert rest[-1].finish_reason == "length"
+
+    async def awaited() -> list[list[int]]:
+        source = second.stream_blocks(
+            HELLO, params, 1, committed=whole[0].tokens, steps_made=whole[0].steps
+        )
+        return [block.tokens async for block in source]
+
+    assert asyncio.run(awaited()) == [block.tokens for block in whole[1:]]
+    with pytest.raises(InputError, match="ends within a block"):
+        second.blocks(HELLO, params, committed=whole[0].tokens[:-1])
+    for llm in (first, second):
+        until_idle(llm)
+        llm.close()
+
+
+TEXT = [*HELLO, *[MASK] * 11, *TOKENIZER.encode("world!")]
+INSIDE = [*HELLO[:4], *TOKENIZER.encode("a"), MASK, MASK, *TOKENIZER.encode("b")]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"guidance_scale": 1.0}, {"editing_threshold": 0.3}, {"max_steps": 6}]
+)
+def test_a_hole_is_filled_as_by_the_sampler_and_beside_completions(both_ways, settings):
+    params = free(**settings, seed=3)
+    expected = [infill(both_ways.model, TEXT, params, choice) for choice in range(3)]
+    found: list = []
+    thread = threading.Thread(
+        target=lambda: found.extend(both_ways.generate(["Hello"] * 4, free(seed=9), n=2))
+    )
+    thread.start()
+    answers = both_ways.infill([TEXT], params, n=3)
+    thread.join()
+    for answer, whole in zip(answers, expected, strict=True):
+        assert list(answer.token_ids) == whole[5:16]
+        assert whole[:5] + whole[16:] == TEXT[:5] + TEXT[16:]
+        assert answer.text == TOKENIZER.decode(whole[5:16])
+        assert (answer.finish_reason, answer.stop_reason) == ("length", None)
+    assert found == both_ways.generate(["Hello"] * 4, free(seed=9), n=2)
+    until_idle(both_ways)
+
+
+def test_a_hole_may_be_given_as_text(both_ways, llm):
+    [answer] = both_ways.infill([Infilling(prefix="Hello", length=11, suffix="world!")], free())
+    assert [answer] == both_ways.infill([TEXT], free())
+    changed = both_ways.infill([Infilling(prefix="Hello", length=11, suffix="worlds")], free())
+    assert changed != [answer]
+    [within] = llm.infill([INSIDE], free())
+    assert list(within.token_ids) == infill(llm.model, INSIDE, free())[5:7]
+
+
+def test_several_holes_are_answered_from_left_to_right(both_ways):
+    text = [1, 2, MASK, 4, *[MASK] * 2, *[7] * 12, MASK, 9]
+    whole = infill(both_ways.model, text, free())
+    [answer] = both_ways.infill([text], free())
+    assert list(answer.token_ids) == [whole[place] for place in (2, 4, 5, 18)]
+    assert len(answer.steps_per_block) == 2
+
+
+def test_no_token_ends_a_hole_early(both_ways):
+    ends = tuple(range(256))
+    params = SamplingParams(temperature=1.0, stop_ids=ends)
+    [answer] = both_ways.infill([TEXT], params)
+    assert len(answer.token_ids) == 11
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        (TEXT, {}, "followed by text beyond its block of block_size=4"),
+        (HELLO, {}, "the text has no mask token"),
+        ([*HELLO, *[MASK] * 19], {}, "the hole has 19 tokens, over max_tokens=18"),
+        ([*HELLO, *[MASK] * 9], {"max_steps": 2}, "max_steps=2 is below the 3 blocks"),
+    ],
+)
+def test_a_hole_that_cannot_be_filled_is_refused_and_the_engine_lives_on(
+    llm, text, settings, message
+):
+    with pytest.raises(InputError, match=message):
+        llm.infill([text], free(**settings))
+    assert len(llm.infill([INSIDE], free())[0].token_ids) == 2
+
+
+def test_an_event_loop_gets_the_same_chunks(llm):
+    params = free(seed=7)
+    expected = list(llm.chunks("Hello", params, ["never"]))
+
+    async def one() -> list:
+        return [chunk async for chunk in llm.stream("Hello", params, ["never"])]
+
+    async def gather() -> list:
+        return await asyncio.gather(*(one() for _ in range(3)))
+
+    assert asyncio.run(gather()) == [expected] * 3
+    stop = "".join(chunk.text for chunk in expected)[5:7]
+
+    async def stopped() -> list:
+        return [chunk async for chunk in llm.stream("Hello", params, [stop])]
+
+    assert asyncio.run(stopped())[-1].stop_reason == stop
+
+
+def test_cancelled_tasks_free_their_pages(long):
+    async def cancelled() -> None:
+        started = [asyncio.Event() for _ in range(3)]
+
+        async def read(event: asyncio.Event) -> None:
+            async for _ in long.stream("Hello", LONG):
+                event.set()
+
+        async def hold(event: asyncio.Event) -> None:
+            async for _ in long.stream("Hello", LONG):
+                event.set()
+                await asyncio.sleep(60)
+
+        tasks = [asyncio.create_task(read(started[0])), asyncio.create_task(hold(started[1]))]
+        tasks.append(asyncio.create_task(hold(started[2])))
+        await asyncio.gather(*(event.wait() for event in started))
+        for task in tasks:
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ends)
+        until_idle(long)
+
+    asyncio.run(cancelled())
+
+
+def test_a_stream_that_nobody_reads_is_ended_when_it_is_dropped(long):
+    async def dropped() -> None:
+        blocks = long.stream_blocks(HELLO, LONG)
+        del blocks
+        gc.collect()
+        until_idle(long)
+
+    asyncio.run(dropped())
+
+
+def test_chunks_that_nobody_reads_on_are_ended(long):
+    chunks = long.chunks("Hello", LONG)
+    next(chunks)
+    del chunks
+    gc.collect()
+    until_idle(long)
+
+
+def test_a_refusal_reaches_the_task_that_asked(llm):
+    async def ask() -> None:
+        async for _ in llm.stream([], free()):
+            pass
+
+    with pytest.raises(InputError, match="prompt is empty"):
+        asyncio.run(ask())

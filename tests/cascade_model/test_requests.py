@@ -1,0 +1,106 @@
+"""What can be decoded at all: refusals by name, before anything is allocated."""
+
+import pytest
+
+from cascade_model.errors import InputError
+from cascade_model.requests import (
+    Infilling,
+    block_edges,
+    check_infilling,
+    check_request,
+    masks_behind,
+    masks_per_block,
+)
+from cascade_model.sampling import SamplingParams
+from tests.tiny_models import EOS, MASK, PAD, tiny_config
+
+CAUSAL, BOTH_WAYS = tiny_config(), tiny_config(attention="bidirectional")
+
+
+def test_the_grid_of_a_block_causal_model_starts_at_the_prompt():
+    params = SamplingParams(max_tokens=6)
+    assert block_edges(CAUSAL, 7, params) == [4, 8, 12, 16]
+    assert block_edges(CAUSAL, 8, params) == [8, 12, 16]
+    assert masks_behind([4, 8, 12, 16], 7) == [1, 4, 4]
+    assert masks_behind([4, 8, 12, 16], 12) == [4]
+
+
+def test_the_grid_of_a_bidirectional_model_starts_behind_the_prompt():
+    params = SamplingParams(max_tokens=6)
+    assert block_edges(BOTH_WAYS, 7, params) == [7, 11, 13]
+    assert block_edges(BOTH_WAYS, 7, SamplingParams(max_tokens=6, block_length=3)) == [7, 10, 13]
+
+
+def test_masks_are_counted_by_block_and_the_last_one_is_filled_whole():
+    tokens = [1, MASK, 3, 4, 5, 6, 7, 8, MASK, MASK]
+    assert masks_per_block(BOTH_WAYS, tokens, SamplingParams()) == {0: 1, 2: 2}
+    assert masks_per_block(BOTH_WAYS, tokens, SamplingParams(block_length=8)) == {0: 1, 1: 2}
+    assert masks_per_block(CAUSAL, tokens, SamplingParams()) == {0: 1, 2: 4}
+
+
+@pytest.mark.parametrize(
+    ("committed", "steps_made", "options", "message"),
+    [
+        ([1, 2], 2, {}, "committed has 2 tokens and ends within a block; give whole blocks only"),
+        ([1, 2], 2, {}, "which are the first 1"),
+        ([1] * 9, 3, {"max_tokens": 9}, "committed has 9 tokens and max_tokens=9; nothing is left"),
+        ([1] * 13, 4, {"max_tokens": 9}, "committed has 13 tokens and max_tokens=9"),
+        ([EOS], 1, {}, "committed has the token id 13, which ends the completion"),
+        ([5], 1, {"stop_ids": (4, 5)}, "committed has the token id 5, which ends the completion"),
+        ([MASK], 1, {}, "committed has the mask or padding token 15"),
+        ([16], 1, {}, "committed has the token id 16, outside the vocabulary of 16"),
+        ([], 3, {}, "steps_made=3 does not fit the 0 blocks of committed"),
+        ([1] * 5, 1, {"max_steps": 20}, "steps_made=1 does not fit the 2 blocks of committed"),
+        (
+            [1] * 5,
+            19,
+            {"max_steps": 20},
+            "max_steps=20 less steps_made=19 is below the 4 blocks.*raise max_steps to 23",
+        ),
+    ],
+)
+def test_a_beginning_that_cannot_be_gone_on_from_is_refused(
+    committed, steps_made, options, message
+):
+    params = SamplingParams(**{"max_tokens": 20, **options})
+    with pytest.raises(InputError, match=message):
+        check_request(CAUSAL, [1, 2, 3], params, committed, steps_made)
+
+
+def test_whole_blocks_can_be_gone_on_from():
+    params = SamplingParams(max_tokens=20)
+    for count in (0, 1, 5, 9, 13, 17):
+        check_request(CAUSAL, [1, 2, 3], params, [4] * count)
+    for count in (0, 4, 8, 12, 16):
+        check_request(BOTH_WAYS, [1, 2, 3], params, [4] * count)
+    with pytest.raises(InputError, match="committed has 5 tokens and ends within a block"):
+        check_request(BOTH_WAYS, [1, 2, 3], params, [4] * 5)
+    ended = SamplingParams(max_tokens=20, stop_at_eos=False)
+    check_request(CAUSAL, [1, 2, 3], ended, [EOS])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        ([1, 2, 3], {}, "the text has no mask token 15"),
+        ([1, PAD, MASK], {}, "the text has the mask or padding token 14"),
+        ([1, *[MASK] * 5], {"max_tokens": 4}, "the hole has 5 tokens, over max_tokens=4"),
+        ([1, *[MASK] * 5], {"max_steps": 1}, "max_steps=1 is below the 2 blocks"),
+        ([1] * 120 + [MASK] * 9, {}, "the text has 129 tokens, over the context of 128"),
+    ],
+)
+def test_holes_that_cannot_be_filled_are_refused(tokens, options, message):
+    for config in (CAUSAL, BOTH_WAYS):
+        with pytest.raises(InputError, match=message):
+            check_infilling(config, tokens, SamplingParams(**options))
+
+
+def test_a_hole_has_a_length():
+    with pytest.raises(InputError, match="length=0 of the hole must be at least 1"):
+        Infilling(prefix="a", length=0, suffix="b")
+
+
+def test_a_stop_outside_the_vocabulary_is_refused():
+    for wrong in (16, -1):
+        with pytest.raises(InputError, match=f"has {wrong}, outside the vocabulary of 16; use"):
+            check_request(CAUSAL, [1], SamplingParams(stop_ids=(3, wrong)))
