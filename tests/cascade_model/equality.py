@@ -229,7 +229,8 @@ def work(job: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def ask_from(values: dict[str, Any]) -> Ask:
     """Back from JSON, which knows no tuples."""
-    params = {k: tuple(v) if isinstance(v, list) else v for k, v in values["params"].items()}
+    params: dict[str, Any] = dict(values["params"])
+    params["stop_ids"] = tuple(params["stop_ids"])
     return Ask(tuple(values["prompt"]), SamplingParams(**params))
 
 
