@@ -220,14 +220,18 @@ def work(job: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     traces = {}
     for dtype, asks in job["asks"].items():
         scheduler = scheduler_of(model_of(job["model"], dtype))
-        watches = [
-            Watch(scheduler, Ask(tuple(ask["prompt"]), SamplingParams(**ask["params"])))
-            for ask in asks
-        ]
+        watches = [Watch(scheduler, ask_from(ask)) for ask in asks]
         while scheduler.step():
             print("a round", flush=True)
         traces[dtype] = [asdict(watch.trace()) for watch in watches]
     return traces
+
+
+def ask_from(values: dict[str, Any]) -> Ask:
+    """Back from JSON, which knows no tuples."""
+    params: dict[str, Any] = dict(values["params"])
+    params["stop_ids"] = tuple(params["stop_ids"])
+    return Ask(tuple(values["prompt"]), SamplingParams(**params))
 
 
 def elsewhere(job: dict[str, Any], *, is_killed_first: bool) -> dict[str, Found]:

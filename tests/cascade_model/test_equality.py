@@ -34,14 +34,14 @@ def test_a_request_gives_the_same_logits_to_the_bit_whatever_happens(family):
 
 def test_the_table_can_say_no():
     """One weight's last bit is enough."""
-    model = random_model(**SIZES)
-    asks = requests(model, 2, 8)
-    expected = alone(model, asks)
-    weight = next(p for name, p in model.named_parameters() if "k_proj" in name).data
+    model, nudged = random_model(**SIZES), random_model(**SIZES)
+    weight = next(p for name, p in nudged.named_parameters() if "k_proj" in name).data
     weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
-    row = compared("float32", "nudged", expected, alone(model, asks))
+    asks = requests(model, 2, 8)
+    expected, found = alone(model, asks), alone(nudged, asks)
+    row = compared("float32", "nudged", expected, found)
     assert (row.requests, row.ok) == (2, False)
-    assert compared("bfloat16", "nudged", expected, alone(model, asks)).ok
+    assert compared("bfloat16", "nudged", expected, found).ok
     assert not compared("float32", "never came about", expected, [None, None]).ok
 
 
