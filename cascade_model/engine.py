@@ -316,4 +316,5 @@ def _chunk(text: TextStream, block: DecodedBlock) -> Chunk:
         steps=block.steps,
         finish_reason=block.finish_reason,
         logprobs=block.logprobs,
+        margin=block.margin,
     )

@@ -61,6 +61,9 @@ class DecodedBlock:
     """Set on the last block only."""
     logprobs: tuple[TokenLogprob, ...] | None
     """One for each token; none where they were not asked for."""
+    margin: float | None
+    """The smallest distance by which any decision of the block was made (`decisions`), at most 1;
+    none where it was not asked for."""
 
 
 def denoise(
@@ -132,6 +135,7 @@ class Plan:
             steps=window.step,
             finish_reason=reason,
             logprobs=tuple(window.logprobs[place] for place in places) if is_told else None,
+            margin=window.margin if self.params.report_margin else None,
         )
 
 

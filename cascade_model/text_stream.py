@@ -21,12 +21,12 @@ class TokenLogprob:
     temperature, top-k and top-p; ids that are never drawn (mask, padding, with suppress_eos=token
     the end of text) have no share in it. Where a place was written more than once (editing,
     remasking) the last time counts. In an autoregressive model, and with rule=sequential in any
-    other, a text's values add up to its log-likelihood (`likelihood.sequential`). Where a step
-    commits several tokens, each is predicted without knowing the others.
+    other while a step commits one token, they add up to the text's log-likelihood
+    (`likelihood.sequential`). Of several tokens of one step each is told without the others.
     """
 
     logprob: float
-    """At most 0, -inf never."""
+    """At most 0, and never -inf."""
     top: tuple[tuple[int, float], ...]
     """The most probable tokens of the place, best first, with theirs; fewer than were asked for
     where there are no more."""
@@ -48,6 +48,8 @@ class Chunk:
     """Set on the last chunk only."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for each token; none where they were not asked for."""
+    margin: float | None = None
+    """As of a completion, of this block alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +65,11 @@ class Completion:
     """K_b, the denoising steps of each block."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One for each token; none where they were not asked for."""
+    margin: float | None = None
+    """The smallest distance by which any decision was made (`decisions`), at most 1: how close the
+    request came to other tokens on a machine whose floating point differs. All of the decoded
+    blocks count, also what lies behind a stop string in the last one. None where it was not asked
+    for."""
 
 
 class TextStream:
@@ -88,6 +95,7 @@ class TextStream:
         steps: int,
         finish_reason: FinishReason | None,
         logprobs: Sequence[TokenLogprob] | None = None,
+        margin: float | None = None,
     ) -> Chunk:
         """Add one block; the chunk's `finish_reason` is "stop" once a stop string is complete."""
         text, taken = "", tuple(tokens)
@@ -107,6 +115,7 @@ class TextStream:
             steps=steps,
             finish_reason=finish_reason,
             logprobs=None if logprobs is None else tuple(logprobs[: len(taken)]),
+            margin=margin,
         )
 
     def _decode_next(self, token: int) -> str:
@@ -168,6 +177,7 @@ def complete(chunks: Iterator[Chunk]) -> Completion:
         passes=sum(part.passes for part in parts),
         steps_per_block=tuple(part.steps for part in parts),
         logprobs=_joined([part.logprobs for part in parts]),
+        margin=min((part.margin for part in parts if part.margin is not None), default=None),
     )
 
 
