@@ -7,14 +7,13 @@ is held back: an unfinished character, a possible beginning of a stop.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length"]
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """How probable a token was, in natural logarithms.
 
     The distribution is the prediction of the step that wrote the token, with guidance, before
@@ -23,6 +22,7 @@ class TokenLogprob:
     remasking) the last time counts. In an autoregressive model, and with rule=sequential in any
     other while a step commits one token, they add up to the text's log-likelihood
     (`likelihood.sequential`). Of several tokens of one step each is told without the others.
+    A tuple, so that a block still holds it after `dataclasses.asdict`.
     """
 
     logprob: float
