@@ -33,6 +33,8 @@ class Window:
     """Places that were masked again."""
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
     """By place, of what was last written there; filled where it is asked for."""
+    margin: float = 1.0
+    """The narrowest decision so far (`decisions`), at most 1; kept where it is asked for."""
 
     @property
     def is_last_step(self) -> bool:

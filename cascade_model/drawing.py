@@ -70,7 +70,12 @@ def by_gumbel(logits: Tensor, uniform: Tensor) -> Tensor:
 
     Equal in distribution to softmax(logits). LLaDA writes it as exp(logits) / (-ln U)^temperature.
     """
-    return (logits - torch.log(-torch.log(uniform))).argmax(dim=-1)
+    return perturbed(logits, uniform).argmax(dim=-1)
+
+
+def perturbed(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Logits plus Gumbel noise."""
+    return logits - torch.log(-torch.log(uniform))
 
 
 def uniforms(

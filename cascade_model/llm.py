@@ -323,4 +323,5 @@ def _chunk(text: TextStream, block: DecodedBlock) -> Chunk:
         finish_reason=block.finish_reason,
         stop_reason=block.stop_reason,
         logprobs=block.logprobs,
+        margin=block.margin,
     )

@@ -71,6 +71,9 @@ class DecodedBlock:
     """The token that ended the completion; none where it has its full length, or goes on."""
     logprobs: tuple[TokenLogprob, ...] | None
     """One for each token; none where they were not asked for."""
+    margin: float | None
+    """The smallest distance by which any decision of the block was made (`decisions`), at most 1;
+    none where it was not asked for."""
 
 
 def denoise(
@@ -147,7 +150,8 @@ class Plan:
             places = places[: places.index(end) + 1]
         is_last = window is self.windows[-1]
         passes, self.counted = self.context.passes - self.counted, self.context.passes
-        is_told = self.strategy.params.logprobs is not None
+        params = self.strategy.params
+        is_told = params.logprobs is not None
         return DecodedBlock(
             tokens=[canvas[place] for place in places],
             passes=passes,
@@ -155,6 +159,7 @@ class Plan:
             finish_reason="stop" if end is not None else "length" if is_last else None,
             stop_reason=None if end is None else canvas[end],
             logprobs=tuple(window.logprobs[place] for place in places) if is_told else None,
+            margin=window.margin if params.report_margin else None,
         )
 
 

@@ -86,6 +86,8 @@ class SamplingParams:
     logprobs: int | None = None
     """Tell how probable each token was (`text_stream.TokenLogprob`): 0 the token alone, k also the
     k most probable ones of its place, 20 at most; none: nothing is computed."""
+    report_margin: bool = False
+    """Tell how narrowly the tokens were decided (`text_stream.Completion`)."""
 
     def __post_init__(self) -> None:
         for name in ("confidence_threshold", "remask_threshold", "editing_threshold"):

@@ -2,7 +2,7 @@
 
 It composes a schedule, a rule and the options of `SamplingParams`. Published samplers with laws of
 their own are strategies too (`presets`). The work on whole rows of logits is torch's; what is kept
-of the few places of a block is plain Python, where a small network's pass costs no more than some
+of the few places of a block is plain Python: a pass of a small network takes no longer than some
 hundred calls on tiny tensors.
 """
 
@@ -14,7 +14,12 @@ from torch import Tensor
 
 from cascade_model.canvas import Change, Window
 from cascade_model.config import ModelConfig
-from cascade_model.decisions import logprobs_of
+from cascade_model.decisions import (
+    editing_margin,
+    logprobs_of,
+    remasking_margin,
+    unmasking_margin,
+)
 from cascade_model.drawing import draw_tokens, most_probable, position_noise, uniforms
 from cascade_model.model import never_emitted
 from cascade_model.noise import POSITION
@@ -97,10 +102,13 @@ class General:
         if self.params.suppress_eos == "confidence":
             is_end = [token in self._ends for token in tokens]
             scores, order = (np.where(is_end, -np.inf, values) for values in (scores, order))
-        least, most = self._bounds(window, block.count(self.config.mask_id))
-        taken = choose(scores, order, least, most, self.params)
+        bounds = self._bounds(window, block.count(self.config.mask_id))
+        taken = choose(scores, order, *bounds, self.params)
         written = dict(compress(zip(places, tokens, strict=True), taken))
         self._tell(window, written, drawn, taken)
+        if self.params.report_margin:
+            margin = unmasking_margin(drawn, scores, order, bounds, taken, self.params, key)
+            window.margin = min(window.margin, margin)
         return written
 
     def _scores(self, drawn: Drawn, key: tuple) -> np.ndarray:
@@ -135,20 +143,29 @@ class General:
 
     def _remask(self, window: Window, old: Written, logits: Tensor) -> Written:
         """Mask again what has lost confidence; each place once, so that a window ends."""
+        threshold = self.params.remask_threshold
+        assert threshold is not None
         tokens = torch.tensor(list(old.values()), dtype=torch.int64, device=logits.device)
-        is_low = probability(Drawn(logits, tokens)).cpu().numpy() < self.params.remask_threshold
-        doubted = set(compress(old, is_low)) - window.revised
+        now = probability(Drawn(logits, tokens)).cpu().numpy()
+        if self.params.report_margin:
+            is_new = np.array([place not in window.revised for place in old], dtype=bool)
+            window.margin = min(window.margin, remasking_margin(now[is_new], threshold))
+        doubted = set(compress(old, now < threshold)) - window.revised
         window.revised |= doubted
         return dict.fromkeys(doubted, self.config.mask_id)
 
     def _edit(self, window: Window, old: Written, logits: Tensor) -> Written:
         """Rewrite where another token is now likelier than the threshold (LLaDA2.1)."""
+        threshold = self.params.editing_threshold
+        assert threshold is not None
         best = Drawn(logits, most_probable(logits))
-        tokens = best.tokens.cpu().numpy()
-        is_better = probability(best).cpu().numpy() > self.params.editing_threshold
-        is_changed = is_better & (tokens != np.array(list(old.values()), dtype=np.int64))
-        changed = dict(compress(zip(old, tokens.tolist(), strict=True), is_changed))
+        tokens = best.tokens.tolist()
+        is_old = np.array(tokens, dtype=np.int64) == list(old.values())
+        is_changed = (probability(best).cpu().numpy() > threshold) & ~is_old
+        changed = dict(compress(zip(old, tokens, strict=True), is_changed))
         self._tell(window, changed, best, is_changed)
+        if self.params.report_margin:
+            window.margin = min(window.margin, editing_margin(best, is_old, threshold))
         window.is_settled = window.post_steps > 0 and not changed
         return changed
 

@@ -41,7 +41,7 @@ class Drawn:
 
 
 Score = Callable[[Drawn], Tensor]
-Choice = Callable[[np.ndarray, SamplingParams], np.ndarray]
+Surplus = Callable[[np.ndarray, SamplingParams], np.ndarray]
 
 
 def probability(drawn: Drawn) -> Tensor:
@@ -67,32 +67,26 @@ def leftmost(drawn: Drawn) -> Tensor:
     return -torch.arange(len(drawn.tokens), dtype=drawn.logits.dtype)
 
 
-def nothing(scores: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """No position beyond what the schedule asks."""
-    return np.zeros(len(scores), dtype=bool)
+def over_threshold(scores: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """The score less the threshold (Fast-dLLM, arXiv 2505.22618; SDAR's dynamic rule)."""
+    return scores - params.confidence_threshold
 
 
-def above_threshold(scores: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """Scores of at least the threshold (Fast-dLLM, arXiv 2505.22618; SDAR's dynamic rule)."""
-    return scores >= params.confidence_threshold
-
-
-def by_factor(scores: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """The r-th best while its score is at least 1 - factor/(r + 1) (Fast-dLLM, section 3.3)."""
+def over_factor(scores: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """The r-th best score less 1 - factor/(r + 1) (Fast-dLLM, section 3.3); it falls with r."""
     order = falling(scores)
     after = np.arange(2, len(scores) + 2, dtype=np.float32)  # r + 1
-    is_high = scores[order] >= 1 - params.factor * np.reciprocal(after)
-    return _placed(order, np.logical_and.accumulate(is_high))
+    return _placed(order, scores[order] - (1 - params.factor * np.reciprocal(after)))
 
 
 def within_entropy(scores: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """Lowest entropy first, while those before add up to at most the bound (EB-Sampler,
-    arXiv 2505.24857); scores are negative entropies."""
+    """What the lower entropies leave of the bound (EB-Sampler, arXiv 2505.24857); scores are
+    negative entropies."""
     order = falling(scores)
     entropy = -scores[order]
     total = entropy.cumsum(dtype=np.float64).astype(entropy.dtype)
     with np.errstate(invalid="ignore"):  # end-of-text that is committed last scores -inf
-        return _placed(order, total - entropy <= params.entropy_bound)
+        return _placed(order, params.entropy_bound - (total - entropy))
 
 
 def falling(values: np.ndarray) -> np.ndarray:
@@ -113,22 +107,31 @@ class Rule:
 
     score: Score | None
     """None: uniform randomness."""
-    choice: Choice
+    surplus: Surplus | None = None
+    """By how much each position passes the rule's bar; none: only the share is taken."""
     is_log: bool = False
     """Whether the score is one of logarithms already, to which noise can be added as it is."""
+    is_exact: bool = False
+    """Whether no score is computed from logits: the same on every machine."""
 
 
 RULES: dict[str, Rule] = {
-    "confidence_threshold": Rule(probability, above_threshold),
-    "low_confidence": Rule(probability, nothing),
-    "margin": Rule(margin, nothing),
-    "entropy": Rule(negative_entropy, nothing, is_log=True),
-    "random": Rule(None, nothing),
-    "sequential": Rule(leftmost, nothing),
-    "factor": Rule(probability, by_factor),
+    "confidence_threshold": Rule(probability, over_threshold),
+    "low_confidence": Rule(probability),
+    "margin": Rule(margin),
+    "entropy": Rule(negative_entropy, is_log=True),
+    "random": Rule(None, is_exact=True),
+    "sequential": Rule(leftmost, is_exact=True),
+    "factor": Rule(probability, over_factor),
     "entropy_bound": Rule(negative_entropy, within_entropy, is_log=True),
-    "first_hitting": Rule(None, nothing),
+    "first_hitting": Rule(None, is_exact=True),
 }
+
+
+def sure(scores: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """The positions that the rule takes whatever the schedule asks, bool [m]."""
+    surplus = RULES[params.rule].surplus
+    return np.zeros(len(scores), dtype=bool) if surplus is None else surplus(scores, params) >= 0
 
 
 def choose(
@@ -139,7 +142,7 @@ def choose(
     `order` [m] ranks them (the scores, or these with noise); the `least` first are always among
     them and at most the `most` first.
     """
-    taken, ranking = RULES[params.rule].choice(scores, params), falling(order)
+    taken, ranking = sure(scores, params), falling(order)
     taken[ranking[:least]] = True
     taken[ranking[most:]] = False
     return taken

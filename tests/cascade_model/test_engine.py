@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -130,6 +130,28 @@ def test_log_probabilities_are_the_same_in_any_company_and_cut_at_stops(llm):
     assert sum((chunk.logprobs for chunk in chunks), ()) == alone[0].logprobs
     plain = replace(asking[0], logprobs=None)
     assert replace(alone[0], logprobs=None) == llm.generate(["Hello"], plain)[0]
+
+
+def test_blocks_that_crossed_a_border_as_dicts_become_the_same_chunks(llm):
+    params = SamplingParams(max_tokens=12, logprobs=2, report_margin=True, stop_at_eos=False)
+    text = TextStream(TOKENIZER.decode)
+    blocks = llm.blocks(TOKENIZER.encode("Hello"), params)
+    chunks = [text.push(**asdict(block)) for block in blocks]
+    assert chunks == list(llm.chunks("Hello", params))
+    assert {type(one) for chunk in chunks for one in chunk.logprobs} == {TokenLogprob}
+
+
+def test_the_margin_of_a_completion_is_the_smallest_of_its_blocks(llm):
+    params = SamplingParams(max_tokens=22, temperature=1.0, report_margin=True, stop_at_eos=False)
+    margins = [block.margin for block in llm.blocks(TOKENIZER.encode("Hello"), params)]
+    assert len(set(margins)) > 3
+    assert all(0 <= margin <= 1 for margin in margins)
+    [whole] = llm.generate(["Hello"], params)
+    assert whole.margin == min(margins)
+    assert [chunk.margin for chunk in llm.chunks("Hello", params)] == margins
+    assert llm.generate(["Hello"] * 3, params) == [whole] * 3
+    [plain] = llm.generate(["Hello"], replace(params, report_margin=False))
+    assert plain == replace(whole, margin=None)
 
 
 def test_an_end_of_text_token_is_told_of_too(llm):

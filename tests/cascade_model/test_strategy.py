@@ -1,6 +1,7 @@
 """The general strategy: each step as its formulas say, whatever shortcuts are taken."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -197,15 +198,81 @@ def test_the_last_write_of_a_place_is_told(options):
     assert bool(num_rewritten) == bool(revises)
 
 
-def test_nothing_is_computed_that_was_not_asked_for(monkeypatch):
+REPORTS = ["logprobs_of", "unmasking_margin", "remasking_margin", "editing_margin"]
+
+
+@pytest.mark.parametrize("options", OPTIONS[-2:], ids=str)
+def test_nothing_is_computed_that_was_not_asked_for(monkeypatch, options):
     def refuse(*args):
         raise AssertionError("computed without being asked for")
 
-    monkeypatch.setattr("cascade_model.strategy.logprobs_of", refuse)
-    canvas, window, strategy = window_of(SamplingParams(max_tokens=B - 3))
-    places = strategy.places(canvas, window)
-    strategy.step(canvas, window, Prediction(places, rough_logits(len(places), 0)))
-    assert window.logprobs == {}
+    for name in REPORTS:
+        monkeypatch.setattr(f"cascade_model.strategy.{name}", refuse)
+    canvas, window, strategy = window_of(SamplingParams(max_tokens=B - 3, **options))
+    for _ in range(2):
+        places = strategy.places(canvas, window)
+        logits = rough_logits(len(places), 0)
+        change = strategy.step(canvas, window, Prediction(places, logits))
+        canvas[change.places] = change.tokens
+        window.step += 1
+    assert (window.logprobs, window.margin) == ({}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "share", "revised", "margin"),
+    [
+        ({"remask_threshold": 0.5}, 0.52, set(), 0.02),  # stays, barely
+        ({"remask_threshold": 0.5}, 0.49, set(), 0.01),  # is masked again
+        ({"remask_threshold": 0.5}, 0.49, {5}, 0.4),  # once only; the others stand at 0.9
+        ({"editing_threshold": 0.5}, 0.47, set(), 0.03),  # 0.53 of another token rewrites it
+        ({"editing_threshold": 0.5}, 0.52, set(), 0.04),  # the others have 0.48
+        ({"editing_threshold": 0.5}, 0.9, set(), 0.8),
+    ],
+    ids=str,
+)
+def test_written_places_have_margins_of_their_own(options, share, revised, margin):
+    """All places hold token 1 and the last one is a mask; all stand at 0.9 but place 5."""
+    params = SamplingParams(max_tokens=B - 3, report_margin=True, **options)
+    canvas, window, strategy = window_of(params)
+    canvas[3:] = torch.tensor([1] * (B - 4) + [MASK])
+    window.revised, places = set(revised), torch.arange(3, B)
+    logits = torch.full((len(places), V), float("-inf"), dtype=torch.float64)
+    logits[:, 1], logits[:, 2] = math.log(0.9), math.log(0.1)
+    logits[2, 1], logits[2, 2] = math.log(share), math.log(1 - share)
+    change = strategy.step(canvas, window, Prediction(places, logits))
+    assert window.margin == pytest.approx(margin)
+    assert (5 in change.places.tolist()) == (share < 0.5 and not revised)
+
+
+@pytest.mark.parametrize(("rule", "options"), CASES, ids=str)
+def test_logits_that_move_less_than_the_margin_write_the_same(rule, options):
+    """Logits that move by e at most move probabilities by 2 e of their own, and the entropy of 16
+    tokens by less than 6 e; two are compared, or nine summed up."""
+    reach = 5e-4 if rule == "entropy_bound" else 5e-3
+    moved_at_most = {"entropy": 12, "entropy_bound": 54}.get(rule, 5) * reach
+    num_sure = 0
+    for seed in range(8):
+        values = {"confidence_threshold": 0.4, "stop_at_eos": False} | options
+        params = SamplingParams(
+            rule=rule, seed=seed, max_tokens=B - 3, report_margin=True, **values
+        )
+        canvas, window, strategy = window_of(params)
+        generator = torch.Generator().manual_seed(seed)
+        while not strategy.is_done(canvas, window):
+            places = strategy.places(canvas, window)
+            logits = torch.randn(len(places), V, generator=generator) * 3
+            noise = reach * (2 * torch.rand(logits.shape, generator=generator) - 1)
+            twin = replace(window, revised=set(window.revised))
+            moved = strategy.step(canvas.clone(), twin, Prediction(places, logits + noise))
+            window.margin = 1.0
+            change = strategy.step(canvas, window, Prediction(places, logits))
+            if window.margin > moved_at_most:
+                num_sure += 1
+                assert change.places.tolist() == moved.places.tolist()
+                assert change.tokens.tolist() == moved.tokens.tolist()
+            canvas[change.places] = change.tokens
+            window.step += 1
+    assert num_sure > 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -10,12 +10,12 @@ from cascade_model.sampling import SamplingParams
 from cascade_model.unmasking import (
     RULES,
     Drawn,
-    above_threshold,
     choose,
     leftmost,
     margin,
     negative_entropy,
     probability,
+    sure,
 )
 
 SHARES = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25]], dtype=torch.float64)
@@ -65,7 +65,28 @@ def test_a_threshold_is_rounded_as_the_scores_are():
     params = SamplingParams(confidence_threshold=0.9)
     scores = np.array([0.9, np.nextafter(np.float32(0.9), np.float32(0))], dtype=np.float32)
     assert choose(scores, scores[::-1], 1, 99, params).tolist() == [True, True]
-    assert above_threshold(scores, params).tolist() == [True, False]
+    assert sure(scores, params).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bars_that_are_met_exactly_are_passed_in_float32(seed):
+    """The plain formulas on float32 tensors, with bars put where a score or a sum lies."""
+    drawn = torch.rand(9, generator=torch.Generator().manual_seed(seed))
+    falling, rank = drawn.sort(descending=True).values, torch.arange(1, 10)
+    entropy = drawn.sort().values
+    before = entropy.cumsum(0) - entropy
+    for place in range(9):
+        at = falling[place].item()
+        params = SamplingParams(confidence_threshold=at)
+        assert sure(falling.numpy(), params).tolist() == (falling >= at).tolist()
+        params = SamplingParams(rule="factor", factor=0.1 + at)
+        bars = 1 - params.factor / (rank + 1)
+        scores = (rank <= place).float()
+        scores[place] = bars[place]
+        assert sure(scores.numpy(), params).tolist() == (scores >= bars).tolist()
+        bound = before[place].item()
+        params = SamplingParams(rule="entropy_bound", entropy_bound=bound)
+        assert sure(-entropy.numpy(), params).tolist() == (before <= bound).tolist()
 
 
 def test_the_factor_rule_compares_the_rth_best_with_its_own_bar():
