@@ -86,7 +86,9 @@ def requests(model: Network, count: int, tokens: int) -> list[Ask]:
         one_by_one = SamplingParams(rule="low_confidence", max_tokens=tokens, stop_at_eos=False)
         _, [watch] = run(model, [Ask(prompt, one_by_one)])
         settings = KINDS[number % len(KINDS)](*medians(torch.cat(watch.plan.replies)))
-        params = SamplingParams(**settings, max_tokens=tokens, stop_at_eos=False)
+        params = SamplingParams(
+            **settings, max_tokens=tokens, stop_at_eos=False, report_margin=True
+        )
         asks.append(Ask(prompt, params))
     return asks
 

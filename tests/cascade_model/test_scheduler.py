@@ -281,8 +281,9 @@ def rows_of(family: str, request: Request, choice: int) -> int:
     return scheduler.counters.rows
 
 
-@pytest.mark.parametrize("family", CAUSAL)
-@pytest.mark.parametrize("rows_per_round", [16, 512])
+@pytest.mark.parametrize(
+    ("family", "rows_per_round"), [("aligned", 512), *((family, 16) for family in CAUSAL)]
+)
 def test_a_prompt_asked_for_many_times_at_once_is_computed_once(family, rows_per_round):
     prompt = tuple(number % 13 for number in range(65))
     request = (prompt, SamplingParams(max_tokens=8, temperature=1.0, stop_at_eos=False))
@@ -448,7 +449,7 @@ def test_the_failure_of_one_sequence_is_its_own():
 def test_cancelling_at_any_step_loses_no_page(family):
     """With known prefixes, and sequences that wait, were preempted, or have two streams."""
     seen: set[str] = set()
-    for rounds in range(0, 36, 2):
+    for rounds in range(0, 36, 3):
         scheduler = scheduler_of(family, pages=16, max_sequences=5, prefix_share=0.3)
         decode_all(scheduler, [((1,) * 20, SamplingParams(max_tokens=2))])
         found: list[list[int]] = [[] for _ in range(10)]

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cascade_model.config import EngineConfig
 from cascade_model.networks import Network
-from cascade_model.sampler import Plan, plan_completion
+from cascade_model.sampler import DecodedBlock, Plan, plan_completion
 from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Scheduler
 
@@ -31,7 +30,7 @@ class Trace:
     logits: tuple[str, ...]
     """One digest for each pass: of the bits of every logit that was read."""
     margin: float
-    """Smallest gap between the best two logits of a row that was read."""
+    """The smallest of its blocks (`text_stream.Completion`)."""
 
 
 class Recorded(Plan):
@@ -60,11 +59,15 @@ class Watch:
             scheduler.model.config, list(ask.prompt), ask.params, 0, weight.device
         )
         self.plan = Recorded(**{field.name: getattr(plan, field.name) for field in fields(plan)})
-        self.plan.replies, self.tokens = [], []
+        self.plan.replies, self.tokens, self.margin = [], [], 1.0
         self.had_pages = self.was_preempted = False
         self.company = 0
         scheduler.check(self.plan)
-        self.sequence = scheduler.submit(self.plan, lambda block: self.tokens.extend(block.tokens))
+        self.sequence = scheduler.submit(self.plan, self._take)
+
+    def _take(self, block: DecodedBlock) -> None:
+        self.tokens += block.tokens
+        self.margin = min(self.margin, 1.0 if block.margin is None else block.margin)
 
     def look(self, scheduler: Scheduler) -> None:
         """Between two rounds."""
@@ -76,9 +79,8 @@ class Watch:
         """Once it is done."""
         assert self.sequence.is_done
         read = [logits for logits in self.plan.replies if len(logits)]
-        gaps = [logits.topk(2, dim=-1).values.diff(dim=-1).abs().min() for logits in read]
         bits = [hashlib.sha256(logits.cpu().numpy().tobytes()).hexdigest() for logits in read]
-        return Trace(tuple(self.tokens), tuple(bits), float(torch.stack(gaps).min()))
+        return Trace(tuple(self.tokens), tuple(bits), self.margin)
 
 
 def page_tokens(model: Network) -> int:
