@@ -9,6 +9,7 @@ pass, which is in its favour.
 """
 
 import argparse
+import copy
 import importlib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from cascade_model.attention import dense
-from cascade_model.config import SamplingParams
+from cascade_model.config import EngineConfig
 from cascade_model.kv_cache import KVCache
 from cascade_model.model import Transformer
 from cascade_model.sampler import plan_completion
-from cascade_model.scheduler import Scheduler, SchedulerConfig
+from cascade_model.sampling import SamplingParams
+from cascade_model.scheduler import Scheduler
 from tests.benchmarks.engine import block_model, in_turns
 from tests.benchmarks.report import Row, publish
 
@@ -84,13 +86,14 @@ def rows(module: Any, rounds: int, gen: int) -> Iterator[Row]:
     """Time and passes of both loops at K = 1, 2, 4."""
     network = block_model(hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64,
                           intermediate_size=768, block_size=BLOCK)  # fmt: skip
+    plain = copy.deepcopy(network)  # the scheduler packs its own
     prompt = torch.randint(0, 8000, (PROMPT,), generator=torch.Generator().manual_seed(7))
     for steps in (1, 2, 4):
         params = SamplingParams(
             max_tokens=gen, rule="low_confidence", steps_per_block=steps, stop_at_eos=False
         )
         # Made once, as a server does; no known prefixes, since the same prompt comes again.
-        scheduler = Scheduler(network, SchedulerConfig(prefix_share=0.0, cache_bytes=1 << 26))
+        scheduler = Scheduler(network, EngineConfig(prefix_share=0.0, cache_bytes=1 << 26))
         texts, passes = {}, {}
 
         def ours(params=params, scheduler=scheduler, texts=texts, passes=passes) -> None:
@@ -102,7 +105,7 @@ def rows(module: Any, rounds: int, gen: int) -> Iterator[Row]:
             texts["ours"], passes["ours"] = text, scheduler.counters.passes - before
 
         def theirs(steps=steps, texts=texts, passes=passes) -> None:
-            model = AsSdar(network, PROMPT + gen)
+            model = AsSdar(plain, PROMPT + gen)
             canvas = module._block_diffusion_generate(
                 model,
                 prompt[None],

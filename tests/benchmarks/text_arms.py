@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from cascade_model.config import SamplingParams
+from cascade_model.config import EngineConfig
 from cascade_model.contexts import BlockCausal
 from cascade_model.families import export
 from cascade_model.networks import Network
 from cascade_model.sampler import plan_completion
-from cascade_model.scheduler import Scheduler, SchedulerConfig
+from cascade_model.sampling import SamplingParams
+from cascade_model.scheduler import Scheduler
 from cascade_model.weights import load_model, read_published
 
 THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6)
@@ -52,7 +53,7 @@ def arms_of(model: Network, parent: Network, folder: str, dtype: torch.dtype) ->
 def ours(model: Network, params: SamplingParams, *, is_first_alone: bool = True) -> Write:
     """This project's engine: its scheduler, without the thread and the text stream around it."""
     # No known prefixes: every call pays for its prompts.
-    scheduler = Scheduler(model, SchedulerConfig(prefix_share=0.0, cache_bytes=1 << 26))
+    scheduler = Scheduler(model, EngineConfig(prefix_share=0.0, cache_bytes=1 << 26))
 
     def write(prompts: list[list[int]], count: int) -> Written:
         before = replace(scheduler.counters)
