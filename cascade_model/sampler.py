@@ -143,21 +143,25 @@ class Plan:
 
     def block(self, window: Window) -> DecodedBlock:
         """What a finished window adds to the completion; asked for once, as soon as it is done."""
-        given, canvas = self.is_given.tolist(), self.canvas.tolist()
-        places = [place for place in range(window.start, window.keep) if not given[place]]
-        end = next((place for place in places if canvas[place] in self.end_ids), None)
-        if end is not None:
-            places = places[: places.index(end) + 1]
+        block = slice(window.start, window.keep)
+        written = zip(self.canvas[block].tolist(), self.is_given[block].tolist(), strict=True)
+        new = {
+            place: token
+            for place, (token, is_given) in enumerate(written, start=window.start)
+            if not is_given
+        }
+        end = next((place for place, token in new.items() if token in self.end_ids), None)
+        places = [place for place in new if end is None or place <= end]
         is_last = window is self.windows[-1]
         passes, self.counted = self.context.passes - self.counted, self.context.passes
         params = self.strategy.params
         is_told = params.logprobs is not None
         return DecodedBlock(
-            tokens=[canvas[place] for place in places],
+            tokens=[new[place] for place in places],
             passes=passes,
             steps=window.step,
             finish_reason="stop" if end is not None else "length" if is_last else None,
-            stop_reason=None if end is None else canvas[end],
+            stop_reason=None if end is None else new[end],
             logprobs=tuple(window.logprobs[place] for place in places) if is_told else None,
             margin=window.margin if params.report_margin else None,
         )

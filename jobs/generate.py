@@ -65,6 +65,12 @@ class GenerateConfig:
             f"sampling.deadline_seconds={seconds} lets the clock decide, and a shard that is made "
             "again must have the same bytes; use sampling.max_steps",
         )
+        for name in ("logprobs", "report_margin"):
+            value = getattr(self.sampling, name)
+            check(
+                value is None or value is False,
+                f"sampling.{name}={value} is not written to the output; leave it out",
+            )
         threads = self.threads_per_worker
         check(
             threads is None or threads >= 1,

@@ -237,3 +237,10 @@ def test_a_folder_of_prompts_is_read_in_the_order_of_names(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no \*.jsonl"):
         input_urls(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("setting", [{"logprobs": 0}, {"logprobs": 2}, {"report_margin": True}])
+def test_what_would_be_computed_and_not_written_is_refused(setting):
+    [name] = setting
+    with pytest.raises(InputError, match=rf"sampling\.{name}=.* is not written to the output"):
+        GenerateConfig(model="m", input="i", output="o", sampling=SamplingParams(**setting))
