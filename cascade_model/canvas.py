@@ -1,8 +1,10 @@
 """The text being written: known tokens and masks, filled window by window from the left."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from cascade_model.text_stream import TokenLogprob
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,8 +29,12 @@ class Window:
     """Passes made after the window was full, to revise it."""
     is_settled: bool = False
     """Whether the last such pass changed nothing."""
-    revised: Tensor | None = None
-    """bool [end - start]: places that were masked again."""
+    revised: set[int] = field(default_factory=set)
+    """Places that were masked again."""
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    """By place, of what was last written there; filled where it is asked for."""
+    margin: float = 1.0
+    """The narrowest decision so far (`decisions`), at most 1; kept where it is asked for."""
 
     @property
     def is_last_step(self) -> bool:

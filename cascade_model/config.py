@@ -350,3 +350,31 @@ class TrainerConfig:
             check(
                 getattr(self, name) >= 1, f"trainer.{name}={getattr(self, name)} must be at least 1"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How one decode engine runs: its numbers and its limits."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights, keys and values. bfloat16 takes half the memory and is faster where the CPU
+    has it; what it rounds may give other tokens."""
+    max_sequences: int = 32
+    """Sequences that run at once."""
+    rows_per_round: int = 512
+    """Rows of one forward pass; beside a single pass that cannot be cut and takes more than half of
+    them, half as many for the others."""
+    cache_bytes: int = 1 << 30
+    """Keys and values of all sequences and known prefixes."""
+    prefix_share: float = 0.25
+    """Of the pages, how many known prefixes may hold; 0: nothing is taken over from others."""
+    page_tokens: int = 32
+    """Rounded up to whole blocks."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "rows_per_round", "cache_bytes", "page_tokens"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        check(
+            0.0 <= self.prefix_share < 1.0,
+            f"prefix_share={self.prefix_share} must be at least 0 and below 1; use 0.25",
+        )

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from cascade_model.config import EngineConfig
 from cascade_model.networks import Network
 from cascade_model.sampler import DecodedBlock, Plan, plan_completion, plan_infilling
 from cascade_model.sampling import SamplingParams
-from cascade_model.scheduler import Running, Scheduler, SchedulerConfig
+from cascade_model.scheduler import Running, Scheduler
 
 Event = DecodedBlock | BaseException
 
@@ -36,7 +37,7 @@ class Ticket:
 class Engine:
     """A scheduler and the thread that runs it."""
 
-    def __init__(self, model: Network, config: SchedulerConfig | None = None) -> None:
+    def __init__(self, model: Network, config: EngineConfig | None = None) -> None:
         self.scheduler = Scheduler(model, config)
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}

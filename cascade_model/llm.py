@@ -15,14 +15,14 @@ from typing import Any, Self
 
 import torch
 
-from cascade_model.config import ModelConfig, check
+from cascade_model.config import EngineConfig, ModelConfig, check
 from cascade_model.engine import Engine, Event, Ticket
 from cascade_model.errors import InputError
 from cascade_model.networks import Network
 from cascade_model.requests import Infilling
 from cascade_model.sampler import DecodedBlock
 from cascade_model.sampling import SamplingParams
-from cascade_model.scheduler import Counters, SchedulerConfig
+from cascade_model.scheduler import Counters
 from cascade_model.text_stream import Chunk, Completion, TextStream, complete
 from cascade_model.tokenizer import Tokenizer
 from cascade_model.weights import load_model, require_text
@@ -47,7 +47,7 @@ class LLM:
     """A model, its tokenizer and an engine."""
 
     def __init__(
-        self, model: Network, tokenizer: Tokenizer, config: SchedulerConfig | None = None
+        self, model: Network, tokenizer: Tokenizer, config: EngineConfig | None = None
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.config: ModelConfig = model.config
@@ -57,13 +57,13 @@ class LLM:
     def load(
         cls,
         folder: str | Path,
-        config: SchedulerConfig | None = None,
+        config: EngineConfig | None = None,
         *,
-        dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> Self:
         """Load a model folder, of ours or published; `CheckpointMismatch` if it is damaged."""
-        model, tokenizer = load_model(folder, dtype, device)
+        config = config or EngineConfig()
+        model, tokenizer = load_model(folder, getattr(torch, config.precision), device)
         return cls(model.eval(), require_text(tokenizer, folder), config)
 
     @property
@@ -322,4 +322,6 @@ def _chunk(text: TextStream, block: DecodedBlock) -> Chunk:
         steps=block.steps,
         finish_reason=block.finish_reason,
         stop_reason=block.stop_reason,
+        logprobs=block.logprobs,
+        margin=block.margin,
     )

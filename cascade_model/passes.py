@@ -76,7 +76,10 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a context answers: logits [m, vocabulary] of places int64 [m] of the canvas."""
+    """What a context answers: logits [m, vocabulary] of places int64 [m] of the canvas.
+
+    A strategy may set logits to -inf in place, the same ones for all its predictions.
+    """
 
     places: Tensor
     logits: Tensor

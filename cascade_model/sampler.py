@@ -35,6 +35,7 @@ from cascade_model.requests import (
 )
 from cascade_model.sampling import SamplingParams
 from cascade_model.strategy import General
+from cascade_model.text_stream import TokenLogprob
 
 
 class Strategy(Protocol):
@@ -68,6 +69,11 @@ class DecodedBlock:
     """Set on the last block only."""
     stop_reason: int | None
     """The token that ended the completion; none where it has its full length, or goes on."""
+    logprobs: tuple[TokenLogprob, ...] | None
+    """One for each token; none where they were not asked for."""
+    margin: float | None
+    """The smallest distance by which any decision of the block was made (`decisions`), at most 1;
+    none where it was not asked for."""
 
 
 def denoise(
@@ -114,6 +120,10 @@ class Plan:
 
     canvas: Tensor
     """int64 [L]: prompt, masks, and a suffix where there is one."""
+    is_given: Tensor
+    """bool [L]: what the request gave; committed tokens of an earlier run are not given."""
+    end_ids: tuple[int, ...]
+    """Tokens that end the completion."""
     windows: list[Window]
     """The blocks to decode."""
     context: ServableContext
@@ -133,19 +143,23 @@ class Plan:
 
     def block(self, window: Window) -> DecodedBlock:
         """What a finished window adds to the completion; asked for once, as soon as it is done."""
-        block = slice(window.start, window.keep)
-        tokens = self.canvas[block][~self.strategy.is_given[block]].tolist()
-        ends = self.strategy.end_ids
-        place = next((place for place, token in enumerate(tokens) if token in ends), None)
-        end = None if place is None else tokens[place]
+        given, canvas = self.is_given.tolist(), self.canvas.tolist()
+        places = [place for place in range(window.start, window.keep) if not given[place]]
+        end = next((place for place in places if canvas[place] in self.end_ids), None)
+        if end is not None:
+            places = places[: places.index(end) + 1]
         is_last = window is self.windows[-1]
         passes, self.counted = self.context.passes - self.counted, self.context.passes
+        params = self.strategy.params
+        is_told = params.logprobs is not None
         return DecodedBlock(
-            tokens=tokens if place is None else tokens[: place + 1],
+            tokens=[canvas[place] for place in places],
             passes=passes,
             steps=window.step,
             finish_reason="stop" if end is not None else "length" if is_last else None,
-            stop_reason=end,
+            stop_reason=None if end is None else canvas[end],
+            logprobs=tuple(window.logprobs[place] for place in places) if is_told else None,
+            margin=window.margin if params.report_margin else None,
         )
 
 
@@ -252,6 +266,8 @@ def _plan(
 ) -> Plan:
     return Plan(
         canvas=canvas,
+        is_given=is_given,
+        end_ids=params.end_ids(config),
         windows=windows,
         context=_context(config, params, is_given),
         strategy=General(config, params, is_given, choice),

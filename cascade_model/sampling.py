@@ -83,6 +83,11 @@ class SamplingParams:
     """Whether the model's own end-of-text tokens end the completion."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the completion besides these; the one that did is its last token."""
+    logprobs: int | None = None
+    """Tell how probable each token was (`text_stream.TokenLogprob`): 0 the token alone, k also the
+    k most probable ones of its place, 20 at most; none: nothing is computed."""
+    report_margin: bool = False
+    """Tell how narrowly the tokens were decided (`text_stream.Completion`)."""
 
     def __post_init__(self) -> None:
         for name in ("confidence_threshold", "remask_threshold", "editing_threshold"):
@@ -108,6 +113,10 @@ class SamplingParams:
             f"stop_ids={self.stop_ids!r} must be a tuple of token ids; use (2,) for one",
         )
         check(-(2**63) <= self.seed < 2**63, f"seed={self.seed} must fit in 64 bits")
+        check(
+            self.logprobs is None or 0 <= self.logprobs <= 20,
+            f"logprobs={self.logprobs} must be in 0..20; use 0 for the chosen tokens alone",
+        )
         self._check_together()
 
     def _check_together(self) -> None:

@@ -10,11 +10,11 @@ decodes depends on none of this.
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
-from cascade_model.config import check
+from cascade_model.config import EngineConfig, check
 from cascade_model.counters import Counters
 from cascade_model.networks import Network
 from cascade_model.packed import pack
@@ -24,31 +24,6 @@ from cascade_model.prefix_cache import Beginning, PrefixCache
 from cascade_model.ragged import Job, run_together
 from cascade_model.running import Running
 from cascade_model.sampler import DecodedBlock, Plan
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SchedulerConfig:
-    """Limits of one engine."""
-
-    max_sequences: int = 32
-    """Sequences that run at once."""
-    rows_per_round: int = 512
-    """Rows of one forward pass; beside a single pass that cannot be cut and takes more than half of
-    them, half as many for the others."""
-    cache_bytes: int = 1 << 30
-    """Keys and values of all sequences and known prefixes."""
-    prefix_share: float = 0.25
-    """Of the pages, how many known prefixes may hold; 0: nothing is taken over from others."""
-    page_tokens: int = 32
-    """Rounded up to whole blocks."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_sequences", "rows_per_round", "cache_bytes", "page_tokens"):
-            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        check(
-            0.0 <= self.prefix_share < 1.0,
-            f"prefix_share={self.prefix_share} must be at least 0 and below 1; use 0.25",
-        )
 
 
 def _raise(error: Exception) -> None:
@@ -61,9 +36,9 @@ class Scheduler:
     The model is packed: it can be decoded with, but no longer trained or saved.
     """
 
-    def __init__(self, model: Network, config: SchedulerConfig | None = None) -> None:
+    def __init__(self, model: Network, config: EngineConfig | None = None) -> None:
         pack(model)
-        self.model, self.config = model, config or SchedulerConfig()
+        self.model, self.config = model, config or EngineConfig()
         self.block_size = model.config.block_size
         self.counters = self._sums = Counters()
         """As of the last round; never written to once it stands here, so any thread may read it."""
@@ -341,7 +316,7 @@ class Scheduler:
         )
 
 
-def arena_of(model: Network, config: SchedulerConfig) -> PageArena:
+def arena_of(model: Network, config: EngineConfig) -> PageArena:
     """The pages that `cache_bytes` buys, each of whole blocks."""
     shape, weight = model.config, next(model.parameters())
     size = shape.block_size if shape.attention == "block_causal" else 1

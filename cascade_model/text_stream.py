@@ -4,14 +4,34 @@ A server can hold this half of decoding on another machine than the model. Whate
 is held back: an unfinished character, a possible beginning of a stop.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cascade_model.config import check
 
 FinishReason = Literal["stop", "length"]
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+class TokenLogprob(NamedTuple):
+    """How probable a token was, in natural logarithms.
+
+    The distribution is the prediction of the step that wrote the token, with guidance, before
+    temperature, top-k and top-p; ids that are never drawn (mask, padding, with suppress_eos=token
+    the end of text) have no share in it. Where a place was written more than once (editing,
+    remasking) the last time counts. In an autoregressive model, and with rule=sequential in any
+    other while a step commits one token, they add up to the text's log-likelihood
+    (`likelihood.sequential`). Of several tokens of one step each is told without the others.
+    A tuple, so that a block still holds it after `dataclasses.asdict`.
+    """
+
+    logprob: float
+    """At most 0, and never -inf."""
+    top: tuple[tuple[int, float], ...]
+    """The most probable tokens of the place, best first, with theirs; fewer than were asked for
+    where there are no more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +50,10 @@ class Chunk:
     """Set on the last chunk only."""
     stop_reason: int | str | None
     """What ended the completion: the token's id, or the stop string; none where its length did."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each token; none where they were not asked for."""
+    margin: float | None = None
+    """As of a completion, of this block alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +69,13 @@ class Completion:
     """Forward passes of the whole answer."""
     steps_per_block: tuple[int, ...]
     """K_b, the denoising steps of each block."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each token; none where they were not asked for."""
+    margin: float | None = None
+    """The smallest distance by which any decision was made (`decisions`), at most 1: how close the
+    request came to other tokens on a machine whose floating point differs. All of the decoded
+    blocks count, also what lies behind a stop string in the last one. None where it was not asked
+    for."""
 
 
 class TextStream:
@@ -74,6 +105,8 @@ class TextStream:
         steps: int,
         finish_reason: FinishReason | None,
         stop_reason: int | str | None = None,
+        logprobs: Sequence[TokenLogprob] | None = None,
+        margin: float | None = None,
     ) -> Chunk:
         """Add one block; the chunk's `finish_reason` is "stop" once a stop string is complete."""
         text, taken = "", tuple(tokens)
@@ -94,6 +127,8 @@ class TextStream:
             steps=steps,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
+            logprobs=None if logprobs is None else tuple(logprobs[: len(taken)]),
+            margin=margin,
         )
 
     def _decode_next(self, token: int) -> str:
@@ -155,4 +190,11 @@ def complete(chunks: Iterator[Chunk]) -> Completion:
         stop_reason=parts[-1].stop_reason,
         passes=sum(part.passes for part in parts),
         steps_per_block=tuple(part.steps for part in parts),
+        logprobs=_joined([part.logprobs for part in parts]),
+        margin=min((part.margin for part in parts if part.margin is not None), default=None),
     )
+
+
+def _joined(parts: list[tuple[TokenLogprob, ...] | None]) -> tuple[TokenLogprob, ...] | None:
+    told = [part for part in parts if part is not None]
+    return tuple(itertools.chain(*told)) if told else None

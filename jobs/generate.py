@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from cascade_model.config import check, to_dict
+from cascade_model.config import EngineConfig, check, to_dict
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.sampling import SamplingParams
 from jobs.cli import command
@@ -49,6 +49,8 @@ class GenerateConfig:
     """Actors, each holding the model once."""
     threads_per_worker: int | None = None
     """Torch threads of an actor; none: the cores divided by the actors."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """The decode engine of an actor."""
 
     def __post_init__(self) -> None:
         for name in ("rows_per_shard", "num_workers"):
@@ -156,6 +158,7 @@ def job_identity(config: GenerateConfig, weights: str, input_sha256: str) -> dic
     """What the completions depend on; an output folder belongs to one such job."""
     same_answer = {"model", "input", "output", "num_workers", "threads_per_worker", "max_dead_rate"}
     settings = {key: value for key, value in to_dict(config).items() if key not in same_answer}
+    settings["engine"] = {"precision": config.engine.precision}
     # Through JSON, so that it compares equal to what is read back.
     return json.loads(
         json.dumps({**settings, "weights_sha256": weights, "input_sha256": input_sha256})
@@ -181,6 +184,7 @@ def worker_settings(config: GenerateConfig, threads: int) -> dict[str, Any]:
         "format": config.format,
         "threads": threads,
         "stop": config.stop,
+        "engine": config.engine,
     }
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from cascade_model.config import check
+from cascade_model.config import EngineConfig, check
 from cascade_model.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ KEYS_VARIABLE = "CASCADE_API_KEYS"
 class Sampler:
     """A replica with the weights; its engine decodes all running requests together."""
 
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, threads: int, engine: EngineConfig) -> None:
         import torch
 
         from cascade_model.llm import LLM
 
         torch.set_num_threads(threads)
-        self._llm = LLM.load(model)
+        self._llm = LLM.load(model, engine)
 
     async def blocks(
         self, prompt_tokens: list[int], params: dict[str, Any], choice: int

@@ -13,11 +13,11 @@ import os
 import signal
 import socket
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cascade_model.config import check
+from cascade_model.config import EngineConfig, check
 from cascade_model.errors import InputError
 from jobs.cli import build, command
 from jobs.deployment import deployed
@@ -57,15 +57,17 @@ class ServeConfig:
     """Completions decoded or waiting in all; beyond it clients get 429."""
     threads_per_replica: int = 1
     """Torch threads and Ray CPUs of one sampler replica."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """The decode engine of a sampler replica."""
     serve_config: str | None = None
     """A Serve config YAML to start instead; the other settings then stand in the YAML."""
 
     def __post_init__(self) -> None:
         if self.serve_config:
             ignored = [
-                f"{field.name}={getattr(self, field.name)}"
-                for field in dataclasses.fields(self)
-                if field.name != "serve_config" and getattr(self, field.name) != field.default
+                f"{each.name}={getattr(self, each.name)}"
+                for each in dataclasses.fields(self)
+                if each.name != "serve_config" and getattr(self, each.name) != _default(each)
             ]
             check(
                 not ignored,
@@ -96,6 +98,11 @@ class ServeConfig:
         return self.model_name or (folder.parent.name if folder.name == "model" else folder.name)
 
 
+def _default(setting: dataclasses.Field) -> Any:
+    factory = setting.default_factory
+    return setting.default if factory is dataclasses.MISSING else factory()
+
+
 def build_app(args: dict[str, Any]) -> Any:
     """The Serve application; `args` are the settings of `ServeConfig`, checked as on the CLI."""
     from ray import serve
@@ -105,7 +112,9 @@ def build_app(args: dict[str, Any]) -> Any:
     options = deployment_options(config)
     sampler = serve.deployment(name="sampler", **options["sampler"])(Sampler)
     ingress = serve.deployment(name="ingress", **options["ingress"])(serve.ingress()(Ingress))
-    return ingress.bind(config, sampler.bind(config.model, config.threads_per_replica))
+    return ingress.bind(
+        config, sampler.bind(config.model, config.threads_per_replica, config.engine)
+    )
 
 
 def deployment_options(config: ServeConfig) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record
-from cascade_model.config import digest
+from cascade_model.config import EngineConfig, digest
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.sampling import SamplingParams
 from cascade_model.text_stream import Completion
@@ -131,6 +131,7 @@ class PartWorker:
         format: Format,
         threads: int,
         stop: Sequence[str] = (),
+        engine: EngineConfig | None = None,
     ) -> None:
         import torch
 
@@ -139,7 +140,7 @@ class PartWorker:
         torch.set_num_threads(threads)
         self._refusal: InputError | None = None
         try:
-            self._llm = LLM.load(model)
+            self._llm = LLM.load(model, engine)
         except InputError as error:
             # Raised by the first call: a constructor's error reaches nobody as it was.
             self._refusal = error

@@ -1,13 +1,20 @@
 """The README tells the truth: its commands parse, its tree is the tree, its targets exist."""
 
+import ast
+import asyncio
 import importlib
 import re
 import shlex
+import types
 from pathlib import Path
 
 import pytest
 
+from cascade_model.model import Transformer
+from cascade_model.tokenizer import byte_tokenizer
+from cascade_model.weights import save_model
 from jobs.cli import parse
+from tests.tiny_models import text_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,6 +53,20 @@ def test_a_stage_command_of_the_readme_parses(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     config_class = getattr(importlib.import_module(f"jobs.{words[0]}"), CONFIGS[words[0]])
     assert isinstance(parse(config_class, words[1:]), config_class)
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    tokenizer = byte_tokenizer()
+    network = Transformer(text_config(tokenizer, attention="bidirectional"))
+    network.init_weights(0)
+    save_model(tmp_path / "run/model", network, tokenizer)
+    monkeypatch.chdir(tmp_path)
+    [block] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict = {}
+    code = compile(block, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    asyncio.run(types.FunctionType(code, names)())
+    names["llm"].close()
+    assert "passes=" in capsys.readouterr().out
 
 
 def test_the_make_targets_of_the_readme_exist():

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cascade_model.drawing import (
     by_gumbel,
@@ -54,6 +56,17 @@ def test_tokens_of_probability_zero_are_never_drawn(number):
     shares = torch.tensor([[0.0, 0.5, 0.5, 0.0]], dtype=torch.float64)
     token = by_inverse(shares, torch.tensor([number], dtype=torch.float64))
     assert token.item() in (1, 2)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(1e-300, 1e300), min_size=1, max_size=9), st.integers(1, 9))
+def test_the_largest_number_below_one_gives_the_last_possible_token(weights, zeros):
+    """Whatever the sum is rounded to, and also where the weights are no distribution."""
+    shares = torch.tensor([[*weights, *[0.0] * zeros]], dtype=torch.float64)
+    sums = shares.cumsum(-1)[0]
+    token = by_inverse(shares, torch.tensor([1 - 2**-53], dtype=torch.float64)).item()
+    assert sums[token] == sums[-1]
+    assert token == 0 or sums[token - 1] < sums[-1]
 
 
 def test_the_inverse_gives_every_token_its_share():

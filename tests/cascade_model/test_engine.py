@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from cascade_model.llm import LLM
 from cascade_model.model import Transformer
 from cascade_model.requests import check_prompt
 from cascade_model.sampling import SamplingParams
-from cascade_model.text_stream import TextStream
+from cascade_model.text_stream import TextStream, TokenLogprob
 from cascade_model.tokenizer import byte_tokenizer
 from tests.tiny_models import text_config
 
@@ -98,6 +99,66 @@ def test_the_end_of_text_token_counts_but_is_not_text():
         [104, 105, TOKENIZER.eos_id], passes=2, steps=1, finish_reason="stop"
     )
     assert (chunk.text, len(chunk.token_ids), chunk.finish_reason) == ("hi", 3, "stop")
+
+
+def told(values: list[float]) -> list[TokenLogprob]:
+    return [TokenLogprob(value, ()) for value in values]
+
+
+@pytest.mark.parametrize(("stop", "kept"), [((), 5), (("b!",), 3), (("a",), 1)])
+def test_what_is_told_is_cut_where_the_tokens_are(stop, kept):
+    logprobs = told([-1.0, -2.0, -3.0, -4.0, -5.0])
+    chunk = TextStream(TOKENIZER.decode, stop).push(
+        list(b"ab!cd"), passes=1, steps=1, finish_reason="length", logprobs=logprobs
+    )
+    assert chunk.logprobs == tuple(logprobs[:kept])
+    assert len(chunk.token_ids) == kept
+
+
+def test_log_probabilities_are_the_same_in_any_company_and_cut_at_stops(llm):
+    asking = [
+        SamplingParams(max_tokens=18, temperature=1.0, seed=seed, logprobs=2, stop_at_eos=False)
+        for seed in range(4)
+    ]
+    alone = [llm.generate(["Hello"], params)[0] for params in asking]
+    assert llm.generate(["Hello"] * 4, asking) == alone
+    stop = alone[0].text[6:8]
+    [cut] = llm.generate(["Hello"], asking[0], stop=[stop])
+    assert len(cut.token_ids) < 18
+    assert cut.logprobs == alone[0].logprobs[: len(cut.token_ids)]
+    chunks = list(llm.chunks("Hello", asking[0]))
+    assert sum((chunk.logprobs for chunk in chunks), ()) == alone[0].logprobs
+    plain = replace(asking[0], logprobs=None)
+    assert replace(alone[0], logprobs=None) == llm.generate(["Hello"], plain)[0]
+
+
+def test_blocks_that_crossed_a_border_as_dicts_become_the_same_chunks(llm):
+    params = SamplingParams(max_tokens=12, logprobs=2, report_margin=True, stop_at_eos=False)
+    text = TextStream(TOKENIZER.decode)
+    blocks = llm.blocks(TOKENIZER.encode("Hello"), params)
+    chunks = [text.push(**asdict(block)) for block in blocks]
+    assert chunks == list(llm.chunks("Hello", params))
+    assert {type(one) for chunk in chunks for one in chunk.logprobs} == {TokenLogprob}
+
+
+def test_the_margin_of_a_completion_is_the_smallest_of_its_blocks(llm):
+    params = SamplingParams(max_tokens=22, temperature=1.0, report_margin=True, stop_at_eos=False)
+    margins = [block.margin for block in llm.blocks(TOKENIZER.encode("Hello"), params)]
+    assert len(set(margins)) > 3
+    assert all(0 <= margin <= 1 for margin in margins)
+    [whole] = llm.generate(["Hello"], params)
+    assert whole.margin == min(margins)
+    assert [chunk.margin for chunk in llm.chunks("Hello", params)] == margins
+    assert llm.generate(["Hello"] * 3, params) == [whole] * 3
+    [plain] = llm.generate(["Hello"], replace(params, report_margin=False))
+    assert plain == replace(whole, margin=None)
+
+
+def test_an_end_of_text_token_is_told_of_too(llm):
+    params = SamplingParams(max_tokens=60, temperature=3.0, seed=1, logprobs=0)
+    [whole] = llm.generate(["Hello"], params)
+    assert whole.token_ids[-1] == TOKENIZER.eos_id
+    assert len(whole.logprobs) == len(whole.token_ids)
 
 
 def test_a_stream_joins_to_what_generate_returns(llm):

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from cascade_model.config import EngineConfig
 from cascade_model.errors import InputError
 from cascade_model.llm import LLM
 from cascade_model.model import Transformer
@@ -16,6 +17,7 @@ from cascade_model.sampler import infill
 from cascade_model.sampling import SamplingParams
 from cascade_model.text_stream import TextStream
 from cascade_model.tokenizer import byte_tokenizer
+from cascade_model.weights import save_model
 from tests.tiny_models import text_config
 
 TOKENIZER = byte_tokenizer()
@@ -333,3 +335,18 @@ def test_a_refusal_reaches_the_task_that_asked(llm):
 
     with pytest.raises(InputError, match="prompt is empty"):
         asyncio.run(ask())
+
+
+def test_an_engine_in_bfloat16_keeps_weights_and_cache_in_it_and_repeats_itself(llm, tmp_path):
+    plain = Transformer(llm.config)
+    plain.init_weights(3)
+    save_model(tmp_path / "model", plain, llm.tokenizer)
+    small = LLM.load(tmp_path / "model", EngineConfig(precision="bfloat16"))
+    arena = small.engine.scheduler.arena
+    assert {weight.dtype for weight in small.model.parameters()} == {torch.bfloat16}
+    assert arena.entries.dtype == torch.bfloat16
+    params = SamplingParams(max_tokens=12, temperature=1.0, stop_at_eos=False)
+    [alone] = small.generate(["Hello"], params)
+    together = small.generate(["Hello", "Another one", "And yet another"], params)
+    assert together[0] == alone
+    small.close()

@@ -1,4 +1,4 @@
-"""A pass can be cut where no row sees behind the cut."""
+"""Where a pass may be cut, and what is left of it."""
 
 from cascade_model.passes import Pass
 
@@ -13,14 +13,29 @@ def a_pass(limits: list[int], reads: list[int], start: int = 0) -> Pass:
     )
 
 
+BLOCKS = a_pass([4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12], [9, 11])
+
+
 def test_a_pass_is_cut_where_no_row_sees_behind_the_cut():
-    blocks = a_pass([4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12], [9, 11])
-    assert blocks.cuts(4) == [4, 8]
-    first = blocks.chunk(10, 4)
+    assert BLOCKS.cuts(4) == [4, 8]
+    assert a_pass([5, 6, 7], [2], start=4).cuts(1) == [1, 2]
+    assert a_pass([6] * 6, [2]).cuts(1) == []
+
+
+def test_nothing_behind_the_first_row_that_is_read_is_cut():
+    assert a_pass(BLOCKS.limits, [7, 9]).cuts(4) == [4]
+
+
+def test_a_chunk_is_as_long_as_the_budget_lets_it_and_at_least_to_the_first_cut():
+    first = BLOCKS.chunk(10, 4)
     assert (len(first.tokens), first.visible, first.reads) == (8, 8, [])
-    rest = blocks.behind(8)
-    assert (rest.start, rest.tokens, rest.reads) == (8, [8, 9, 10, 11], [1, 3])
-    assert blocks.chunk(1, 4).tokens == [0, 1, 2, 3]
+    assert BLOCKS.chunk(1, 4).tokens == [0, 1, 2, 3]
+    assert BLOCKS.chunk(12, 4) is BLOCKS
     everything = a_pass([6] * 6, [2])
     assert everything.chunk(2, 4) is everything
-    assert a_pass([5, 6, 7], [2], start=4).cuts(1) == [1, 2]
+
+
+def test_the_rest_of_a_pass_reads_the_same_rows():
+    rest = BLOCKS.behind(8)
+    assert (rest.start, rest.tokens, rest.reads) == (8, [8, 9, 10, 11], [1, 3])
+    assert rest.behind(4) == rest

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from cascade_model.config import EngineConfig
 from cascade_model.model import Transformer
 from cascade_model.passes import Pass
 from cascade_model.ragged import Job, run_together
 from cascade_model.sampler import plan_completion
 from cascade_model.sampling import SamplingParams
-from cascade_model.scheduler import Scheduler, SchedulerConfig, arena_of
+from cascade_model.scheduler import Scheduler, arena_of
 from tests.tiny_models import tiny_config
 
 
@@ -39,7 +40,7 @@ def test_logits_are_bit_equal_alone_and_in_any_company(threads):
     torch.set_num_threads(threads)
     try:
         model = float_model()
-        arena = arena_of(model, SchedulerConfig(cache_bytes=1 << 24, page_tokens=4))
+        arena = arena_of(model, EngineConfig(cache_bytes=1 << 24, page_tokens=4))
         passes = [prefill(rows, rows) for rows in (1, 2, 3, 4, 5, 7, 12, 33, 90)]
         jobs = [Job(wanted, arena.take(arena.pages_for(wanted.visible))) for wanted in passes]
         alone = [run_together(model, arena, [job])[0] for job in jobs]
@@ -75,7 +76,7 @@ def test_all_logits_of_a_request_are_bit_equal_whatever_the_engine_does(axes):
 
 def logits_of(model, prompt, params, settings, company, *, warm=False) -> list[torch.Tensor]:
     """Every logit that one request's strategy was given."""
-    config = SchedulerConfig(**({"page_tokens": 4} | settings))
+    config = EngineConfig(**({"page_tokens": 4} | settings))
     scheduler = Scheduler(model, config)
     if warm:
         scheduler.submit(plan_completion(model.config, prompt, params), lambda block: None)

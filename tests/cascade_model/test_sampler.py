@@ -1,5 +1,7 @@
 """The denoising loop: caches, laws of committing, keys of randomness, ends."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from cascade_model.attention import dense
 from cascade_model.canvas import Window
 from cascade_model.contexts import BlockCausal, Guided
 from cascade_model.errors import InputError
+from cascade_model.likelihood import sequential
 from cascade_model.model import vocabulary_logits
 from cascade_model.passes import Runner
 from cascade_model.sampler import (
@@ -426,6 +429,8 @@ def test_settings_that_contradict_the_model_are_refused(axes, options, message):
         ({"remask_threshold": 0.5, "editing_threshold": 0.5}, "choose one"),
         ({"rule": "sequential", "position_temperature": 1.0}, "has no meaning"),
         ({"top_k": -1}, "top_k=-1 must not be negative"),
+        ({"logprobs": 21}, r"logprobs=21 must be in 0\.\.20"),
+        ({"logprobs": -1}, r"logprobs=-1 must be in 0\.\.20"),
     ],
 )
 def test_contradictory_settings_are_refused(options, message):
@@ -497,6 +502,62 @@ def test_a_hole_sees_the_suffix_of_its_own_block():
         list(drive(plan.loop(), recorder))
         logits.append(recorder.given[0])
     assert not torch.allclose(logits[0], logits[1])
+
+
+def told(blocks) -> list:
+    return [one for block in blocks for one in block.logprobs]
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9, "seed": 4}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_one_place_a_step_from_the_left_they_add_up_to_the_likelihood(axes, options, dtype):
+    """At block size 1 with shifted logits: to the autoregressive one."""
+    model = lively_model(**axes).to(dtype)
+    params = SamplingParams(
+        rule="sequential", max_tokens=13, logprobs=0, stop_at_eos=False, **options
+    )
+    blocks = list(sample(model, PROMPT, params))
+    found = torch.tensor([one.logprob for one in told(blocks)], dtype=torch.float64)
+    expected = sequential(model, PROMPT, tokens_of(blocks))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10  # nats a token
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    assert abs(found.sum() - expected.sum()) < 13 * tolerance
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_token_is_told_and_nothing_else_changes(axes, options):
+    model = lively_model(**axes)
+    values = {"max_tokens": 11, "temperature": 1.0, "seed": 2} | options
+    plain, asking = (
+        list(sample(model, PROMPT, SamplingParams(logprobs=count, **values))) for count in (None, 2)
+    )
+    assert [block.tokens for block in asking] == [block.tokens for block in plain]
+    assert [block.logprobs for block in plain] == [None] * len(plain)
+    assert [len(block.logprobs) for block in asking] == [len(block.tokens) for block in asking]
+    for token, one in zip(tokens_of(asking), told(asking), strict=True):
+        (_, best), (_, second) = one.top
+        assert second <= best
+        assert one.logprob <= best <= 0
+        assert dict(one.top).get(token, one.logprob) == one.logprob
+        assert sum(math.exp(value) for value in {token: one.logprob, **dict(one.top)}.values()) <= (
+            1 + 1e-9
+        )
+
+
+def test_guidance_is_in_the_distribution_that_is_told():
+    """One place, one step: u + (scale + 1)(c - u), by hand."""
+    model = lively_model(block_size=1)
+    params = SamplingParams(max_tokens=1, guidance_scale=1.5, logprobs=1)
+    recorder = Recorder(model)
+    [block] = decode(model.config, recorder, PROMPT, params)
+    c, u = (given for given in recorder.given if len(given))
+    logits = (u + 2.5 * (c - u)).index_fill(-1, torch.tensor([MASK, PAD]), float("-inf"))
+    logs = logits.log_softmax(-1)[0]
+    [one] = block.logprobs
+    assert one.logprob == pytest.approx(logs[block.tokens[0]].item(), abs=1e-12)
+    assert one.top == ((block.tokens[0], one.logprob),)
 
 
 def test_guidance_of_scale_zero_is_no_guidance_and_a_large_one_changes_the_text():

@@ -17,12 +17,12 @@ from hypothesis.stateful import (
     rule,
 )
 
-from cascade_model.config import ExpertsConfig
+from cascade_model.config import EngineConfig, ExpertsConfig
 from cascade_model.errors import InputError
 from cascade_model.networks import Network, build_network
 from cascade_model.sampler import plan_completion, sample
 from cascade_model.sampling import SamplingParams
-from cascade_model.scheduler import Running, Scheduler, SchedulerConfig
+from cascade_model.scheduler import Running, Scheduler
 from tests.cascade_model.traces import Ask, Watch
 from tests.tiny_models import lively_model, tiny_config
 
@@ -98,7 +98,7 @@ def scheduler_of(family: str, pages: int = 200, **settings) -> Scheduler:
     model, size = model_of(family), settings.setdefault("page_tokens", 8)
     shape = model.config
     token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 8
-    made = Scheduler(model, SchedulerConfig(cache_bytes=pages * size * token, **settings))
+    made = Scheduler(model, EngineConfig(cache_bytes=pages * size * token, **settings))
     assert made.arena.num_pages == pages
     return made
 
@@ -410,7 +410,7 @@ def test_a_pass_that_cannot_be_cut_does_not_hold_up_short_ones():
 
 def test_a_cache_of_less_than_a_page_is_refused():
     with pytest.raises(InputError, match="cache_bytes=10 holds not one page"):
-        Scheduler(model_of("aligned"), SchedulerConfig(cache_bytes=10))
+        Scheduler(model_of("aligned"), EngineConfig(cache_bytes=10))
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])

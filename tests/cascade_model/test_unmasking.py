@@ -2,17 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from cascade_model.sampling import SamplingParams
 from cascade_model.unmasking import (
     RULES,
+    Drawn,
     choose,
     leftmost,
     margin,
     negative_entropy,
     probability,
+    sure,
 )
 
 SHARES = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25]], dtype=torch.float64)
@@ -21,7 +24,7 @@ BEST = torch.tensor([0, 0])
 
 def chosen(rule: str, scores: list[float], least: int = 1, most: int = 99, **settings):
     params = SamplingParams(rule=rule, **settings)
-    values = torch.tensor(scores, dtype=torch.float64)
+    values = np.array(scores)
     return choose(values, values, least, most, params).tolist()
 
 
@@ -35,13 +38,15 @@ def test_scores_are_what_their_names_say():
         leftmost: [0.0, -1.0],
     }
     for score, values in wanted.items():
-        torch.testing.assert_close(score(logits, BEST), torch.tensor(values, dtype=torch.float64))
+        torch.testing.assert_close(
+            score(Drawn(logits, BEST)), torch.tensor(values, dtype=torch.float64)
+        )
 
 
 def test_banned_tokens_do_not_disturb_the_entropy():
     logits = torch.cat([SHARES.log(), torch.full((2, 2), float("-inf"))], dim=1)
-    plain = negative_entropy(SHARES.log(), BEST)
-    torch.testing.assert_close(negative_entropy(logits, BEST), plain)
+    plain = negative_entropy(Drawn(SHARES.log(), BEST))
+    torch.testing.assert_close(negative_entropy(Drawn(logits, BEST)), plain)
 
 
 def test_the_schedules_share_goes_to_the_best_and_ties_go_left():
@@ -54,6 +59,34 @@ def test_the_threshold_commits_all_sure_positions_or_the_least():
     assert chosen("confidence_threshold", scores, **settings) == [True, False, True, True]
     low = [0.1, 0.2, 0.3]
     assert chosen("confidence_threshold", low, 2, **settings) == [False, True, True]
+
+
+def test_a_threshold_is_rounded_as_the_scores_are():
+    params = SamplingParams(confidence_threshold=0.9)
+    scores = np.array([0.9, np.nextafter(np.float32(0.9), np.float32(0))], dtype=np.float32)
+    assert choose(scores, scores[::-1], 1, 99, params).tolist() == [True, True]
+    assert sure(scores, params).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bars_that_are_met_exactly_are_passed_in_float32(seed):
+    """The plain formulas on float32 tensors, with bars put where a score or a sum lies."""
+    drawn = torch.rand(9, generator=torch.Generator().manual_seed(seed))
+    falling, rank = drawn.sort(descending=True).values, torch.arange(1, 10)
+    entropy = drawn.sort().values
+    before = entropy.cumsum(0) - entropy
+    for place in range(9):
+        at = falling[place].item()
+        params = SamplingParams(confidence_threshold=at)
+        assert sure(falling.numpy(), params).tolist() == (falling >= at).tolist()
+        params = SamplingParams(rule="factor", factor=0.1 + at)
+        bars = 1 - params.factor / (rank + 1)
+        scores = (rank <= place).float()
+        scores[place] = bars[place]
+        assert sure(scores.numpy(), params).tolist() == (scores >= bars).tolist()
+        bound = before[place].item()
+        params = SamplingParams(rule="entropy_bound", entropy_bound=bound)
+        assert sure(-entropy.numpy(), params).tolist() == (before <= bound).tolist()
 
 
 def test_the_factor_rule_compares_the_rth_best_with_its_own_bar():
@@ -80,7 +113,6 @@ def test_every_rule_commits_the_least_and_never_more_than_the_most(rule, masked,
 
 
 def test_noise_on_the_order_changes_who_fills_the_share_and_not_who_is_sure():
-    scores = torch.tensor([0.95, 0.3, 0.2])
-    order = torch.tensor([0.0, 1.0, 2.0])
+    scores, order = np.array([0.95, 0.3, 0.2]), np.array([0.0, 1.0, 2.0])
     params = SamplingParams(confidence_threshold=0.9)
     assert choose(scores, order, 1, 99, params).tolist() == [True, False, True]

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cascade_model.config import EngineConfig
 from cascade_model.networks import Network
 from cascade_model.sampler import Plan, plan_completion
 from cascade_model.sampling import SamplingParams
-from cascade_model.scheduler import Scheduler, SchedulerConfig
+from cascade_model.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def scheduler_of(model: Network, pages: int | None = None, **settings: Any) -> S
     pages = pages or 6400 // page
     token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
     size = pages * page * token * next(model.parameters()).element_size()
-    scheduler = Scheduler(model, SchedulerConfig(cache_bytes=size, page_tokens=page, **settings))
+    scheduler = Scheduler(model, EngineConfig(cache_bytes=size, page_tokens=page, **settings))
     assert scheduler.arena.num_pages == pages
     return scheduler
 

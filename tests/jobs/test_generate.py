@@ -1,5 +1,6 @@
 """The batch job: settings, exactly-once output on real Ray Data, resume, refusals."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cascade_model.config import EngineConfig
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.sampling import SamplingParams
 from jobs import generate
@@ -186,6 +188,12 @@ def test_how_the_work_is_shared_out_is_no_part_of_the_jobs_identity():
     assert job_identity(one, "w", "i") == job_identity(two, "w", "i")
     assert job_identity(one, "w", "i") != job_identity(other, "w", "i")
     assert job_identity(one, "w", "i") != job_identity(one, "v", "i")
+    larger, coarser = (
+        dataclasses.replace(one, engine=EngineConfig(**settings))
+        for settings in ({"cache_bytes": 1 << 20}, {"precision": "bfloat16"})
+    )
+    assert job_identity(one, "w", "i") == job_identity(larger, "w", "i")
+    assert job_identity(one, "w", "i") != job_identity(coarser, "w", "i")
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path, model, prompts, capsys):
