@@ -1,16 +1,16 @@
 """Requests in a scheduler, with the bits of every logit that they were given."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cascade_model.config import EngineConfig
 from cascade_model.networks import Network
-from cascade_model.sampler import Plan, plan_completion
+from cascade_model.sampler import DecodedBlock, Plan, plan_completion
 from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Scheduler
 
@@ -31,7 +31,7 @@ class Trace:
     logits: tuple[str, ...]
     """One digest for each pass: of the bits of every logit that was read."""
     margin: float
-    """Smallest gap between the best two logits of a row that was read."""
+    """Of its closest decision; see `cascade_model.decisions`."""
 
 
 class Recorded(Plan):
@@ -60,11 +60,12 @@ class Watch:
             scheduler.model.config, list(ask.prompt), ask.params, 0, weight.device
         )
         self.plan = Recorded(**{field.name: getattr(plan, field.name) for field in fields(plan)})
-        self.plan.replies, self.tokens = [], []
+        self.plan.replies = []
+        self.blocks: list[DecodedBlock] = []
         self.had_pages = self.was_preempted = False
         self.company = 0
         scheduler.check(self.plan)
-        self.sequence = scheduler.submit(self.plan, lambda block: self.tokens.extend(block.tokens))
+        self.sequence = scheduler.submit(self.plan, self.blocks.append)
 
     def look(self, scheduler: Scheduler) -> None:
         """Between two rounds."""
@@ -76,9 +77,10 @@ class Watch:
         """Once it is done."""
         assert self.sequence.is_done
         read = [logits for logits in self.plan.replies if len(logits)]
-        gaps = [logits.topk(2, dim=-1).values.diff(dim=-1).abs().min() for logits in read]
         bits = [hashlib.sha256(logits.cpu().numpy().tobytes()).hexdigest() for logits in read]
-        return Trace(tuple(self.tokens), tuple(bits), float(torch.stack(gaps).min()))
+        tokens = tuple(token for block in self.blocks for token in block.tokens)
+        margins = [block.margin for block in self.blocks if block.margin is not None]
+        return Trace(tokens, tuple(bits), min(margins, default=math.nan))
 
 
 def page_tokens(model: Network) -> int:
