@@ -86,9 +86,8 @@ def requests(model: Network, count: int, tokens: int) -> list[Ask]:
         one_by_one = SamplingParams(rule="low_confidence", max_tokens=tokens, stop_at_eos=False)
         _, [watch] = run(model, [Ask(prompt, one_by_one)])
         settings = KINDS[number % len(KINDS)](*medians(torch.cat(watch.plan.replies)))
-        params = SamplingParams(
-            **settings, max_tokens=tokens, stop_at_eos=False, report_margin=True
-        )
+        fixed = {"max_tokens": tokens, "stop_at_eos": False, "report_margin": True}
+        params = SamplingParams(**(settings | fixed))
         asks.append(Ask(prompt, params))
     return asks
 
@@ -273,7 +272,7 @@ class Row:
     equal_tokens: int
     equal_logits: int
     margin: float
-    """Smallest gap between the best two logits of any row that was read."""
+    """Of the closest decision of all."""
 
     @property
     def ok(self) -> bool:

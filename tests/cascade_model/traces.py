@@ -1,6 +1,7 @@
 """Requests in a scheduler, with the bits of every logit that they were given."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -30,7 +31,7 @@ class Trace:
     logits: tuple[str, ...]
     """One digest for each pass: of the bits of every logit that was read."""
     margin: float
-    """The smallest of its blocks (`text_stream.Completion`)."""
+    """Of its closest decision; see `cascade_model.decisions`."""
 
 
 class Recorded(Plan):
@@ -59,15 +60,12 @@ class Watch:
             scheduler.model.config, list(ask.prompt), ask.params, 0, weight.device
         )
         self.plan = Recorded(**{field.name: getattr(plan, field.name) for field in fields(plan)})
-        self.plan.replies, self.tokens, self.margin = [], [], 1.0
+        self.plan.replies = []
+        self.blocks: list[DecodedBlock] = []
         self.had_pages = self.was_preempted = False
         self.company = 0
         scheduler.check(self.plan)
-        self.sequence = scheduler.submit(self.plan, self._take)
-
-    def _take(self, block: DecodedBlock) -> None:
-        self.tokens += block.tokens
-        self.margin = min(self.margin, 1.0 if block.margin is None else block.margin)
+        self.sequence = scheduler.submit(self.plan, self.blocks.append)
 
     def look(self, scheduler: Scheduler) -> None:
         """Between two rounds."""
@@ -80,7 +78,9 @@ class Watch:
         assert self.sequence.is_done
         read = [logits for logits in self.plan.replies if len(logits)]
         bits = [hashlib.sha256(logits.cpu().numpy().tobytes()).hexdigest() for logits in read]
-        return Trace(tuple(self.tokens), tuple(bits), self.margin)
+        tokens = tuple(token for block in self.blocks for token in block.tokens)
+        margins = [block.margin for block in self.blocks if block.margin is not None]
+        return Trace(tokens, tuple(bits), min(margins, default=math.nan))
 
 
 def page_tokens(model: Network) -> int:
