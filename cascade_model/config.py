@@ -6,8 +6,12 @@ in `ModelConfig`, which is stored in the checkpoint.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import numbers
+import types
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -18,6 +22,37 @@ def check(condition: bool, sentence: str) -> None:
     """Raise `InputError(sentence)` unless the condition holds."""
     if not condition:
         raise InputError(sentence)
+
+
+def check_types(config: Any, where: str = "") -> None:
+    """Raise `InputError` where a setting of a dataclass is not of its declared type: a number, a
+    truth value, one of some names, or none where that is allowed. Others are not looked at."""
+    for name, hint in _hints(type(config)).items():
+        value, origin, kinds = getattr(config, name), typing.get_origin(hint), typing.get_args(hint)
+        if origin is Literal:
+            fits, wanted = value in kinds, f"one of {', '.join(kinds)}"
+        else:
+            may_be_none = type(None) in kinds
+            kind = next((each for each in kinds if each is not type(None)), hint)
+            if kind not in _PLAIN or origin not in (None, types.UnionType):
+                continue
+            accepted, wanted = _PLAIN[kind]
+            is_truth = isinstance(value, bool)
+            fits = isinstance(value, accepted) and is_truth == (kind is bool)
+            fits = fits or (value is None and may_be_none)
+        check(fits, f"{where}{name}={value!r} must be {wanted}")
+
+
+_PLAIN: dict[Any, tuple[Any, str]] = {
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    bool: (bool, "true or false"),
+}
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -357,21 +392,25 @@ class EngineConfig:
     """How one decode engine runs: its numbers and its limits."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights, keys and values. bfloat16 takes half the memory and is faster where the CPU
-    has it; what it rounds may give other tokens."""
+    """Type in which weights are loaded, and of keys and values. bfloat16 takes half the memory and
+    is faster where the CPU has it; what it rounds may give other tokens. A model that was loaded
+    already keeps its own."""
     max_sequences: int = 32
     """Sequences that run at once."""
     rows_per_round: int = 512
     """Rows of one forward pass; beside a single pass that cannot be cut and takes more than half of
     them, half as many for the others."""
     cache_bytes: int = 1 << 30
-    """Keys and values of all sequences and known prefixes."""
+    """Keys and values of all sequences and known prefixes, in bytes; taken as they are written. One
+    token takes 2 x layers x key-value heads x head size numbers."""
     prefix_share: float = 0.25
     """Of the pages, how many known prefixes may hold; 0: nothing is taken over from others."""
     page_tokens: int = 32
-    """Rounded up to whole blocks."""
+    """Tokens that keys and values are handed out for at a time, and the shortest beginning that a
+    request can take over from another; rounded up to whole blocks."""
 
     def __post_init__(self) -> None:
+        check_types(self, "engine.")
         for name in ("max_sequences", "rows_per_round", "cache_bytes", "page_tokens"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         check(

@@ -97,7 +97,8 @@ class BlockCausal:
         is_free = self.is_first_alone and is_open
         is_alone = is_free and (not window.is_last_step or len(wanted) == 1)
         if self.committed < window.start and (is_alone or not self.is_fused):
-            self._boundary = yield from self._commit(canvas, window.start, read_last=True)
+            last = yield from self._commit(canvas, window.start, read_last=True)
+            self._boundary = last.clone()  # else it would hold the logits of its whole round
         if is_alone:
             assert self._boundary is not None
             return Prediction(places[:1], self._boundary)
@@ -107,7 +108,7 @@ class BlockCausal:
             logits = yield from self._run(canvas, window, inside)
             return Prediction(places, torch.cat([self._boundary, logits]))
         logits = yield from self._run(canvas, window, [window.start - 1, *inside])
-        self._boundary = logits[:1]
+        self._boundary = logits[:1].clone()
         return Prediction(places, logits)
 
     def _rows(self, places: list[int]) -> list[int]:

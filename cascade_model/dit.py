@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from cascade_model.attention import Attend, DoubledAttention, Keep, grouped_training
 from cascade_model.config import ModelConfig, check
+from cascade_model.feed_forward import gelu
 from cascade_model.kv_cache import CacheSlot
 from cascade_model.model import Rotation, draw_weights, rotary, rotate
+from cascade_model.rows import in_whole_rows
 
 T = TypeVar("T")
 SINUSOIDS = 256
@@ -67,7 +69,7 @@ class Layer(nn.Module):
         mixed = self._attention(inner, rotation, attend, cache, keep)
         x = (x if keep is None else x[:, keep.rows]) + gate * mixed
         inner = modulate(self.mlp_norm(x), mlp_shift, mlp_scale)
-        return x + mlp_gate * self.down_proj(F.gelu(self.up_proj(inner), approximate="tanh"))
+        return x + mlp_gate * self.down_proj(in_whole_rows(gelu, self.up_proj(inner)))
 
     def _attention(
         self,

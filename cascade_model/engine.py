@@ -5,13 +5,16 @@ gives the same tokens, whatever else is running.
 """
 
 import contextlib
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 
-from cascade_model.config import EngineConfig
+from cascade_model.config import EngineConfig, check
+from cascade_model.errors import InputError
 from cascade_model.networks import Network
 from cascade_model.sampler import DecodedBlock, Plan, plan_completion, plan_infilling
 from cascade_model.sampling import SamplingParams
@@ -30,20 +33,19 @@ class Ticket:
 
     def cancel(self) -> None:
         """From any thread, any number of times; nothing more is delivered soon after."""
-        with contextlib.suppress(RuntimeError):  # a closed engine has forgotten it
-            self._engine.order(lambda: self._engine.forget(self))
+        self._engine.forget(self)
 
 
 class Engine:
-    """A scheduler and the thread that runs it."""
+    """A scheduler and the thread that runs it; both end with `close`, with the last reference, or
+    with Python."""
 
     def __init__(self, model: Network, config: EngineConfig | None = None) -> None:
         self.scheduler = Scheduler(model, config)
-        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._tickets: dict[int, Ticket] = {}
-        self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
-        self._start = threading.Lock()
-        self._is_closed = False
+        self._worker = _Worker(self.scheduler)
+        # Python must not end under a thread that is within torch: that aborts the process.
+        self._end = weakref.finalize(self, self._worker.end)
+        self._process = os.getpid()
 
     @property
     def device(self) -> torch.device:
@@ -87,42 +89,72 @@ class Engine:
         return self._leave(plan_infilling(config, tokens, params, choice, self.device), deliver)
 
     def _leave(self, plan: Plan, deliver: Callable[[Event], None]) -> Ticket:
+        check(
+            os.getpid() == self._process,
+            f"this process was forked from the one with the engine, {self._process}, whose thread "
+            "it lacks; load the model in the process that uses it",
+        )
         self.scheduler.check(plan)
-        ticket = Ticket(self, deliver)
-
-        def begin() -> None:
-            self._tickets[id(ticket)] = ticket
-            ticket.sequence = self.scheduler.submit(
-                plan,
-                lambda block: self._hand(ticket, block),
-                lambda error: self._end(ticket, error),
-            )
-
-        self.order(begin)
+        ticket, worker = Ticket(self, deliver), self._worker
+        worker.start()
+        worker.orders.put(lambda: worker.begin(ticket, plan))
         return ticket
 
-    def order(self, action: Callable[[], None]) -> None:
-        """Have the engine's thread do something between two rounds."""
+    def forget(self, ticket: Ticket) -> None:
+        """End a request between two rounds."""
+        worker = self._worker
+        worker.orders.put(lambda: worker.forget(ticket))  # without a lock: garbage collection calls
+
+    def close(self) -> None:
+        """End the thread; requests that still run get an error, and none is taken any more."""
+        self._end()
+
+
+class _Worker:
+    """What the thread holds. It knows its requests, and through them alone the engine: one that
+    nobody asks anything of can end."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        """What the thread is to do between two rounds; None: to end."""
+        self._tickets: dict[int, Ticket] = {}
+        self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
+        self._start = threading.Lock()
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Let the thread run; it may do so already."""
         with self._start:
             if self._is_closed:
                 raise RuntimeError("the engine is closed")
             if self._thread.ident is None:
                 self._thread.start()
-            self._orders.put(action)
+
+    def begin(self, ticket: Ticket, plan: Plan) -> None:
+        """In the thread: queue a request."""
+        if ticket.is_over:  # cancelled before
+            return
+        self._tickets[id(ticket)] = ticket
+        ticket.sequence = self.scheduler.submit(
+            plan,
+            lambda block: self._hand(ticket, block),
+            lambda error: self._fail(ticket, error),
+        )
 
     def forget(self, ticket: Ticket) -> None:
-        """In the engine's thread: end a request."""
+        """In the thread: end a request."""
         self._tickets.pop(id(ticket), None)
         if ticket.sequence is not None and not ticket.is_over:
             self.scheduler.cancel(ticket.sequence)
         ticket.is_over = True
 
-    def close(self) -> None:
-        """End the thread; requests that still run get an error, and none is taken any more."""
-        with self._start:
-            self._is_closed = True
-            self._orders.put(None)
-        if self._thread.ident is not None:
+    def end(self) -> None:
+        """See `Engine.close`."""
+        self._is_closed = True
+        self.orders.put(None)
+        is_other = self._thread is not threading.current_thread()
+        if self._thread.ident is not None and is_other:
             self._thread.join()
 
     def _hand(self, ticket: Ticket, block: DecodedBlock) -> None:
@@ -132,34 +164,41 @@ class Engine:
         ticket.deliver(block)
 
     def _run(self) -> None:
-        is_busy = False
-        while self._obey(is_busy):
-            try:
-                is_busy = self.scheduler.step()
-            except Exception as error:
-                self._fail(error)
-                is_busy = False
-        self._fail(RuntimeError("the engine was closed"))
+        try:
+            is_busy = False
+            while self._obey(is_busy):
+                try:
+                    is_busy = self.scheduler.step()
+                except Exception as error:
+                    self._fail_all(error)
+                    is_busy = False
+        finally:  # whatever ended it: nobody may wait for ever
+            self._is_closed = True
+            self._fail_all(RuntimeError("the engine was closed"))
 
     def _obey(self, is_busy: bool) -> bool:
         """Carry out what was left; wait for it where there is nothing else to do."""
         try:
             while True:
-                action = self._orders.get(block=not is_busy)
+                action = self.orders.get(block=not is_busy)
                 if action is None:
                     return False
                 action()
+                del action  # what it holds must not wait for the next one
                 is_busy = True
         except queue.Empty:
             return True
 
-    def _fail(self, error: Exception) -> None:
-        """A round that failed ends every request with its error; the engine lives on."""
+    def _fail_all(self, error: Exception) -> None:
+        """A round that failed ends every request with its error; the engine lives on. Whatever it
+        looks like, it is no request's own mistake."""
+        if isinstance(error, InputError):
+            error = RuntimeError(f"a round of the engine failed: {error}")
         for ticket in list(self._tickets.values()):
             self.forget(ticket)
-            self._end(ticket, error)
+            self._fail(ticket, error)
 
-    def _end(self, ticket: Ticket, error: Exception) -> None:
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
         """Tell a request of its error, if anybody still listens."""
         ticket.is_over = True
         self._tickets.pop(id(ticket), None)

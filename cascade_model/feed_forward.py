@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade_model.config import ExpertsConfig
-from cascade_model.rows import filled
+from cascade_model.rows import in_whole_rows
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form (GPT-2), written out: torch's own cuts even small tensors among its
+    threads and rounds the last numbers of a cut differently."""
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)  # sqrt(2 / pi)
+    return 0.5 * x * (1.0 + torch.tanh(inner))
 
 
 class FeedForward(nn.Module):
@@ -62,7 +69,7 @@ class MixtureOfExperts(nn.Module):
             scores = scores.softmax(dim=-1)
             ranked = scores = scores + self.router_bias if config.router_bias else scores
         else:
-            scores = scores.sigmoid()
+            scores = in_whole_rows(torch.sigmoid, scores)
             biased = scores + self.router_bias if config.router_bias else scores
             ranked = _best_groups(biased, config.num_groups, config.groups_per_token)
         chosen = ranked.topk(config.experts_per_token, dim=-1).indices
@@ -87,8 +94,7 @@ class MixtureOfExperts(nn.Module):
             if count:
                 part = slice(start, start + count)
                 index = row_of[part]
-                own = rows[index]
-                made = self.expert(expert, own if self.training else filled(own))[:count]
+                made = self.expert(expert, rows[index])
                 scaled = made * weights.flatten()[order[part]][:, None]
                 result = result.index_add(0, index, scaled)
                 start += count

@@ -14,13 +14,14 @@ all keys, all values.
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade_model.attention import Attend, DoubledAttention, Keep, grouped_training
 from cascade_model.config import ModelConfig, check
+from cascade_model.feed_forward import gelu
 from cascade_model.kv_cache import CacheSlot
 from cascade_model.model import draw_weights
+from cascade_model.rows import in_whole_rows
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ class Layer(nn.Module):
         """x [n, r, hidden] -> [n, r, hidden], or with `keep` its rows only."""
         mixed = self._attention(self.attention_norm(x), attend, cache, keep)
         x = (x if keep is None else x[:, keep.rows]) + mixed
-        return x + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x)), approximate="tanh"))
+        return x + self.down_proj(in_whole_rows(gelu, self.up_proj(self.mlp_norm(x))))
 
     def _attention(
         self, x: Tensor, attend: Attend, cache: CacheSlot | None, keep: Keep | None

@@ -44,7 +44,11 @@ class Answer:
 
 
 class LLM:
-    """A model, its tokenizer and an engine."""
+    """A model, its tokenizer and an engine; it ends with `close`, a `with` block or Python.
+
+    The model is the engine's from then on: its weights are packed, so that it can be decoded with
+    and no longer trained or saved.
+    """
 
     def __init__(
         self, model: Network, tokenizer: Tokenizer, config: EngineConfig | None = None
@@ -63,6 +67,10 @@ class LLM:
     ) -> Self:
         """Load a model folder, of ours or published; `CheckpointMismatch` if it is damaged."""
         config = config or EngineConfig()
+        check(
+            device == "cpu" or (device.startswith("cuda") and torch.cuda.is_available()),
+            f"device={device} is not there; use cpu, or cuda on a machine with a GPU",
+        )
         model, tokenizer = load_model(folder, getattr(torch, config.precision), device)
         return cls(model.eval(), require_text(tokenizer, folder), config)
 
@@ -193,8 +201,14 @@ class LLM:
         return _in_order(self._together(submit, self._masked, texts, params, (), n))
 
     def close(self) -> None:
-        """End the engine's thread."""
+        """End the engine's thread; requests that still run get an error."""
         self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt)
@@ -215,12 +229,16 @@ class LLM:
         n: int,
     ) -> Generator[Answer, None, None]:
         """Submit `n` choices of every request, and give each as soon as it is whole."""
-        check(n >= 1, f"n={n} must be at least 1")
+        check(type(n) is int and n >= 1, f"n={n!r} must be a whole number of at least 1")
         check(
-            not isinstance(requests, str | Infilling),
-            f"the prompts are one alone, {requests!r}; give a list of them",
+            isinstance(requests, Sequence) and not isinstance(requests, str | bytes | Infilling),
+            f"the prompts are {repr(requests)[:60]}; give a list of them",
         )
         each = [params] * len(requests) if isinstance(params, SamplingParams) else params
+        check(
+            isinstance(each, Sequence) and all(isinstance(own, SamplingParams) for own in each),
+            f"params={repr(params)[:60]} must be SamplingParams, or a list with one a prompt",
+        )
         check(
             len(each) == len(requests),
             f"params has {len(each)} settings for {len(requests)} prompts; give one for all, or "
@@ -247,9 +265,13 @@ class LLM:
                     texts[key], chunks[key] = TextStream(self.tokenizer.decode, stop), []
             while texts:
                 key, event = events.get()
-                block = _checked(event)
                 if key not in texts:  # decoded on before its end was heard of
                     continue
+                if isinstance(event, InputError):
+                    del texts[key], tickets[key]
+                    yield Answer(*key, event)
+                    continue
+                block = _checked(event)
                 chunk = _chunk(texts[key], block)
                 chunks[key].append(chunk)
                 if chunk.finish_reason is not None:
@@ -264,10 +286,13 @@ class LLM:
 def _ids(tokens: Sequence[int]) -> list[int]:
     """Token ids as plain integers."""
     try:
+        if isinstance(tokens, bytes):
+            raise TypeError
         return [operator.index(token) for token in tokens]
     except TypeError:
         raise InputError(
-            f"the prompt {tokens!r} is neither text nor a list of token ids; give one of them"
+            f"the prompt {repr(tokens)[:60]} is neither text nor a list of token ids; give one of "
+            "them, in a list of prompts"
         ) from None
 
 
@@ -277,7 +302,7 @@ def _in_order(answers: Generator[Answer, None, None]) -> list[Completion]:
     with contextlib.closing(answers):
         for answer in answers:
             if isinstance(answer.result, InputError):
-                raise answer.result
+                raise InputError(f"prompts[{answer.index}]: {answer.result}") from None
             found[answer.index, answer.choice] = answer.result
     return [found[key] for key in sorted(found)]
 

@@ -17,10 +17,7 @@ from cascade_model.attention import Keep
 from cascade_model.feed_forward import FeedForward, MixtureOfExperts
 from cascade_model.model import Layer, RMSNorm, Rotation, Transformer, rotate
 from cascade_model.networks import Network
-from cascade_model.rows import ROW_MULTIPLE
-
-WHOLE_BELOW = 32_768
-"""Numbers of an elementwise operation that torch does not cut among threads (its grain size)."""
+from cascade_model.rows import ROW_MULTIPLE, filled, in_whole_rows
 
 
 @torch.no_grad()
@@ -29,7 +26,7 @@ def pack(network: Network) -> None:
     if isinstance(network, Transformer):
         for index, layer in enumerate(network.layers):
             if not isinstance(layer, PackedLayer):
-                network.layers[index] = PackedLayer(cast(Layer, layer))
+                network.layers[index] = PackedLayer(cast(Layer, layer)).train(layer.training)
     else:
         for layer in network.layers:
             for name in ("qkv", "o_proj", "up_proj", "down_proj"):
@@ -118,19 +115,7 @@ class PackedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_and_up(x).chunk(2, dim=-1)
-        return self.down_proj(_silu(gate) * up)
-
-
-def _silu(x: Tensor) -> Tensor:
-    """SiLU of rows [..., inner], each with the same bits in any company.
-
-    torch cuts a large tensor among its threads wherever that may be, and computes the last few
-    numbers of a cut one by one, which rounds differently; small ones it leaves whole.
-    """
-    if x.numel() < WHOLE_BELOW or x.device.type != "cpu":
-        return F.silu(x)
-    rows = max(1, (WHOLE_BELOW - 1) // x.shape[-1])
-    return torch.cat([F.silu(part) for part in x.split(rows, dim=-2)], dim=-2)
+        return self.down_proj(in_whole_rows(F.silu, gate) * up)
 
 
 class PackedMixture(MixtureOfExperts):
@@ -144,7 +129,9 @@ class PackedMixture(MixtureOfExperts):
         if plain.config.router_bias:
             self.router_bias = plain.router_bias
         stacks = (plain.gate_proj, plain.up_proj, plain.down_proj)
-        self.experts = [PackedFeedForward(*tables) for tables in zip(*stacks, strict=True)]
+        self.experts = nn.ModuleList(
+            PackedFeedForward(*tables) for tables in zip(*stacks, strict=True)
+        )
         self.shared = PackedFeedForward.of(plain.shared) if plain.shared is not None else None
 
     def scores(self, rows: Tensor) -> Tensor:
@@ -152,5 +139,5 @@ class PackedMixture(MixtureOfExperts):
         return self.router(rows.to(torch.promote_types(rows.dtype, torch.float32)))
 
     def expert(self, number: int, rows: Tensor) -> Tensor:
-        """See `MixtureOfExperts`."""
-        return self.experts[number](rows)
+        """See `MixtureOfExperts`; a row in a few has the same bits as in many."""
+        return self.experts[number](filled(rows))[: len(rows)]

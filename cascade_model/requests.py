@@ -55,6 +55,7 @@ def check_request(
     check_prompt(config, prompt_tokens, params.max_tokens)
     check_decoding(config, params)
     edges = block_edges(config, len(prompt_tokens), params)
+    check_positions(config, edges[-1])
     known = len(prompt_tokens) + len(committed)
     done = [edge - len(prompt_tokens) for edge in edges if len(prompt_tokens) < edge <= known]
     check_committed(config, params, committed, done)
@@ -130,6 +131,16 @@ def check_prompt(config: ModelConfig, prompt_tokens: Sequence[int], max_tokens: 
     )
 
 
+def check_positions(config: ModelConfig, length: int) -> None:
+    """Refuse (`InputError`) a last block that goes beyond learned positions: it is filled whole."""
+    limit = config.max_sequence_length
+    check(
+        config.network != "gpt2" or length <= limit,
+        f"the last block ends at {length} and the model has {limit} learned positions; shorten the "
+        "prompt or lower max_tokens",
+    )
+
+
 def check_tokens(config: ModelConfig, tokens: Sequence[int], name: str = "prompt") -> None:
     """Refuse (`InputError`) ids outside the vocabulary, the mask and the padding token."""
     wrong = next((token for token in tokens if not 0 <= token < config.vocab_size), None)
@@ -173,6 +184,8 @@ def check_infilling(config: ModelConfig, tokens: Sequence[int], params: Sampling
         f"the text has {len(tokens)} tokens, over the context of {config.max_sequence_length}; "
         "shorten it",
     )
+    is_causal = config.attention == "block_causal"
+    check_positions(config, -(-len(tokens) // size) * size if is_causal else len(tokens))
     check(
         len(holes) <= params.max_tokens,
         f"the hole has {len(holes)} tokens, over max_tokens={params.max_tokens}; shorten it or "

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from cascade_model.config import ModelConfig, check
+from cascade_model.config import ModelConfig, check, check_types
 
 Rule = Literal[
     "confidence_threshold",
@@ -90,6 +90,7 @@ class SamplingParams:
     """Tell how narrowly the tokens were decided (`text_stream.Completion`)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("confidence_threshold", "remask_threshold", "editing_threshold"):
             value = getattr(self, name)
             check(value is None or 0.0 <= value <= 1.0, f"{name}={value} must be in 0..1; use 0.9")
@@ -109,7 +110,7 @@ class SamplingParams:
             check(0.0 <= value <= 10.0, f"{name}={value} must be in 0..10")
         check(0.0 < self.top_p <= 1.0, f"top_p={self.top_p} must be above 0 and at most 1")
         check(
-            isinstance(self.stop_ids, tuple) and all(isinstance(i, int) for i in self.stop_ids),
+            isinstance(self.stop_ids, tuple) and all(type(i) is int for i in self.stop_ids),
             f"stop_ids={self.stop_ids!r} must be a tuple of token ids; use (2,) for one",
         )
         check(-(2**63) <= self.seed < 2**63, f"seed={self.seed} must fit in 64 bits")

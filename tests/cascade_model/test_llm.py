@@ -2,8 +2,12 @@
 
 import asyncio
 import gc
+import re
+import subprocess
+import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -107,7 +111,7 @@ def test_a_refusal_ends_the_other_requests_at_once(long):
 
 
 def test_numbers_that_do_not_fit_are_refused_and_nothing_runs(llm):
-    with pytest.raises(InputError, match="n=0 must be at least 1"):
+    with pytest.raises(InputError, match="n=0 must be a whole number of at least 1"):
         llm.generate(["a"], free(), n=0)
     with pytest.raises(InputError, match="params has 1 settings for 2 prompts; give one for all"):
         llm.generate(["a", "b"], [free()])
@@ -350,3 +354,94 @@ def test_an_engine_in_bfloat16_keeps_weights_and_cache_in_it_and_repeats_itself(
     together = small.generate(["Hello", "Another one", "And yet another"], params)
     assert together[0] == alone
     small.close()
+
+
+ENDS = {
+    "generate": "llm.generate(['def', 'x'], params)",
+    "in the middle": "chunks = llm.chunks('def', params); next(chunks)",
+    "stopped": "[chunk for chunk, _ in zip(llm.chunks('def', params), range(2))]",
+    "refused": "llm.generate(['def'] * 4 + [[]], params)",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_python_ends_cleanly_whatever_the_engine_is_doing(end, tmp_path, llm):
+    plain = Transformer(llm.config)
+    plain.init_weights(3)
+    save_model(tmp_path / "model", plain, llm.tokenizer)
+    script = f"""
+from cascade_model.llm import LLM
+from cascade_model.sampling import SamplingParams
+llm = LLM.load({str(tmp_path / "model")!r})
+params = SamplingParams(max_tokens=100, confidence_threshold=1.0, stop_at_eos=False)
+{ENDS[end]}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert done.returncode == (1 if end == "refused" else 0), done.stderr.decode()[-500:]
+
+
+def test_a_dropped_engine_is_freed_with_its_thread():
+    before = threading.active_count()
+    own = LLM(model_of(), TOKENIZER)
+    [done] = own.generate(["Hello"], free())
+    assert len(done.token_ids) == 18
+    assert threading.active_count() == before + 1
+    seen = weakref.ref(own.engine.scheduler)
+    del own
+    deadline = time.monotonic() + 10  # its last round may not be over
+    while seen() is not None and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert seen() is None
+    assert threading.active_count() == before
+
+
+def test_a_with_block_closes():
+    with LLM(model_of(), TOKENIZER) as own:
+        own.generate(["Hello"], free())
+    with pytest.raises(RuntimeError, match="closed"):
+        own.generate(["Hello"], free())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "words"),
+    [
+        (["a", "b", [MASK]], free(), r"prompts\[2\]: prompt has the mask"),
+        ([5, 6], free(), "the prompt 5 is neither text nor a list of token ids"),
+        ([b"def"], free(), "neither text nor a list of token ids"),
+        ("def", free(), "the prompts are 'def'; give a list"),
+        (None, free(), "the prompts are None; give a list"),
+        (["a"], None, "params=None must be SamplingParams"),
+        (["a"], [None], "must be SamplingParams, or a list"),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_refused_in_a_sentence(llm, prompts, params, words):
+    with pytest.raises(InputError, match=words):
+        llm.generate(prompts, params)
+    until_idle(llm)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"rule": "foo"}, {"rule": None}, {"schedule": "foo"}, {"cache": "Exact"},
+        {"token_draw": "gumbl"}, {"suppress_eos": True}, {"max_tokens": 2.5},
+        {"max_tokens": "5"}, {"max_tokens": None}, {"steps_per_block": 2.5}, {"top_k": "1"},
+        {"seed": 1.5}, {"logprobs": True}, {"temperature": None}, {"temperature": "1"},
+        {"report_margin": "x"}, {"stop_ids": (True,)}, {"max_steps": 1.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_setting_of_another_type_is_refused_by_name(setting):
+    [(name, value)] = setting.items()
+    with pytest.raises(InputError, match=rf"^{name}={re.escape(repr(value))} must be"):
+        SamplingParams(**setting)
+
+
+def test_settings_of_an_engine_are_checked_too():
+    with pytest.raises(InputError, match=r"engine\.precision='float16' must be one of float32"):
+        EngineConfig(precision="float16")
+    with pytest.raises(InputError, match=r"engine\.cache_bytes=1500000.0 must be a whole number"):
+        EngineConfig(cache_bytes=1.5e6)
+    with pytest.raises(InputError, match="device=gpu is not there"):
+        LLM.load("anywhere", device="gpu")

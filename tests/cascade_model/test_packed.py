@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cascade_model.attention import Keep, dense
 from cascade_model.config import ExpertsConfig
+from cascade_model.feed_forward import MixtureOfExperts, gelu
 from cascade_model.kv_cache import KVCache
 from cascade_model.networks import Network, build_network
 from cascade_model.packed import PackedFeedForward, PackedMixture, Product, pack
+from cascade_model.rows import in_whole_rows
 from tests.tiny_models import tiny_config
 
 KINDS = {
@@ -121,3 +124,28 @@ def test_a_row_of_a_mixture_has_the_same_bits_whoever_else_meets_its_experts(kin
         whole = mixture(rows)
         for start in range(0, 40, 4):
             assert torch.equal(mixture(rows[start : start + 4]), whole[start : start + 4])
+
+
+def test_a_row_of_a_large_mixture_has_the_same_bits_alone_at_its_expert():
+    """Sizes at which a product of one row sums in another order."""
+    experts = ExpertsConfig(num_experts=16, experts_per_token=2, intermediate_size=1408)
+    mixture, rows = PackedMixture(MixtureOfExperts(1024, experts)), torch.randn(64, 1024)
+    with torch.inference_mode():
+        whole = mixture(rows)
+        for start in range(0, 64, 4):
+            assert torch.equal(mixture(rows[start : start + 4]), whole[start : start + 4])
+
+
+@pytest.mark.parametrize("function", [torch.sigmoid, F.silu, gelu])
+def test_no_function_is_cut_within_a_row(function):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        rows = torch.randn(400, 1024)
+        with torch.inference_mode():
+            whole = in_whole_rows(function, rows)
+            for start in range(0, 400, 4):
+                part = slice(start, start + 4)
+                assert torch.equal(in_whole_rows(function, rows[part]), whole[part])
+    finally:
+        torch.set_num_threads(before)

@@ -104,3 +104,10 @@ def test_a_stop_outside_the_vocabulary_is_refused():
     for wrong in (16, -1):
         with pytest.raises(InputError, match=f"has {wrong}, outside the vocabulary of 16; use"):
             check_request(CAUSAL, [1], SamplingParams(stop_ids=(3, wrong)))
+
+
+def test_a_last_block_beyond_learned_positions_is_refused():
+    config = tiny_config(network="gpt2", num_kv_heads=4, num_heads=4, max_sequence_length=126)
+    check_request(config, [1] * 118, SamplingParams(max_tokens=6))
+    with pytest.raises(InputError, match="the last block ends at 128 and the model has 126"):
+        check_request(config, [1] * 120, SamplingParams(max_tokens=6))
