@@ -115,9 +115,9 @@ def test_numbers_that_do_not_fit_are_refused_and_nothing_runs(llm):
         llm.generate(["a"], free(), n=0)
     with pytest.raises(InputError, match="params has 1 settings for 2 prompts; give one for all"):
         llm.generate(["a", "b"], [free()])
-    with pytest.raises(InputError, match="the prompts are one alone, 'Hello'; give a list"):
+    with pytest.raises(InputError, match="the prompts are 'Hello'; give a list"):
         llm.generate("Hello", free())
-    with pytest.raises(InputError, match="the prompts are one alone, Infilling"):
+    with pytest.raises(InputError, match="the prompts are Infilling"):
         llm.infill(Infilling(prefix="a", length=1, suffix=""), free())
     for wrong in (5, [1.5], [None], ["a"]):
         with pytest.raises(InputError, match="is neither text nor a list of token ids"):
