@@ -60,6 +60,24 @@ class PageArena:
                 return Run(first, count)
         return None
 
+    def extend(self, run: Run, count: int) -> bool:
+        """Make a run `count` pages long where it is, if the pages behind it are free."""
+        for index, (first, length) in enumerate(self._free):
+            missing = count - run.count
+            if first == run.first + run.count and length >= missing:
+                rest = [(first + missing, length - missing)] if length > missing else []
+                self._free[index : index + 1] = rest
+                run.count = count
+                return True
+        return False
+
+    def fits_in_place_of(self, run: Run, count: int) -> bool:
+        """Whether a run of `count` pages could be taken if this one were given back."""
+        behind = dict(self._free).get(run.first + run.count, 0)
+        before = next((length for at, length in self._free if at + length == run.first), 0)
+        gap = before + run.count + behind
+        return max([gap, *(length for _, length in self._free)]) >= count
+
     def give_back(self, run: Run) -> None:
         """Free a run; its owner must not use it again."""
         pieces = sorted([*self._free, (run.first, run.count)])

@@ -4,7 +4,8 @@ Decoding is planned in plain Python (`contexts`, `sampler`) and yields a `Pass` 
 logits; whoever drives it runs the pass, alone (`Runner`) or together with those of other sequences.
 """
 
-from collections.abc import Generator
+import itertools
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,23 +38,27 @@ class Pass:
         """Place behind the last row."""
         return self.start + len(self.tokens)
 
-    def cuts(self, size: int) -> list[int]:
+    def cuts(self, size: int) -> Iterator[int]:
         """Where the pass can be cut in two: rising counts of rows, ending with whole blocks of
         `size`, that see nothing behind themselves and are not read."""
         last = min([len(self.tokens) - 1, *self.reads])
-        found, furthest = [], 0
-        for count, limit in enumerate(self.limits[:last], start=1):
+        furthest = 0
+        for count, limit in enumerate(itertools.islice(self.limits, last), start=1):
             furthest, end = max(furthest, limit), self.start + count
             if furthest <= end and end % size == 0:
-                found.append(count)
-        return found
+                yield count
 
     def chunk(self, budget: int, size: int) -> "Pass":
         """The first rows within the budget; at least up to the first cut, all without one."""
-        ends = self.cuts(size) if len(self.tokens) > budget else []
-        if not ends:
+        if len(self.tokens) <= budget:
             return self
-        count = max([end for end in ends if end <= budget], default=ends[0])
+        count = 0
+        for cut in self.cuts(size):
+            if count and cut > budget:
+                break
+            count = cut
+        if not count:
+            return self
         return replace(
             self,
             tokens=self.tokens[:count],

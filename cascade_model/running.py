@@ -22,6 +22,8 @@ class Running:
     """Called with each block as soon as it is done."""
     fail: Callable[[Exception], None]
     """Called with the error that ended this sequence alone."""
+    number: int
+    """Order of submission: of two sequences the one with the higher number is younger."""
     wanted: Pass | None = None
     """The pass that the sequence waits for; none before its first."""
     runs: dict[int, Run] = field(default_factory=dict)

@@ -47,6 +47,7 @@ class Scheduler:
         self.prefixes = PrefixCache(self.arena, known_pages)
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
+        self._number = 0
         self._note()
 
     def check(self, plan: Plan) -> None:
@@ -67,7 +68,10 @@ class Scheduler:
         fail: Callable[[Exception], None] = _raise,
     ) -> Running:
         """Queue a request that `check` let pass."""
-        sequence = Running(plan=plan, loop=plan.loop(), deliver=deliver, fail=fail)
+        self._number += 1
+        sequence = Running(
+            plan=plan, loop=plan.loop(), deliver=deliver, fail=fail, number=self._number
+        )
         self.waiting.append(sequence)
         self._note()
         return sequence
@@ -116,6 +120,7 @@ class Scheduler:
             if sequence.wanted is None:
                 self._sums.tokens += sequence.advance(None)
                 sequence.beginning = self._beginning(sequence)
+            self.prefixes.find(sequence.beginning)  # what it will copy is dropped last
             if not sequence.is_done and not self._has_room(sequence, may_preempt=False):
                 return
             self.waiting.popleft()
@@ -129,7 +134,7 @@ class Scheduler:
         wanted, page = sequence.wanted, self.arena.page_tokens
         if wanted is None or not self._shares(sequence):
             return Beginning()
-        ends = wanted.cuts(self.block_size)
+        ends = list(wanted.cuts(self.block_size))
         return Beginning.of(wanted.tokens[: ends[-1] if ends else 0], page)
 
     def _shares(self, sequence: Running) -> bool:
@@ -195,6 +200,8 @@ class Scheduler:
         """Choose, in this order, what has room and fits into the rows; at least one whatever it
         takes."""
         for sequence in order:
+            if chosen and budget <= 0:
+                return
             if sequence in chosen or sequence not in self.running:  # preempted by one before it
                 continue
             if self._has_room(sequence, may_preempt=not chosen):
@@ -244,7 +251,9 @@ class Scheduler:
         for count in (min(self._pages_of(sequence), 2 * need), need):
             if self._grow(sequence, wanted.stream, count):
                 return True
-        while self.prefixes.evict() or (may_preempt and self._preempt_other(sequence)):
+        if not may_preempt and self._in_reach(sequence) < need:
+            return False  # known prefixes would be dropped for nothing
+        while self.prefixes.evict() or (may_preempt and self._preempt_younger(sequence)):
             if self._grow(sequence, wanted.stream, need):
                 return True
         return self._start_over(sequence, wanted.stream, need)
@@ -254,6 +263,8 @@ class Scheduler:
         grows, so it can never be stuck between its own runs."""
         count = self._pages_of(sequence)
         self._release(sequence)
+        if not may_preempt and self._in_reach(sequence) < count * sequence.plan.num_streams:
+            return False
         while True:
             runs = [self.arena.take(count) for _ in range(sequence.plan.num_streams)]
             taken = [run for run in runs if run is not None]
@@ -262,15 +273,22 @@ class Scheduler:
                 return True
             for run in taken:
                 self.arena.give_back(run)
-            if not (self.prefixes.evict() or (may_preempt and self._preempt_other(sequence))):
+            if not (self.prefixes.evict() or (may_preempt and self._preempt_younger(sequence))):
                 return False
 
+    def _in_reach(self, sequence: Running) -> int:
+        """Pages that a sequence has or could have without preempting anybody."""
+        own = sum(run.count for run in sequence.runs.values())
+        return own + self.arena.free_pages + self.prefixes.pages
+
     def _grow(self, sequence: Running, stream: int, count: int) -> bool:
-        """Move to a longer run, if there is one."""
+        """Lengthen a run, or move to a longer one, if there is room."""
+        old = sequence.runs.get(stream)
+        if old is not None and self.arena.extend(old, count):
+            return True
         new = self.arena.take(count)
         if new is None:
             return False
-        old = sequence.runs.get(stream)
         if old is not None:
             self.arena.copy(old, new, old.count * self.arena.page_tokens)
             self.arena.give_back(old)
@@ -280,22 +298,24 @@ class Scheduler:
     def _start_over(self, sequence: Running, stream: int, count: int) -> bool:
         """The last resort in a scattered arena: give the short run up, and compute it again."""
         old = sequence.runs.get(stream)
-        if old is None or not sequence.plan.context.can_rewrite:
+        if old is None or not self.arena.fits_in_place_of(old, count):
             return False
         self.arena.give_back(sequence.runs.pop(stream))
         sequence.written.pop(stream, None)
         return self._grow(sequence, stream, count)
 
-    def _preempt_other(self, sequence: Running) -> bool:
-        """Send the youngest other sequence that can compute its pages again back to the queue."""
-        for other in reversed(self.running):
-            if other is not sequence and other.runs and other.plan.context.can_rewrite:
-                self._release(other)
-                self.running.remove(other)
-                self.waiting.appendleft(other)
-                self._sums.preemptions += 1
-                return True
-        return False
+    def _preempt_younger(self, sequence: Running) -> bool:
+        """Send the youngest sequence back to the queue, if it is younger than this one and can
+        compute its pages again."""
+        able = [s for s in self.running if s.runs and s.plan.context.can_rewrite]
+        youngest = max(able, key=lambda s: s.number, default=sequence)
+        if youngest.number <= sequence.number:
+            return False
+        self._release(youngest)
+        self.running.remove(youngest)
+        self.waiting.appendleft(youngest)
+        self._sums.preemptions += 1
+        return True
 
     def _release(self, sequence: Running) -> None:
         for run in sequence.runs.values():

@@ -66,3 +66,25 @@ def test_copies_keep_keys_and_values():
     assert keys[..., :6, :].eq(1.5).all()
     assert values[..., :6, :].eq(2.5).all()
     assert keys[..., 6:, :].eq(0).all()
+
+
+def test_a_run_grows_where_it_is_into_free_pages_behind_it():
+    pages = arena(10)
+    first, second = pages.take(3), pages.take(2)
+    assert not pages.extend(first, 4)
+    assert pages.extend(second, 7)
+    assert not pages.extend(second, 8)
+    assert (second.first, second.count, pages.free_pages) == (3, 7, 0)
+    pages.give_back(second)
+    assert pages.extend(first, 10)
+    assert pages.free_pages == 0
+
+
+def test_what_would_fit_in_place_of_a_run():
+    pages = arena(12)
+    runs = [pages.take(count) for count in (2, 3, 2, 5)]
+    pages.give_back(runs[0])
+    pages.give_back(runs[2])
+    for count in range(1, 13):
+        assert pages.fits_in_place_of(runs[1], count) == (count <= 7)
+        assert pages.fits_in_place_of(runs[3], count) == (count <= 7)

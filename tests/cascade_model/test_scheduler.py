@@ -195,6 +195,40 @@ def test_under_memory_pressure_sequences_give_way_and_lose_nothing(family):
     assert_nothing_left(scheduler)
 
 
+def test_the_younger_gives_way_and_the_older_is_done_first():
+    """Equal requests that grow into each other: every preempted one is younger than those who run
+    on, and they finish in the order in which they came."""
+    scheduler = scheduler_of("aligned", pages=16, prefix_share=0.0)
+    params = SamplingParams(max_tokens=40, rule="sequential", stop_at_eos=False)
+    sequences = [submit(scheduler, ((1, 2, 3, number), params), []) for number in range(4)]
+    done: list[int] = []
+    while scheduler.step():
+        done += [s.number for s in sequences if s.is_done and s.number not in done]
+        running = [s.number for s in scheduler.running]
+        waiting = [s.number for s in scheduler.waiting]
+        assert not running or not waiting or max(running) < min(waiting)
+    assert scheduler.counters.preemptions > 0
+    assert done == sorted(done)
+
+
+def test_who_cannot_be_let_in_leaves_known_beginnings_alone():
+    scheduler = scheduler_of("aligned", pages=40, prefix_share=0.5)
+    page = scheduler.arena.page_tokens
+    known = tuple(number % 13 for number in range(8 * page))
+    short = SamplingParams(max_tokens=4, stop_at_eos=False)
+    decode_all(scheduler, [((*known, 1), short)])
+    before = scheduler.counters.pages_known
+    assert before >= 8
+    held = SamplingParams(max_tokens=20 * page, rule="sequential", stop_at_eos=False)
+    submit(scheduler, (tuple(range(1, 13)) * page, held), [])
+    scheduler.step()
+    large = SamplingParams(max_tokens=8, stop_at_eos=False)
+    waiting = submit(scheduler, ((*known, *known, *known, *known, 2), large), [])
+    scheduler.step()
+    assert waiting in scheduler.waiting
+    assert scheduler.counters.pages_known == before
+
+
 @pytest.mark.parametrize("family", BIDIRECTIONAL)
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("pages", [200, 16])
@@ -322,8 +356,8 @@ def test_who_waits_for_a_beginning_goes_on_when_its_writer_is_gone(end):
     if end == "cancelled":
         scheduler.cancel(first)
     elif end == "preempted":
-        assert scheduler._preempt_other(scheduler.running[1])
-        assert scheduler._preempt_other(scheduler.running[1])
+        first.number = 99  # as if it had come last
+        assert scheduler._preempt_younger(scheduler.running[1])
     else:
         first.fail = lambda error: None
         first.loop.close()  # what it wants next never comes
@@ -379,7 +413,8 @@ def test_who_computes_its_lost_pages_again_holds_up_nobody():
     while long.settled == 0:
         scheduler.step()
     short = submit(scheduler, request, [])
-    assert scheduler._preempt_other(short)
+    long.number = 99  # as if it had come last
+    assert scheduler._preempt_younger(short)
     assert rounds_until_done(scheduler, short) == expected
     assert 0 < long.entries() < len(LONG)
 
