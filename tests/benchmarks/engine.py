@@ -1,11 +1,14 @@
 """The engine's rows of `make bench-sampler`: what a pass costs, and what the scheduler makes of it.
 
+`python -m tests.benchmarks.engine [ROUNDS]` runs them alone.
+
 Random weights of known shapes: these rows say what passes cost, not how good a text is. Arms run in
 turns; each figure is the median of its rounds.
 """
 
 import copy
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +30,7 @@ from cascade_model.sampler import plan_completion
 from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Scheduler
 from tests.benchmarks.baselines import sdar_loop
-from tests.benchmarks.report import Row
+from tests.benchmarks.report import Row, publish
 
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
          "num_key_value_heads": 3, "num_hidden_layers": 30, "vocab_size": 49152,
@@ -281,3 +284,8 @@ def rows(rounds: int) -> list[Row]:
         *against_published(rounds),
         *concurrency(rounds),
     ]
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    raise SystemExit(publish("engine", rows(count), threads=torch.get_num_threads(), seed=0))
