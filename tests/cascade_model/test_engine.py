@@ -246,24 +246,6 @@ def test_blocks_for_an_event_loop_are_the_same(llm):
     assert asyncio.run(gather()) == [alone] * 4
 
 
-def test_leaving_early_frees_the_pages(llm):
-    params = SamplingParams(max_tokens=60, stop_at_eos=False)
-    stream = llm.chunks("Hello", params)
-    next(stream)
-    stream.close()
-
-    async def leave() -> None:
-        blocks = llm.stream_blocks(TOKENIZER.encode("Hello"), params)
-        await anext(blocks)
-        await blocks.aclose()
-
-    asyncio.run(leave())
-    llm.generate(["x"], SamplingParams(max_tokens=1))  # a round behind the two cancellations
-    scheduler = llm.engine.scheduler
-    until(lambda: not scheduler.running and not scheduler.waiting)
-    assert scheduler.arena.free_pages + scheduler.prefixes.pages == scheduler.arena.num_pages
-
-
 def test_a_refused_prompt_leaves_the_others_alone(llm):
     params = SamplingParams(max_tokens=6, stop_at_eos=False)
     answers = {a.index: a.result for a in llm.answers(["a", [], "b", [1] * 500], params)}
