@@ -85,6 +85,7 @@ def run_in_turns(
             for name, write in arms.items():
                 tallies[name].seconds_together += timed(write, group, new_tokens)[0]
                 tallies[name].tokens_together += TOGETHER * new_tokens
+        print(f"{start + len(group)} of {len(prompts)} prompts", flush=True)
     return tallies
 
 
