@@ -38,8 +38,10 @@ class PageArena:
         self.page_tokens, self.num_pages = page_tokens, num_pages
         tokens = num_pages * page_tokens
         shape = (2, config.num_layers, tokens, config.num_kv_heads, config.head_dim)
-        self.entries = torch.empty(shape, dtype=dtype, device=device)
         # Not zeros: an entry is only read once it is written, and memory is taken page by page.
+        self.entries = torch.empty(shape, dtype=dtype, device=device)
+        self.layers = list(zip(*(part.unbind() for part in self.entries.unbind()), strict=True))
+        """The same memory, keys and values of each layer."""
         self._free: list[tuple[int, int]] = [(0, num_pages)]  # first page and count, rising
 
     @property

@@ -69,6 +69,7 @@ class _Ragged:
             for place in range(job.wanted.start, job.wanted.end)
         ]
         self.entries = torch.tensor(entries, device=arena.entries.device)
+        self.count, self.has_filler = len(entries), filler(len(entries)) > 0
         every = [piece for job in jobs for piece in _cut(job, range(len(job.wanted.tokens)), size)]
         kept = [piece for job in jobs for piece in _cut(job, job.wanted.reads, size)]
         self.every, self.kept = attention_of(arena, every), attention_of(arena, kept)
@@ -76,9 +77,9 @@ class _Ragged:
     def join(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write every job's new rows to its pages; attention finds them there."""
         self.layer = layer
-        for place, new in enumerate((keys, values)):
-            rows = new[0].transpose(0, 1)[: len(self.entries)]
-            self.arena.entries[place, layer].index_copy_(0, self.entries, rows)
+        for held, new in zip(self.arena.layers[layer], (keys, values), strict=True):
+            rows = new.squeeze(0).transpose(0, 1)
+            held.index_copy_(0, self.entries, rows[: self.count] if self.has_filler else rows)
         return keys, values
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ def by_piece(arena: PageArena, pieces: Sequence[Piece]) -> RaggedAttention:
     views = cache(arena.views)
     seen = [views(piece.run, max(piece.limits)) for piece in pieces]
     sizes = [len(piece.limits) for piece in pieces]
+    total, kv_heads = sum(sizes), arena.entries.shape[3]
 
     @cache
     def masks(sharing: int) -> list[Tensor | None]:
@@ -51,20 +52,20 @@ def by_piece(arena: PageArena, pieces: Sequence[Piece]) -> RaggedAttention:
         return [_mask(piece.limits * sharing, device) for piece in pieces]
 
     def one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        folded = q.reshape(1, keys.shape[1], -1, q.shape[-1])
+        folded = q.reshape(1, kv_heads, -1, q.shape[-1])
         done = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
         return done.view_as(q)
 
     def attend(q: Tensor, layer: int) -> Tensor:
-        added = q.shape[2] - sum(sizes)
+        added = q.shape[2] - total
+        each = masks(q.shape[1] // kv_heads)
+        if len(seen) == 1 and not added:
+            return one(q, *seen[0][layer], each[0])
         *parts, rest = q.split([*sizes, added], dim=2)
-        each = masks(q.shape[1] // arena.entries.shape[3])
         done = [
             one(part, *views[layer], mask)
             for part, views, mask in zip(parts, seen, each, strict=True)
         ]
-        if len(done) == 1 and not added:
-            return done[0]
         rows = [part.transpose(1, 2) for part in [*done, rest]]
         return torch.cat(rows, dim=1).transpose(1, 2)
 
