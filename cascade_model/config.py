@@ -395,6 +395,9 @@ class EngineConfig:
     """Type in which weights are loaded, and of keys and values. bfloat16 takes half the memory and
     is faster where the CPU has it; what it rounds may give other tokens. A model that was loaded
     already keeps its own."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model is loaded; cuda asks Ray for a GPU of its own for each engine. One that was
+    loaded already stays where it is."""
     max_sequences: int = 32
     """Sequences that run at once."""
     rows_per_round: int = 512
@@ -417,3 +420,8 @@ class EngineConfig:
             0.0 <= self.prefix_share < 1.0,
             f"prefix_share={self.prefix_share} must be at least 0 and below 1; use 0.25",
         )
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of one engine."""
+        return int(self.device == "cuda")

@@ -58,20 +58,14 @@ class LLM:
         self.engine = Engine(model, config)
 
     @classmethod
-    def load(
-        cls,
-        folder: str | Path,
-        config: EngineConfig | None = None,
-        *,
-        device: str = "cpu",
-    ) -> Self:
+    def load(cls, folder: str | Path, config: EngineConfig | None = None) -> Self:
         """Load a model folder, of ours or published; `CheckpointMismatch` if it is damaged."""
         config = config or EngineConfig()
         check(
-            device == "cpu" or (device.startswith("cuda") and torch.cuda.is_available()),
-            f"device={device} is not there; use cpu, or cuda on a machine with a GPU",
+            config.device == "cpu" or torch.cuda.is_available(),
+            f"device={config.device} is not there; use cpu, or a machine with a GPU",
         )
-        model, tokenizer = load_model(folder, getattr(torch, config.precision), device)
+        model, tokenizer = load_model(folder, getattr(torch, config.precision), config.device)
         return cls(model.eval(), require_text(tokenizer, folder), config)
 
     @property
@@ -250,11 +244,13 @@ class LLM:
         chunks: dict[Key, list[Chunk]] = {}
         try:
             for index, (request, own) in enumerate(zip(requests, each, strict=True)):
+                tokens: list[int] | None = None
                 for choice in range(n):
                     key = (index, choice)
                     try:
+                        tokens = tokens_of(request) if tokens is None else tokens
                         tickets[key] = submit(
-                            tokens_of(request),
+                            tokens,
                             own,
                             choice,
                             lambda event, key=key: events.put((key, event)),

@@ -40,7 +40,8 @@ def network_with(config: ModelConfig, tensors: Mapping[str, Tensor], where: str)
 
 
 def own_state(network: Network) -> dict[str, Tensor]:
-    """The network's tensors by name, on the CPU, a tied head left out."""
+    """The network's tensors by name, on the CPU, a tied head left out; not of a packed network,
+    whose weights lie in another order (`packed`)."""
     return {name: value.cpu().contiguous() for name, value in _untied(network).items()}
 
 

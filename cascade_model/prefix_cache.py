@@ -108,11 +108,6 @@ class PrefixCache:
         self._drop(next(iter(self._entries)))
         return True
 
-    def clear(self) -> None:
-        """Give every page back."""
-        while self.evict():
-            pass
-
     def _within(self, longer: Beginning) -> list[Entry]:
         """The entries that are a beginning of a longer one."""
         return [

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cascade_model.config import EngineConfig, check
 from cascade_model.counters import Counters
+from cascade_model.errors import InputError
 from cascade_model.networks import Network
 from cascade_model.packed import pack
 from cascade_model.pages import PageArena, Run
@@ -349,6 +350,11 @@ def arena_of(model: Network, config: EngineConfig) -> PageArena:
         f"{page_bytes}; raise cache_bytes",
     )
     num_pages = config.cache_bytes // page_bytes
-    return PageArena(
-        shape, num_pages=num_pages, page_tokens=page, dtype=weight.dtype, device=weight.device
-    )
+    try:
+        return PageArena(
+            shape, num_pages=num_pages, page_tokens=page, dtype=weight.dtype, device=weight.device
+        )
+    except RuntimeError:  # what torch raises where memory cannot be had, its GPU's error included
+        raise InputError(
+            f"cache_bytes={config.cache_bytes} is more than this machine's memory gives; lower it"
+        ) from None

@@ -87,8 +87,8 @@ class TextStream:
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
         check(
-            not isinstance(stop, str),
-            f"stop={stop!r} is one text, whose letters would each end the completion; give a list",
+            isinstance(stop, list | tuple) and all(isinstance(text, str) for text in stop),
+            f"stop={stop!r} must be a list of texts; use [] for none, and [text] for one",
         )
         self._decode = decode
         self._stop = [text for text in stop if text]

@@ -126,10 +126,14 @@ def answer_all(config: GenerateConfig, folder: "Folder", parts: "list[Part]") ->
     if not missing:
         return records
     threads = config.threads_per_worker or max(1, cores() // config.num_workers)
-    wanted = threads * min(config.num_workers, len(missing))
-    start_ray(num_cpus=wanted)
-    setting = f"num_workers={config.num_workers} with {threads} threads each"
-    require_resources(wanted, 0, setting, "use fewer workers or threads_per_worker")
+    workers = min(config.num_workers, len(missing))
+    start_ray(num_cpus=threads * workers)
+    require_resources(
+        threads * workers,
+        config.engine.num_gpus * workers,
+        f"num_workers={config.num_workers} with {threads} threads each on {config.engine.device}",
+        "use fewer workers or threads_per_worker, or engine.device=cpu",
+    )
     settings = worker_settings(config, threads)
     for record in generation.run_on_ray(missing, settings, config.num_workers):
         records.append(record)
@@ -164,7 +168,7 @@ def job_identity(config: GenerateConfig, weights: str, input_sha256: str) -> dic
     """What the completions depend on; an output folder belongs to one such job."""
     same_answer = {"model", "input", "output", "num_workers", "threads_per_worker", "max_dead_rate"}
     settings = {key: value for key, value in to_dict(config).items() if key not in same_answer}
-    settings["engine"] = {"precision": config.engine.precision}
+    settings["engine"] = {name: getattr(config.engine, name) for name in ("precision", "device")}
     # Through JSON, so that it compares equal to what is read back.
     return json.loads(
         json.dumps({**settings, "weights_sha256": weights, "input_sha256": input_sha256})

@@ -23,7 +23,7 @@ from jobs.cli import build, command
 from jobs.deployment import deployed
 from jobs.launch import absolute
 from jobs.replicas import KEYS_VARIABLE, Ingress, Sampler
-from jobs.serve_yaml import check_serve_document, cpus_of, read_serve_yaml
+from jobs.serve_yaml import amounts_of, check_serve_document, read_serve_yaml
 from pipelines.cluster import require_resources, start_ray
 
 APP = "cascade"
@@ -122,7 +122,10 @@ def deployment_options(config: ServeConfig) -> dict[str, dict[str, Any]]:
     sampler = {
         "max_ongoing_requests": config.streams_per_replica,
         "max_queued_requests": config.max_in_flight,
-        "ray_actor_options": {"num_cpus": config.threads_per_replica},
+        "ray_actor_options": {
+            "num_cpus": config.threads_per_replica,
+            "num_gpus": config.engine.num_gpus,
+        },
         "autoscaling_config": {
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
@@ -136,8 +139,8 @@ def deployment_options(config: ServeConfig) -> dict[str, dict[str, Any]]:
     return {"sampler": sampler, "ingress": ingress}
 
 
-def cpus_wanted(document: dict[str, Any]) -> tuple[float, float]:
-    """CPUs that the replicas of a checked document take: at the start, and when all have come."""
+def wanted_of(document: dict[str, Any], resource: str = "num_cpus") -> tuple[float, float]:
+    """CPUs, or GPUs, of a checked document: at the start, and when all replicas have come."""
     start = most = 0.0
     for application in document["applications"]:
         options: dict[str, dict[str, Any]] = {}
@@ -146,7 +149,7 @@ def cpus_wanted(document: dict[str, Any]) -> tuple[float, float]:
         for deployment in application.get("deployments", []):
             name = deployment["name"]
             options[name] = {**options.get(name, {}), **deployment}
-        for first, last in map(cpus_of, options.values()):
+        for first, last in (amounts_of(each, resource) for each in options.values()):
             start, most = start + first, most + last
     return start, most
 
@@ -262,10 +265,14 @@ def run(config: ServeConfig) -> dict[str, Any]:
 
 def start_ray_for(document: dict[str, Any]) -> None:
     """A Ray of this machine with a place for every replica, or one that can start them at least."""
-    start, most = cpus_wanted(document)
+    start, most = wanted_of(document)
     start_ray(num_cpus=max(1, math.ceil(most)))
-    cure = "lower min_replicas or threads_per_replica, or use a larger cluster"
-    require_resources(start, 0, "the replicas to start (min_replicas x threads_per_replica)", cure)
+    require_resources(
+        start,
+        wanted_of(document, "num_gpus")[0],
+        "the replicas to start (min_replicas x threads_per_replica, a GPU each on cuda)",
+        "lower min_replicas or threads_per_replica, or use a larger cluster",
+    )
 
 
 def announce(document: dict[str, Any], url: str) -> None:

@@ -48,9 +48,11 @@ def check_serve_document(document: dict[str, Any], source: str) -> None:
         raise InputError(f"{source}: `{place}`: {first['msg']}; mend that line") from None
 
 
-def cpus_of(deployment: dict[str, Any]) -> tuple[float, float]:
-    """CPUs of a deployment's replicas: of those it starts with, and of all it may have."""
-    each = (deployment.get("ray_actor_options") or {}).get("num_cpus", 1) or 0
+def amounts_of(deployment: dict[str, Any], resource: str) -> tuple[float, float]:
+    """CPUs (`num_cpus`) or GPUs (`num_gpus`) of a deployment's replicas: of those it starts with,
+    and of all it may have."""
+    default = 1 if resource == "num_cpus" else 0  # Ray's
+    each = (deployment.get("ray_actor_options") or {}).get(resource, default) or 0
     fixed, scaling = deployment.get("num_replicas"), deployment.get("autoscaling_config")
     if isinstance(fixed, int) or not scaling:
         count = fixed if isinstance(fixed, int) else 1

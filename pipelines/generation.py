@@ -327,6 +327,7 @@ def run_on_ray(
         fn_constructor_kwargs=worker,
         batch_size=1,
         num_cpus=worker["threads"],
+        num_gpus=worker["engine"].num_gpus,
         compute=ray.data.ActorPoolStrategy(size=min(num_workers, len(parts))),
     )
     for row in data.iter_rows():

@@ -24,6 +24,7 @@ from cascade_model.config import ModelConfig
 from cascade_model.model import Transformer
 from cascade_model.networks import Network
 from cascade_model.sampling import SamplingParams
+from cascade_model.scheduler import Scheduler
 from cascade_model.weights import load_model
 from tests.benchmarks.report import commit, machine
 from tests.cascade_model.traces import (
@@ -121,8 +122,9 @@ def some_text(config: ModelConfig, length: int, seed: int) -> tuple[int, ...]:
 
 # Conditions
 
-Found = list[Trace | None]
-"""One for each request; none where the condition did not come about."""
+Found = list[Trace | str | None]
+"""One for each request; none where the condition should have come about and did not."""
+CANNOT = "the condition is not for this request"
 
 
 def alone(model: Network, asks: Sequence[Ask]) -> Found:
@@ -150,7 +152,7 @@ def known_prefix(model: Network, asks: Sequence[Ask]) -> Found:
         finish(scheduler, [Watch(scheduler, ask)])
         again = Watch(scheduler, ask)
         finish(scheduler, [again])
-        found.append(again.trace() if scheduler.counters.prefix_hits else None)
+        found.append(CANNOT if is_guided(ask) else again.trace() if hits(scheduler) == 1 else None)
     return found
 
 
@@ -159,8 +161,19 @@ def same_moment(model: Network, asks: Sequence[Ask]) -> Found:
     found: Found = []
     for ask in asks:
         scheduler, watches = run(model, [ask] * 3)
-        found.append(watches[-1].trace() if scheduler.counters.prefix_hits == 2 else None)
+        last = watches[-1].trace()
+        found.append(CANNOT if is_guided(ask) else last if hits(scheduler) == 2 else None)
     return found
+
+
+def is_guided(ask: Ask) -> bool:
+    """Two streams share nothing with others."""
+    return ask.params.guidance_scale > 0
+
+
+def hits(scheduler: Scheduler) -> int:
+    """Requests that took a beginning over."""
+    return scheduler.counters.prefix_hits
 
 
 def preempted(model: Network, asks: Sequence[Ask]) -> Found:
@@ -188,7 +201,29 @@ def chunks(model: Network, asks: Sequence[Ask]) -> Found:
     for ask in asks:
         others = company(model, 3, ask.params.max_tokens)
         _, [watch] = run(model, [ask], others, rows_per_round=rows, prefix_share=0.0)
-        found.append(watch.trace() if len(ask.prompt) > rows else None)
+        found.append(watch.trace() if len(ask.prompt) > rows else CANNOT)
+    return found
+
+
+def continued(model: Network, asks: Sequence[Ask]) -> Found:
+    """Each begun by one engine and taken up by another behind its first blocks."""
+    found: Found = []
+    for ask in asks:
+        _, [first] = run(model, [ask])
+        half = first.blocks[: len(first.blocks) // 2]
+        committed = [token for block in half for token in block.tokens]
+        scheduler = scheduler_of(model)
+        second = Watch(scheduler, ask, committed, sum(block.steps for block in half))
+        finish(scheduler, [second])
+        whole, rest = first.trace(), second.trace()
+        before = len(whole.logits) - len(rest.logits)
+        margins = [block.margin for block in half if block.margin is not None]
+        joined = Trace(
+            tokens=(*committed, *rest.tokens),
+            logits=whole.logits[:before] + rest.logits,
+            margin=min([rest.margin, *margins]),
+        )
+        found.append(joined if half and rest.logits else None)
     return found
 
 
@@ -197,6 +232,7 @@ EVERYWHERE = {
     "in a batch of 2": partial(batches, size=2),
     "in a batch of 8": partial(batches, size=8),
     "in a batch of 32": partial(batches, size=32),
+    "on behind half of it": continued,
 }
 BLOCK_CAUSAL = {
     "behind a known prefix": known_prefix,
@@ -267,8 +303,10 @@ class Row:
 
     dtype: str
     condition: str
+    wanted: int
+    """Requests to which it should have come about."""
     requests: int
-    """To which it came about."""
+    """To which it did."""
     equal_tokens: int
     equal_logits: int
     margin: float
@@ -277,16 +315,19 @@ class Row:
     @property
     def ok(self) -> bool:
         """Whether what is promised holds: float32 to the bit."""
-        is_equal = self.requests == self.equal_tokens == self.equal_logits > 0
+        counts = {self.wanted, self.requests, self.equal_tokens, self.equal_logits}
+        is_equal = len(counts) == 1 and self.wanted > 0
         return is_equal or self.dtype != "float32"
 
 
 def compared(dtype: str, condition: str, expected: Found, found: Found) -> Row:
     """What each request gave against what it gave alone."""
-    pairs = [(a, b) for a, b in zip(expected, found, strict=True) if a and b]
+    meant = [(a, b) for a, b in zip(expected, found, strict=True) if b != CANNOT]
+    pairs = [(a, b) for a, b in meant if isinstance(a, Trace) and isinstance(b, Trace)]
     return Row(
         dtype=dtype,
         condition=condition,
+        wanted=len(meant),
         requests=len(pairs),
         equal_tokens=sum(a.tokens == b.tokens for a, b in pairs),
         equal_logits=sum(a.logits == b.logits for a, b in pairs),

@@ -443,5 +443,5 @@ def test_settings_of_an_engine_are_checked_too():
         EngineConfig(precision="float16")
     with pytest.raises(InputError, match=r"engine\.cache_bytes=1500000.0 must be a whole number"):
         EngineConfig(cache_bytes=1.5e6)
-    with pytest.raises(InputError, match="device=gpu is not there"):
-        LLM.load("anywhere", device="gpu")
+    with pytest.raises(InputError, match="device=cuda is not there"):
+        LLM.load("anywhere", EngineConfig(device="cuda"))

@@ -160,7 +160,8 @@ def assert_nothing_left(scheduler: Scheduler) -> None:
     assert not scheduler.running
     assert not scheduler.waiting
     assert_all_pages_accounted_for(scheduler)
-    scheduler.prefixes.clear()
+    while scheduler.prefixes.evict():
+        pass
     assert scheduler.arena.free_pages == scheduler.arena.num_pages
 
 

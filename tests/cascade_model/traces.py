@@ -54,10 +54,22 @@ class Recorded(Plan):
 class Watch:
     """A request in a scheduler, and what was seen of it."""
 
-    def __init__(self, scheduler: Scheduler, ask: Ask) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        ask: Ask,
+        committed: Sequence[int] = (),
+        steps_made: int = 0,
+    ) -> None:
         weight = next(scheduler.model.parameters())
         plan = plan_completion(
-            scheduler.model.config, list(ask.prompt), ask.params, 0, weight.device
+            scheduler.model.config,
+            list(ask.prompt),
+            ask.params,
+            0,
+            weight.device,
+            committed=committed,
+            steps_made=steps_made,
         )
         self.plan = Recorded(**{field.name: getattr(plan, field.name) for field in fields(plan)})
         self.plan.replies = []

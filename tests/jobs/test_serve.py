@@ -13,6 +13,7 @@ import openai
 import pytest
 import yaml
 
+from cascade_model.config import EngineConfig
 from cascade_model.errors import CheckpointMismatch, InputError
 from jobs import serve
 from jobs.deployment import deployed
@@ -20,11 +21,11 @@ from jobs.replicas import Ingress
 from jobs.serve import (
     ServeConfig,
     announce,
-    cpus_wanted,
     require_free_port,
     require_keys,
     serve_document,
     validate_serve_config,
+    wanted_of,
 )
 from tests.tiny_models import text_config
 
@@ -144,13 +145,18 @@ def test_settings_that_cannot_work_are_refused(settings, words):
 
 def test_every_replica_gets_its_cpus_by_flags_and_by_yaml():
     flags = ServeConfig(model="m", min_replicas=2, max_replicas=3, threads_per_replica=4)
-    assert cpus_wanted(serve_document(flags)) == (8, 12)
-    assert cpus_wanted(validate_serve_config(SHIPPED)) == (1, 4)
+    assert wanted_of(serve_document(flags)) == (8, 12)
+    assert wanted_of(validate_serve_config(SHIPPED)) == (1, 4)
     document = serve_document(flags)
     document["applications"][0]["deployments"] = [{"name": "sampler", "num_replicas": 5}]
-    assert cpus_wanted(document) == (20, 20)
+    assert wanted_of(document) == (20, 20)
+    assert wanted_of(document, "num_gpus") == (0, 0)
+    on_gpus = ServeConfig(
+        model="m", min_replicas=2, max_replicas=3, engine=EngineConfig(device="cuda")
+    )
+    assert wanted_of(serve_document(on_gpus), "num_gpus") == (2, 3)
     foreign = {"name": "other", "import_path": "other:app", "deployments": [{"name": "x"}]}
-    assert cpus_wanted({"applications": [*document["applications"], foreign]}) == (21, 21)
+    assert wanted_of({"applications": [*document["applications"], foreign]}) == (21, 21)
 
 
 @pytest.mark.ray

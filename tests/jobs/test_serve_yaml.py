@@ -3,7 +3,7 @@
 import pytest
 
 from cascade_model.errors import InputError
-from jobs.serve_yaml import check_serve_document, cpus_of, read_serve_yaml
+from jobs.serve_yaml import amounts_of, check_serve_document, read_serve_yaml
 
 
 def document(**deployment) -> dict:
@@ -63,4 +63,4 @@ def test_a_mistake_is_named_with_its_place(deployment, words):
     ],
 )
 def test_cpus_are_counted_at_the_start_and_at_most(deployment, cpus):
-    assert cpus_of(deployment) == cpus
+    assert amounts_of(deployment, "num_cpus") == cpus
