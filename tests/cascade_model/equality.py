@@ -183,12 +183,12 @@ def preempted(model: Network, asks: Sequence[Ask]) -> Found:
     for ask in asks:
         streams = 2 if ask.params.guidance_scale else 1
         own = streams * -(-(len(ask.prompt) + ask.params.max_tokens + size) // page)
-        length = (own + 4) * page
+        length = (own + 2) * page
         prompt = some_text(model.config, page - size, 7)
         grows = SamplingParams(
             max_tokens=length - len(prompt), steps_per_block=1, stop_at_eos=False
         )
-        share = {"pages": own + 4, "prefix_share": 0.0}
+        share = {"pages": own + 2, "prefix_share": 0.0}
         _, [watch] = run(model, [ask], [Ask(prompt, grows)], **share)
         found.append(watch.trace() if watch.was_preempted else None)
     return found

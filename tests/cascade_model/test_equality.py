@@ -16,16 +16,16 @@ from tests.cascade_model.equality import (
     random_model,
     requests,
 )
-from tests.cascade_model.test_scheduler import BIDIRECTIONAL, CAUSAL
+from tests.cascade_model.test_scheduler import FAMILIES
 
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "head_dim": 16, "block_size": 4}
 
 
-@pytest.mark.parametrize("family", CAUSAL | BIDIRECTIONAL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_request_gives_the_same_logits_to_the_bit_whatever_happens(family):
     """Float32, thresholds in the middle of the scores."""
-    model = random_model(**(SIZES | (CAUSAL | BIDIRECTIONAL)[family]))
-    asks = requests(model, 2, 12)
+    model = random_model(**(SIZES | FAMILIES[family]))
+    asks = requests(model, 2, 20)
     expected = alone(model, asks)
     for name, condition in conditions(model).items():
         row = compared("float32", name, expected, condition(model, asks))

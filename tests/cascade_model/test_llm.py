@@ -122,7 +122,7 @@ def test_numbers_that_do_not_fit_are_refused_and_nothing_runs(llm):
     for wrong in (5, [1.5], [None], ["a"]):
         with pytest.raises(InputError, match="is neither text nor a list of token ids"):
             llm.generate([wrong], free())
-    with pytest.raises(InputError, match="stop='END' is one text, whose letters would each"):
+    with pytest.raises(InputError, match="stop='END' must be a list of texts"):
         llm.generate(["a"], free(), stop="END")
     for wrong in (5, [5], ("a",)):
         with pytest.raises(InputError, match="must be a tuple of token ids"):
