@@ -32,6 +32,9 @@ from tests.benchmarks.fault_points import (
     counts_of,
 )
 from tests.benchmarks.fault_runs import contents, finished, flags, started, write_texts
+from tests.benchmarks.faults_disk import disk_rows
+from tests.benchmarks.faults_poison import poison_rows
+from tests.benchmarks.faults_s3 import s3_rows
 from tests.benchmarks.report import Row, publish
 
 SEED = 20
