@@ -28,19 +28,22 @@ class Mark:
     """Style class: plain, out, dropped or dead."""
 
 
-def histogram(marks: Sequence[Mark], title: str) -> Html:
-    """Bars side by side, heights in proportion to the counts; every n-th label is drawn."""
+def histogram(marks: Sequence[Mark], title: str, width: int = _WIDTH) -> Html:
+    """Bars side by side, heights in proportion to the counts; every n-th label is drawn.
+
+    `width` is in letters' units: a chart that is shown narrow has fewer of them.
+    """
     most = max((mark.count for mark in marks), default=0) or 1
-    step = _WIDTH / max(1, len(marks))
-    every = -(-len(marks) // 12)
+    step = width / max(1, len(marks))
+    every = -(-len(marks) * 40 // width)
     drawn = [_bar(mark, place * step, step, most) for place, mark in enumerate(marks)]
     labels = [
         _label(mark.label, (place + 0.5) * step)
         for place, mark in enumerate(marks)
         if place % every == 0
     ]
-    base = element("line", x1=0, x2=_WIDTH, y1=_HEIGHT, y2=_HEIGHT, class_="base")
-    return _svg(title, _HEIGHT + _FOOT, *drawn, base, *labels)
+    base = element("line", x1=0, x2=width, y1=_HEIGHT, y2=_HEIGHT, class_="base")
+    return _svg(title, width, _HEIGHT + _FOOT, *drawn, base, *labels)
 
 
 def _bar(mark: Mark, left: float, step: float, most: int) -> Html:
@@ -62,7 +65,7 @@ def whole(marks: Sequence[Mark], title: str) -> Html:
     for mark, width in zip(marks, widths, strict=True):
         drawn.append(_rect(mark, left, 0, width * scale, 26))
         left += width * scale
-    return _svg(title, 26, *drawn)
+    return _svg(title, _WIDTH, 26, *drawn)
 
 
 def _rect(mark: Mark, x: float, y: float, width: float, height: float) -> Html:
@@ -77,6 +80,6 @@ def _rect(mark: Mark, x: float, y: float, width: float, height: float) -> Html:
     )
 
 
-def _svg(title: str, height: int, *children: Html) -> Html:
-    view = f"0 0 {_WIDTH} {height}"
+def _svg(title: str, width: int, height: int, *children: Html) -> Html:
+    view = f"0 0 {width} {height}"
     return element("svg", *children, viewBox=view, role="img", aria_label=title)

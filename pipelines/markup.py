@@ -19,7 +19,7 @@ class Html(str):
     __slots__ = ()
 
 
-def element(name: str, *children: str | None, **attributes: object) -> Html:
+def element(name: str, /, *children: str | None, **attributes: object) -> Html:
     """One element; children that are no `Html` are escaped, None is left out.
 
     `class_` is `class`, `data_x` is `data-x`; an attribute that is None is left out.

@@ -10,8 +10,6 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from cascade_model.commit import Folder
 from cascade_model.schema import SPLITS, Manifest
 from pipelines.report_masks import masks_of
@@ -132,12 +130,12 @@ def _split(manifest: Manifest, facts: list[dict[str, Any]], split: str) -> dict[
 
 def _lengths(facts: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """Documents by the bit length of their size: bin b holds sizes 2^(b-1) .. 2^b - 1."""
-    counts = np.sum([each[name] for each in facts], axis=0, dtype=np.int64)
-    held = np.flatnonzero(counts)
-    bins = range(held[0], held[-1] + 1) if held.size else range(0)
+    counts = [sum(column) for column in zip(*(each[name] for each in facts), strict=True)]
+    held = [bit for bit, count in enumerate(counts) if count]
+    bins = range(held[0], held[-1] + 1) if held else range(0)
     return {
         "bins": [
-            {"low": 1 << bit - 1 if bit else 0, "high": (1 << bit) - 1, "count": int(counts[bit])}
+            {"low": 1 << bit - 1 if bit else 0, "high": (1 << bit) - 1, "count": counts[bit]}
             for bit in bins
         ]
     }

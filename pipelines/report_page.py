@@ -143,7 +143,7 @@ def _lengths(report: dict[str, Any]) -> Html:
         element(
             "div",
             element("h2", title),
-            histogram(_length_marks(report[name]["bins"], name, unit), title),
+            histogram(_length_marks(report[name]["bins"], name, unit), title, width=400),
         )
         for name, title, unit in (
             ("document_bytes", "Document length in bytes", "bytes"),
@@ -266,7 +266,7 @@ def _piece(piece: dict[str, Any]) -> Html:
     text = visible(piece["text"])
     if kind == "mask":
         width = f"width:{min(max(len(text), 1), 24)}ch"
-        return element("b", class_="mask", style=width, title=f"{text!r}, token {piece['token']}")
+        return element("b", class_="mask", style=width, title=f"“{text}”, token {piece['token']}")
     return element("span", text, class_=kind)
 
 
