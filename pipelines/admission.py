@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 import tokenizers
-from cascade_model.fast_tokenizer import REFERENCE, admit
 
 from cascade_model.commit import Folder
+from cascade_model.fast_tokenizer import REFERENCE, admit
 from pipelines.cleaning import cleaned
 from pipelines.encoding import tokenizer_of
 from pipelines.isolation import attempt

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from cascade_model.chat_template import ChatTemplate
-from cascade_model.fast_tokenizer import REFERENCE
-
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record, require_writable
 from cascade_model.corpus import read_manifest
 from cascade_model.errors import InputError, Unfinished
+from cascade_model.fast_tokenizer import REFERENCE
 from cascade_model.schema import (
     MANIFEST,
     SPLITS,
