@@ -1,6 +1,6 @@
 """The masks that stand in a corpus's shards, as a report shows them.
 
-A bounded part of any corpus is read: the first record batch of at most eight training shards.
+A bounded part of any corpus is read: the first record batch of at most sixteen training shards.
 """
 
 from typing import Any
@@ -9,11 +9,10 @@ import numpy as np
 
 from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus, SequenceRows
-from cascade_model.schema import Manifest
-from cascade_model.shards import batch_rows
+from cascade_model.schema import Manifest, batch_rows
 from cascade_model.tokenizer import Tokenizer
 
-_READ_SHARDS = 8
+_READ_SHARDS = 16
 _SHOWN_SEQUENCES = 12
 _SHOWN_TOKENS = 512
 _MOST_BINS = 20

@@ -9,6 +9,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from cascade_model.commit import Folder
+
 ROOT = Path(__file__).parents[2]
 _TOLD_ANEW = ("report.json", "report.html")
 """They tell a run's times, so no two runs write the same."""
@@ -65,9 +67,26 @@ def finished(events: Path, words: Sequence[str], **settings: str) -> int:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digest of every file by name, but of those that tell a run's times."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in _TOLD_ANEW]
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
+    """Digest of every file by name, but of those that tell a run's times.
+
+    Nor does a killed process's unfinished file count, which no reader looks at.
+    """
+    found = {}
+    for path in _finished_files(folder):
+        if path.name not in _TOLD_ANEW:
+            name = str(path.relative_to(folder))
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def left_half_written(folder: Path) -> int:
+    """Files that killed processes did not finish, known by the commit protocol's own names."""
+    files = {path for path in folder.rglob("*") if path.is_file()}
+    return len(files - set(_finished_files(folder)))
+
+
+def _finished_files(folder: Path) -> list[Path]:
+    """Every file under a folder that the commit protocol calls one."""
+    places = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+    paths = [place / name for place in places for name in Folder(place).list()]
+    return [path for path in paths if path.is_file()]

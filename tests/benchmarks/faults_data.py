@@ -31,7 +31,14 @@ from tests.benchmarks.fault_points import (
     PAUSED,
     counts_of,
 )
-from tests.benchmarks.fault_runs import contents, finished, flags, started, write_texts
+from tests.benchmarks.fault_runs import (
+    contents,
+    finished,
+    flags,
+    left_half_written,
+    started,
+    write_texts,
+)
 from tests.benchmarks.faults_disk import disk_rows
 from tests.benchmarks.faults_poison import poison_rows
 from tests.benchmarks.faults_s3 import s3_rows
@@ -118,6 +125,7 @@ class Outcome:
     is_same: bool
     lost: int
     doubled: int
+    half_written: int
     says: str
 
 
@@ -147,6 +155,7 @@ def round_of(point: Point, folder: Path, source: Path, undisturbed: Path) -> Out
         is_same=victim is not None and again == 0 and contents(output) == contents(undisturbed),
         lost=len(wanted - found),
         doubled=sum(count - 1 for count in found.values()),
+        half_written=left_half_written(output),
         says=says,
     )
 
@@ -188,6 +197,8 @@ def kill_rows(count: int, folder: Path, source: Path) -> Iterator[Row]:
     lost, doubled = sum(o.lost for o in outcomes), sum(o.doubled for o in outcomes)
     yield Row("kill -9: sequences lost", lost, "", bar=0, is_limit=True)
     yield Row("kill -9: sequences doubled", doubled, "", bar=0, is_limit=True)
+    half = sum(outcome.half_written for outcome in outcomes)
+    yield Row("kill -9: half-written files left, which nothing reads", half, "files")
     caught = control_round(folder / "control", source, undisturbed)
     yield Row("control: without the commit protocol the check fails", int(caught), "of 1", bar=1)
 

@@ -11,6 +11,7 @@ commit protocol behind them, are tried on what a store may do on a bad day.
 
 import http.client
 import json
+import logging
 import random
 import socket
 import threading
@@ -174,6 +175,7 @@ def moto_server() -> Iterator[str]:
     """moto's S3 server on a free port of loopback: its URL."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it tells of every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
