@@ -50,14 +50,13 @@ def cleaned(text: str, cleaning: Cleaning) -> str | Drop:
 def cleaned_document(document: Document, cleaning: Cleaning) -> Document | Drop:
     """A document that was read whole, cleaned; of a conversation each content is normalised, and
     the rules judge all of them together."""
-    assert document.text is not None
     if document.messages is not None:
         messages = [
             {**turn, "content": normalised(turn["content"], cleaning.normalise)}
             for turn in document.messages
         ]
         document = replace(document, messages=messages)
-    text = cleaned(document.text, cleaning)
+    text = cleaned(document.text or "", cleaning)
     return text if isinstance(text, Drop) else replace(document, text=text)
 
 

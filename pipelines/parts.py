@@ -134,9 +134,7 @@ def hash_part(job: Job, part: Part) -> Record:
         return done
     _require_job(work)
     with attempt(work, name) as deaths:
-        trial = partial(
-            _try_rows, job.documents, part, partial(cleaned_document, cleaning=job.cleaning)
-        )
+        trial = partial(_try_rows, job, part, None)
         deadly = killers(work, name, trial) if deaths == DEATHS else frozenset()
         hashes = Hashes()
         for document in job.documents(part):
@@ -187,7 +185,7 @@ def pack_part(job: Job, part: Part) -> Record:
 def _try_rows(
     job: Job,
     part: Part,
-    work: Callable[[Document], object],
+    work: Callable[[Document], None] | None,
     start: int,
     tell: Callable[[int, bool], None],
 ) -> None:
@@ -201,7 +199,7 @@ def _try_rows(
         if row >= start and document.text is not None:
             tell(row, False)
             found = cleaned_document(document, job.cleaning)
-            if not isinstance(found, Drop):
+            if work and not isinstance(found, Drop):
                 work(found)
 
 
