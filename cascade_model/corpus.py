@@ -6,6 +6,7 @@ sources, g chooses the source and its own sample first (`mixing`). What a sample
 on (corpus, recipe, g) alone.
 """
 
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +18,8 @@ from cascade_model.config import NoiseConfig, TrainingNoise
 from cascade_model.errors import CorpusMismatch, InputError
 from cascade_model.mixing import Mixture
 from cascade_model.open_shards import OpenShards, Rows
+from cascade_model.prefetch import ahead
+from cascade_model.provenance import DocumentTables, Seen
 from cascade_model.schema import (
     MANIFEST,
     TOKENIZER,
@@ -80,6 +83,7 @@ class Corpus:
     ) -> None:
         self._folder, self.manifest, self.split = folder, manifest, split
         self._entry = manifest.splits[split]
+        self.documents = DocumentTables(folder, manifest)
         self._mixture = Mixture(self._entry.sources, self._entry.num_sequences)
         self._shards = OpenShards(
             folder,
@@ -217,6 +221,57 @@ class Corpus:
         is_stored = (draws == 0) & (noise.recipe == self.manifest.noise and noise.padding != "eos")
         whole = self._masked(ids, ranks, draws, samples % copies == 1, is_stored, noise)
         return self._cut(whole, first_sample, num_samples, noise)
+
+    def batches(
+        self, spans: Iterable[tuple[int, int]], noise: NoiseConfig, depth: int = 2
+    ) -> Generator[Batch, None, None]:
+        """`batch(first_sample, num_samples, noise)` of each span, read ahead by a thread.
+
+        At most `depth` batches are ready at a time; close the iterator to end the thread.
+        """
+        return ahead((self.batch(first, count, noise) for first, count in spans), depth)
+
+    def documents_of(
+        self, first_sample: int, num_samples: int, noise: NoiseConfig | None = None
+    ) -> list[Seen]:
+        """Which pieces of which documents these samples hold, in order.
+
+        `noise` is the run's, whose seed fixes the order; none is the corpus's own recipe.
+        """
+        noise = noise or self.manifest.noise
+        samples = np.arange(first_sample, first_sample + num_samples, dtype=np.uint64)
+        copies = np.uint64(2 if isinstance(noise, TrainingNoise) and noise.complement else 1)
+        ids, _, _ = self._mixture.places(samples // copies, noise)
+        pieces: dict[int, tuple[np.ndarray, ...]] = {}
+
+        def take(stored: Stored, rows: Rows, at: Rows) -> None:
+            for row, place in zip(np.atleast_1d(rows), np.atleast_1d(at), strict=True):
+                mine = slice(*stored.start_offsets[row : row + 2])
+                pieces[int(place)] = tuple(
+                    getattr(stored, name)[mine]
+                    for name in ("document_ids", "span_starts", "span_stops")
+                )
+
+        self._shards.visit(ids, take)
+        flat = [
+            (place, document, (int(start), int(stop)))
+            for place in range(num_samples)
+            for document, start, stop in zip(*pieces[place], strict=True)
+        ]
+        documents = np.array([document for _, document, _ in flat], dtype=np.uint64)
+        return [
+            Seen(
+                sample=first_sample + place,
+                sequence_id=int(ids[place]),
+                document_id=int(document),
+                path=path,
+                where=where,
+                span=span,
+            )
+            for (place, document, span), (path, where) in zip(
+                flat, self.documents.places(documents), strict=True
+            )
+        ]
 
     def _require_noise(self, noise: TrainingNoise) -> None:
         if self.block_size % noise.block_size:
