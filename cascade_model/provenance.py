@@ -1,5 +1,6 @@
 """Where a piece of a sequence came from: the tables of documents beside the shards."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NoReturn
@@ -42,6 +43,28 @@ class DocumentTables:
     def places(self, document_ids: np.ndarray) -> list[tuple[str, str]]:
         """Path and place of each document, uint64 [n]; `CorpusMismatch` when one is not listed."""
         found: list[tuple[str, str]] = [("", "")] * len(document_ids)
+        for table, mine, rows in self._found(document_ids):
+            paths, places = table.column("path"), table.column("where")
+            for at, row in zip(mine.tolist(), rows.tolist(), strict=True):
+                found[at] = (paths[row].as_py(), places[row].as_py())
+        return found
+
+    def sizes(self, document_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes, uint32 [n], and split, uint8 [n], of each document, uint64 [n].
+
+        `CorpusMismatch` when one is not listed.
+        """
+        sizes = np.empty(len(document_ids), dtype=np.uint32)
+        splits = np.empty(len(document_ids), dtype=np.uint8)
+        for table, mine, rows in self._found(document_ids):
+            sizes[mine] = table.column("bytes").to_numpy()[rows]
+            splits[mine] = table.column("split").to_numpy()[rows]
+        return sizes, splits
+
+    def _found(
+        self, document_ids: np.ndarray
+    ) -> Iterator[tuple[pa.RecordBatch, np.ndarray, np.ndarray]]:
+        """Each part's table, the places of its documents in `document_ids`, and their rows."""
         parts = document_ids >> _PART
         for part in np.unique(parts):
             table, mine = self.table(int(part)), np.flatnonzero(parts == part)
@@ -51,10 +74,7 @@ class DocumentTables:
             is_listed[is_listed] = ids[rows[is_listed]] == document_ids[mine][is_listed]
             if not is_listed.all():
                 self._refuse(int(part), "does not list a document that the shards hold")
-            for at, row in zip(mine.tolist(), rows.tolist(), strict=True):
-                path, where = table.column("path")[row], table.column("where")[row]
-                found[at] = (path.as_py(), where.as_py())
-        return found
+            yield table, mine, rows
 
     def _read(self, part: int) -> pa.RecordBatch:
         """The table of a part, its ids rising and of this part."""
