@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -68,17 +69,22 @@ def spent(
 ) -> Spent:
     """Run `python -m module arm settings` and take its account; its last line is JSON."""
     command: Sequence[str] = [sys.executable, "-m", module, arm, json.dumps(settings)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, env={**os.environ, **environment}, text=True
-    ) as process:
+    surroundings = {**os.environ, **environment}
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, env=surroundings, text=True
+        ) as process,
+    ):
         clock = TreeClock(process.pid)
         assert process.stdout is not None
         lines = process.stdout.read().splitlines()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    seen = clock.stop()
-    if process.returncode:
-        raise SystemExit(f"{arm} failed with {process.returncode}")
+        seen = clock.stop()
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{log.read()}{arm} failed with {process.returncode}")
     told = json.loads(lines[-1])
     cpu = max(usage.ru_utime + usage.ru_stime, seen) - told["before"]
     return Spent(cpu, told["seconds"], usage.ru_maxrss / 1024, told["tokens"])

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 FILES = 8
-_ROWS = 256
+_ROWS = 32
+"""Documents of a row group; small ones keep the files alike."""
 _LARGEST = 1 << 20
 _DOCUMENTATION = Path("/usr/share/doc")
 
