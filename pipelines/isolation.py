@@ -80,9 +80,11 @@ def died_at(trial: Trial, start: int) -> tuple[int | None, bool]:
         shared[:] = _STATE.pack(start, 1)
 
         def tell(row: int, is_reading: bool) -> None:
+            if os.getppid() != parent:  # whoever killed the parent must not leave the child
+                os._exit(1)
             shared[:] = _STATE.pack(row, is_reading)
 
-        child = os.fork()
+        parent, child = os.getpid(), os.fork()
         if child == 0:
             _live(trial, start, tell)
         _, status = os.waitpid(child, 0)

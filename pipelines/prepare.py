@@ -9,16 +9,16 @@ manifest come last. A task whose record is there is not run again.
 
 import json
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from cascade_model.chat_template import ChatTemplate
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record, require_writable
-from cascade_model.corpus import read_manifest
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.fast_tokenizer import REFERENCE
 from cascade_model.schema import (
@@ -34,32 +34,31 @@ from cascade_model.schema import (
 from cascade_model.shards import entry_of
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
 from pipelines.admission import ENGINE, choose_engine, reference
+from pipelines.claim import WORK, begin, finished, take_back
 from pipelines.cleaning import Cleaning, cleaned
 from pipelines.config import PrepareConfig
 from pipelines.dedup import drops_name, hashes_name, num_ranges
 from pipelines.documents import Document
 from pipelines.parts import (
-    JOB,
     Job,
     MaskOrder,
-    dead_letter_name,
     hash_part,
     mask_part,
     merge_hashes,
     pack_part,
-    packed_record,
+    part_name,
     shard_name,
 )
 from pipelines.pieces import Part, Piece
 from pipelines.progress import Progress
-from pipelines.report import REPORT_HTML, REPORT_JSON, write_report
+from pipelines.report import write_report
 from pipelines.runner import Step, run_tasks
 from pipelines.sampling import read_source, sampled, spaced
 from pipelines.sources import Plan, plan_sources
 from pipelines.totals import counts_of, documents_of, mask_orders, require_sound, split_entry
 
-WORK = "_work"
-_RUN = "run-"
+_READERS = 16
+"""Records that are read at a time."""
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -76,17 +75,17 @@ def prepare(config: PrepareConfig) -> Manifest:
         given = Tokenizer.from_url(config.tokenizer).with_specials()
     plan = plan_sources(config.sources, config.part_bytes)
     identity = _identity(config, plan, given)
-    finished = _finished(folder, identity)
-    if finished is not None:
-        return finished
+    done = finished(folder, identity)
+    if done is not None:
+        return done
     was_there = folder.is_there()
-    _begin(folder, identity)
+    begin(folder, identity)
     try:
         manifest = _run(config, folder, plan, given, identity)
     except Unfinished:
         raise
     except InputError:
-        _take_back(folder, plan)
+        take_back(folder, plan)
         if not was_there:
             folder.remove_if_empty()
         raise
@@ -104,67 +103,6 @@ def _identity(config: PrepareConfig, plan: Plan, given: Tokenizer | None) -> dic
     names = ("source", "path", "bytes", "sha256")
     sources = [{name: getattr(file, name) for name in names} for file in plan.files]
     return json.loads(json.dumps({"prepare": settings, "sources": sources}))
-
-
-def _finished(folder: Folder, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest when the job is done; refuses a corpus of another job."""
-    if not folder.exists(MANIFEST):
-        return None
-    manifest = read_manifest(folder)
-    theirs = {"prepare": manifest.prepare, "sources": list(manifest.sources)}
-    _require_same(theirs, identity, folder)
-    folder.remove(WORK)
-    return manifest
-
-
-def _begin(folder: Folder, identity: dict[str, Any]) -> None:
-    """Claim an empty folder, or check that an unfinished one is of this very job."""
-    work = folder / WORK
-    if work.exists(JOB):
-        _require_same(json.loads(work.read_bytes(JOB)), identity, folder)
-    else:
-        names = [name for name in folder.list() if name != WORK]
-        names += [f"{WORK}/{name}" for name in work.list()]
-        if names:
-            raise InputError(
-                f"output={folder.url} already holds {names[0]!r} but no corpus; choose an empty "
-                "folder"
-            )
-        work.publish(JOB, json.dumps(identity, sort_keys=True).encode())
-    work.publish(_RUN + uuid.uuid4().hex, b"")
-
-
-def _take_back(folder: Folder, plan: Plan) -> None:
-    """Remove the units of a job that cannot be finished, unless another run worked on it too."""
-    work = folder / WORK
-    if sum(name.startswith(_RUN) for name in work.list()) > 1:
-        return
-    work.remove(JOB)  # first: a task that still runs then writes nothing more
-    units = {TOKENIZER, REPORT_JSON, REPORT_HTML}
-    for part in plan.parts:
-        units |= {dead_letter_name(part.index), documents_name(part.index)}
-        units |= {shard_name(split, part.index) for split in SPLITS}
-    units |= {unit + RECORD_SUFFIX for unit in units}
-    for name in folder.list():
-        if name.partition("~")[0] in units:
-            folder.remove(name)
-    folder.remove(WORK)
-
-
-def _require_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Folder) -> None:
-    """Name the first setting in which two jobs differ."""
-    for name, new in ours["prepare"].items():
-        old = theirs["prepare"].get(name)
-        if old != new:
-            raise InputError(
-                f"output={folder.url} was made with {name}={old!r} but this run has {new!r}; "
-                "choose another output or delete the folder"
-            )
-    if theirs != ours:
-        raise InputError(
-            f"output={folder.url} was made from other source files than its sources hold now; "
-            "choose another output or delete the folder"
-        )
 
 
 def _run(
@@ -201,7 +139,7 @@ def _run(
         sources=tuple(identity["sources"]),
         counts=counts,
         splits={s: split_entry(s, packed, entries[s], config.sources) for s in SPLITS},
-        documents=documents_of(folder, packed),
+        documents=documents_of(folder, len(packed)),
     )
     facts = [record.facts for record in packed]
     write_report(folder, manifest, facts, rounds.timing(counts["tokens"]))
@@ -339,10 +277,12 @@ def _engine_step(job: Job, order: dict[str, Any]) -> dict[str, Any]:
 def _find_repeated(rounds: _Rounds, job: Job, plan: Plan) -> None:
     """Hash every part, then merge every range of hashes."""
     work = Folder(job.work)
-    numbers = [n for n in range(job.num_ranges) if work.record(drops_name(n)) is None]
+    merged = _committed(work, map(drops_name, range(job.num_ranges)))
+    numbers = [number for number in range(job.num_ranges) if drops_name(number) not in merged]
     if not numbers:
         return
-    missing = [part for part in plan.parts if work.record(hashes_name(part.index)) is None]
+    hashed = _committed(work, (hashes_name(part.index) for part in plan.parts))
+    missing = [part for part in plan.parts if hashes_name(part.index) not in hashed]
     rounds.run("hash", partial(_hash_step, job), [asdict(part) for part in missing])
     rounds.run("merge", partial(_merge_step, job), [{"number": number} for number in numbers])
 
@@ -357,16 +297,31 @@ def _merge_step(job: Job, order: dict[str, Any]) -> dict[str, Any]:
 
 def _pack_all(rounds: _Rounds, job: Job, plan: Plan) -> list[Record]:
     """The record of every part, in order."""
-    records = {part.index: packed_record(job, part.index) for part in plan.parts}
-    missing = [part for part in plan.parts if records[part.index] is None]
+    records = _committed(Folder(job.work), (part_name(part.index) for part in plan.parts))
+    listed = _committed(Folder(job.output), (documents_name(part.index) for part in plan.parts))
+    done = {
+        part.index: records[part_name(part.index)]
+        for part in plan.parts
+        if part_name(part.index) in records and documents_name(part.index) in listed
+    }
+    missing = [part for part in plan.parts if part.index not in done]
     results = rounds.run(
         "pack",
         partial(_pack_step, job),
         [asdict(part) for part in missing],
         lambda result: sum(each["tokens"] for each in result["facts"]["splits"].values()),
     )
-    made = {part.index: Record(**r) for part, r in zip(missing, results, strict=True)}
-    return [records[part.index] or made[part.index] for part in plan.parts]
+    done |= {part.index: Record(**r) for part, r in zip(missing, results, strict=True)}
+    return [done[part.index] for part in plan.parts]
+
+
+def _committed(folder: Folder, names: Iterable[str]) -> dict[str, Record]:
+    """The records of those units that are there; the folder is listed once, as most are not."""
+    listed = set(folder.list())
+    there = [name for name in names if name + RECORD_SUFFIX in listed]
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = zip(there, pool.map(folder.record, there), strict=True)
+        return {name: record for name, record in found if record is not None}
 
 
 def _pack_step(job: Job, order: dict[str, Any]) -> dict[str, Any]:
@@ -381,28 +336,33 @@ def _mask_all(
     rounds: _Rounds, job: Job, orders: Sequence[MaskOrder]
 ) -> dict[str, list[ShardEntry]]:
     """The shards of every split, in order."""
-    output = Folder(job.output)
     names = {
-        (order.index, split): shard_name(split, order.index)
+        order.index: [
+            shard_name(split, order.index)
+            for split in SPLITS
+            if order.packed.facts["splits"][split]["rows"]
+        ]
         for order in orders
-        for split in SPLITS
-        if order.packed.facts["splits"][split]["rows"]
     }
-    records = {key: output.record(name) for key, name in names.items()}
-    missing = [o for o in orders if any(records.get((o.index, s), o) is None for s in SPLITS)]
+    records = _committed(Folder(job.output), chain.from_iterable(names.values()))
+    missing = [order for order in orders if not records.keys() >= set(names[order.index])]
     results = rounds.run(
         "mask",
         partial(_mask_step, job),
         [asdict(order) for order in missing],
         lambda result: sum(record["facts"]["tokens"] for record in result.values()),
     )
-    for order, result in zip(missing, results, strict=True):
-        records |= {(order.index, split): Record(**values) for split, values in result.items()}
-    entries: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
-    for (_, split), record in records.items():
-        assert record is not None
-        entries[split].append(entry_of(record))
-    return entries
+    for result in results:
+        made = (Record(**values) for values in result.values())
+        records |= {record.name: record for record in made}
+    return {
+        split: [
+            entry_of(records[name])
+            for order in orders
+            if (name := shard_name(split, order.index)) in names[order.index]
+        ]
+        for split in SPLITS
+    }
 
 
 def _mask_step(job: Job, order: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-from cascade_model.mixing import shares
 
 from cascade_model.commit import Folder, Record
 from cascade_model.errors import InputError, Unfinished
+from cascade_model.mixing import shares
 from cascade_model.schema import (
     SPLITS,
     DocumentsEntry,
@@ -142,15 +142,15 @@ def split_entry(
     )
 
 
-def documents_of(output: Folder, packed: Sequence[Record]) -> tuple[DocumentsEntry, ...]:
+def documents_of(output: Folder, num_parts: int) -> tuple[DocumentsEntry, ...]:
     """The parts' tables of documents."""
+    names = [documents_name(index) for index in range(num_parts)]
+    with ThreadPoolExecutor(16) as pool:
+        records = list(pool.map(output.record, names))
     entries = []
-    for index in range(len(packed)):
-        record = output.record(documents_name(index))
+    for name, record in zip(names, records, strict=True):
         if record is None:
-            raise Unfinished(
-                f"{output.path(documents_name(index))} is gone; run the same command again"
-            )
+            raise Unfinished(f"{output.path(name)} is gone; run the same command again")
         entries.append(
             DocumentsEntry(
                 name=record.name,

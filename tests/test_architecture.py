@@ -27,7 +27,7 @@ TORCH_FREE = [
     "pipelines.prompts", "pipelines.pieces", "pipelines.tables", "pipelines.cleaning",
     "pipelines.dedup", "pipelines.encoding", "pipelines.held_out", "pipelines.intake",
     "pipelines.isolation", "pipelines.sampling", "pipelines.spool", "pipelines.totals",
-    "pipelines.admission", "pipelines.progress",
+    "pipelines.admission", "pipelines.progress", "pipelines.claim",
 ]  # fmt: skip
 
 

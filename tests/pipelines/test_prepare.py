@@ -20,6 +20,7 @@ from cascade_model.corpus import Corpus, read_manifest
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.tokenizer import byte_tokenizer
 from jobs.cli import dump
+from pipelines import claim
 from pipelines import prepare as job
 from pipelines.config import FilterConfig, PrepareConfig, SourceConfig
 from pipelines.held_out import is_held_out
@@ -308,8 +309,8 @@ def test_a_failing_job_leaves_a_second_run_of_the_same_job_its_work(
 
 def test_two_runs_with_one_mark_would_lose_the_work(documents_jsonl, tmp_path, monkeypatch):
     config = config_for(tmp_path / "corpus", documents_jsonl)
-    monkeypatch.setattr(job, "_RUN", "unseen-")
-    monkeypatch.setattr(job.uuid, "uuid4", lambda: uuid.UUID(int=0))
+    monkeypatch.setattr(claim, "_RUN", "unseen-")
+    monkeypatch.setattr(claim.uuid, "uuid4", lambda: uuid.UUID(int=0))
     before, after = fail_beside_a_second_run(config, monkeypatch)
     assert before
     assert not after
