@@ -12,6 +12,8 @@ import uuid
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cascade_model.commit import Folder
@@ -636,3 +638,22 @@ def test_a_chat_template_of_a_file_is_part_of_the_identity(mixed, tmp_path):
     template.write_text(template.read_text().replace("': '", "'> '"))
     with pytest.raises(InputError, match="made with chat_template="):
         prepare(config)
+
+
+def test_sources_and_output_may_lie_in_an_object_store(tmp_path, real_documents, s3_url):
+    table = pa.table({"text": real_documents[:20]})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=4)
+    store, bucket = fsspec.filesystem("s3"), s3_url.removesuffix("/corpus")
+    store.pipe_file(f"{bucket}/in/a.parquet", sink.getvalue().to_pybytes())
+    local = tmp_path / "a.parquet"
+    local.write_bytes(sink.getvalue().to_pybytes())
+    there = prepare(config_for(s3_url, f"{bucket}/in", packing="best_fit"))
+    here = prepare(config_for(tmp_path / "corpus", local, packing="best_fit"))
+    assert there.counts == here.counts
+    for split in ("train", "held_out"):
+        pairs = zip(there.splits[split].shards, here.splits[split].shards, strict=True)
+        assert all(a.sha256 == b.sha256 for a, b in pairs)
+    left = {name.split("-")[0] for name in Folder(s3_url).list()}
+    assert left == {"manifest.json", "tokenizer.json", "documents", "shard",
+                    REPORT_HTML, REPORT_JSON}  # fmt: skip
