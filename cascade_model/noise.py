@@ -21,6 +21,8 @@ CUT, COUNT, SUBSET = 8, 9, 10
 FULL = 2**32 - 1
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
+Draws = int | np.ndarray
+"""A draw for all, or uint64 [n]: one for each rank or sequence."""
 _CHUNK = 8192  # counters per turn: six arrays of 64 KiB stay in the second-level cache
 
 
@@ -68,10 +70,11 @@ def counters(w0, w1, w2, w3) -> np.ndarray:
 
 
 def random_words(
-    key: tuple[int, int], purpose: int, draw: int, ids: np.ndarray, count: int
+    key: tuple[int, int], purpose: int, draw: Draws, ids: np.ndarray, count: int
 ) -> np.ndarray:
     """`count` words for each id, uint32 [n, count]: word j is word j % 4 of counter j // 4."""
     ids = np.asarray(ids, dtype=np.uint64)[:, None]
+    draw = np.asarray(draw, dtype=np.uint64).reshape(-1, 1)
     quads = np.arange((count + 3) // 4, dtype=np.uint64)[None, :]
     table = counters(quads, ids & _LOW, (ids >> _SHIFT) + np.uint64(purpose << 24), draw)
     return philox4x32(table, key).reshape(len(ids), -1)[:, :count]
@@ -137,19 +140,21 @@ def _mix(value: np.ndarray) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
-def sequence_at(ranks: np.ndarray, num_sequences: int, noise: NoiseConfig, draw: int) -> np.ndarray:
+def sequence_at(
+    ranks: np.ndarray, num_sequences: int, noise: NoiseConfig, draw: Draws
+) -> np.ndarray:
     """The sequence ids (uint64) that stand at these ranks of the draw's order."""
     return permute(ranks, num_sequences, key_of(noise.seed), draw)
 
 
 def rank_of(
-    sequence_ids: np.ndarray, num_sequences: int, noise: NoiseConfig, draw: int
+    sequence_ids: np.ndarray, num_sequences: int, noise: NoiseConfig, draw: Draws
 ) -> np.ndarray:
     """The ranks (uint64) of these sequences in the draw's order: the inverse of `sequence_at`."""
     return unpermute(sequence_ids, num_sequences, key_of(noise.seed), draw)
 
 
-def thresholds(noise: NoiseConfig, draw: int, ranks: np.ndarray, num_blocks: int) -> np.ndarray:
+def thresholds(noise: NoiseConfig, draw: Draws, ranks: np.ndarray, num_blocks: int) -> np.ndarray:
     """Mask rates of sequences at these ranks, as uint32 thresholds [n, num_blocks].
 
     A position is masked when its random word lies below the threshold, so the mask rate is
@@ -163,7 +168,8 @@ def thresholds(noise: NoiseConfig, draw: int, ranks: np.ndarray, num_blocks: int
     strata, cells = np.uint64(noise.strata), noise.strata * per_rank
     group = (ranks // strata)[:, None]
     cell = (ranks % strata)[:, None] * np.uint64(per_rank) + np.arange(per_rank, dtype=np.uint64)
-    tweak = np.broadcast_to((group * np.uint64(0x9E3779B1) + np.uint64(draw)) & _LOW, cell.shape)
+    drawn = np.asarray(draw, dtype=np.uint64).reshape(-1, 1)
+    tweak = np.broadcast_to((group * np.uint64(0x9E3779B1) + drawn) & _LOW, cell.shape)
     key = key_of(noise.seed)
     stratum = permute(cell, cells, key, tweak, STRATUM)
     jitter = random_words(key, JITTER, draw, ranks, per_rank).astype(np.uint64)
@@ -176,7 +182,7 @@ def thresholds(noise: NoiseConfig, draw: int, ranks: np.ndarray, num_blocks: int
 
 def mask_bits(
     noise: NoiseConfig,
-    draw: int,
+    draw: Draws,
     sequence_ids: np.ndarray,
     thresholds: np.ndarray,
     sequence_length: int,

@@ -40,5 +40,7 @@ def pack(
         start_offsets=offsets.astype(np.int32),
         document_starts=(starts % length).astype(np.uint32),
         document_ids=np.asarray(document_ids, dtype=np.uint64)[owners],
+        span_starts=np.zeros(len(owners), dtype=np.uint32),
+        span_stops=np.zeros(len(owners), dtype=np.uint32),
         is_maskable=is_maskable.reshape(count, length),
     )

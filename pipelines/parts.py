@@ -23,13 +23,14 @@ from cascade_model.schema import (
     Geometry,
     Packed,
     Rows,
+    batch_rows,
     packed_columns,
     packed_of,
     packed_schema,
     rows_columns,
     shard_schema,
 )
-from cascade_model.shards import arrow_writer, batch_rows, read_arrow
+from cascade_model.shards import arrow_writer, read_arrow, write_shard
 from cascade_model.tokenizer import Encoded, Tokenizer
 from pipelines.documents import Document, Part, read_documents
 from pipelines.packing import pack
@@ -229,7 +230,7 @@ def mask_part(job: Job, order: MaskOrder) -> dict[str, Record]:
             _require_job(Folder(job.work))
             schema = shard_schema(job.geometry, _metadata(job, split))
             columns = (rows_columns(rows) for rows in _masked(job, mine, first, total))
-            record = output.commit(name, arrow_writer(schema, columns), expected)
+            record = write_shard(output, name, schema, columns, expected)
         made[split] = record
     return made
 
@@ -249,7 +250,10 @@ def _masked(job: Job, batches: list[Packed], first: int, total: int) -> Iterator
         bits = mask_noise.mask_bits(job.noise, 0, ids, rates, job.geometry.sequence_length)
         fields = {name: getattr(packed, name) for name in Packed.__dataclass_fields__}
         yield Rows(
-            **fields, sequence_ids=ids, thresholds=rates, is_masked=bits & packed.is_maskable
+            **fields,
+            sequence_ids=ids,
+            thresholds=rates[:, : job.geometry.rates_per_row],
+            is_masked=bits & packed.is_maskable,
         )
         first += len(packed)
 

@@ -18,6 +18,7 @@ from typing import Any
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record, require_writable
 from cascade_model.corpus import read_manifest
 from cascade_model.errors import InputError, Unfinished
+from cascade_model.mixing import UNITS
 from cascade_model.schema import (
     MANIFEST,
     SPLITS,
@@ -25,8 +26,11 @@ from cascade_model.schema import (
     Geometry,
     Manifest,
     ShardEntry,
+    SourceEntry,
     SplitEntry,
+    rates_per_row,
 )
+from cascade_model.shards import entry_of
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
 from pipelines.config import PrepareConfig
 from pipelines.documents import Part, Piece, read_documents
@@ -171,6 +175,7 @@ def _run(
             sequence_length=config.sequence_length,
             block_size=config.noise.block_size,
             vocab_size=tokenizer.vocab_size,
+            rates_per_row=rates_per_row(config.noise, config.sequence_length),
         ),
         noise=config.noise,
         tokenizer_sha256=tokenizer.sha256,
@@ -289,7 +294,7 @@ def _mask_all(
     entries: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     for (_, split), record in records.items():
         assert record is not None
-        entries[split].append(_entry(record))
+        entries[split].append(entry_of(record))
     return entries
 
 
@@ -298,23 +303,18 @@ def _mask_step(job: Job, order: dict[str, Any]) -> dict[str, Any]:
     return {split: asdict(record) for split, record in made.items()}
 
 
-def _entry(record: Record) -> ShardEntry:
-    return ShardEntry(
-        name=record.name,
-        object=record.object,
-        bytes=record.bytes,
-        sha256=record.sha256,
-        **record.facts,
-    )
-
-
 def _split_entry(split: str, packed: list[Record], shards: list[ShardEntry]) -> SplitEntry:
     facts = [record.facts["splits"][split] for record in packed]
+    sequences, tokens = sum(each["rows"] for each in facts), sum(each["tokens"] for each in facts)
+    source = SourceEntry(
+        name="all", first_sequence=0, num_sequences=sequences, num_tokens=tokens, share=UNITS
+    )
     return SplitEntry(
-        num_sequences=sum(each["rows"] for each in facts),
-        num_tokens=sum(each["tokens"] for each in facts),
+        num_sequences=sequences,
+        num_tokens=tokens,
         num_bytes=sum(each["bytes"] for each in facts),
         num_documents=sum(each["documents"] for each in facts),
+        sources=(source,) if sequences else (),
         shards=tuple(shards),
     )
 
