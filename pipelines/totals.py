@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cascade_model.mixing import shares
-
 from cascade_model.commit import Folder, Record
 from cascade_model.errors import InputError, Unfinished
+from cascade_model.mixing import shares
 from cascade_model.schema import (
     SPLITS,
     DocumentsEntry,

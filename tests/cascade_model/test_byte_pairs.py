@@ -33,7 +33,7 @@ def merge_lists(draw) -> list[tuple[str, str]]:
     return draw(st.permutations(merges)) if draw(st.booleans()) else merges
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(merge_lists(), st.lists(st.text("abc", max_size=24), max_size=6))
 def test_any_list_of_merges_gives_the_tokens_of_the_reference(merges, words):
     tokenizer = with_merges(merges)
