@@ -146,6 +146,11 @@ class Corpus:
         return self.manifest.block_size
 
     @property
+    def recipe(self) -> NoiseConfig:
+        """The noise whose first draw is stored."""
+        return self.manifest.noise
+
+    @property
     def digest(self) -> str:
         """Digest of the manifest."""
         return self.manifest.digest
