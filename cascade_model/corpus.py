@@ -6,6 +6,7 @@ sources, g chooses the source and its own sample first (`mixing`). What a sample
 on (corpus, recipe, g) alone.
 """
 
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,9 +15,12 @@ import pyarrow as pa
 from cascade_model import noise as mask_noise
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig, TrainingNoise
+from cascade_model.draws import Draws, draw_manifest_name, masked_in
 from cascade_model.errors import CorpusMismatch, InputError
-from cascade_model.mixing import Mixture
+from cascade_model.mixing import mixture_of
 from cascade_model.open_shards import OpenShards, Rows
+from cascade_model.prefetch import ahead
+from cascade_model.provenance import DocumentTables, Seen
 from cascade_model.schema import (
     MANIFEST,
     TOKENIZER,
@@ -80,7 +84,9 @@ class Corpus:
     ) -> None:
         self._folder, self.manifest, self.split = folder, manifest, split
         self._entry = manifest.splits[split]
-        self._mixture = Mixture(self._entry.sources, self._entry.num_sequences)
+        self.documents = DocumentTables(folder, manifest)
+        self._mixture = mixture_of(self._entry)
+        self._draws = Draws(folder, manifest, split, cache)
         self._shards = OpenShards(
             folder,
             self._entry.shards,
@@ -91,11 +97,11 @@ class Corpus:
         )
 
     @classmethod
-    def open(cls, url: str, split: str = "train", cache: CacheConfig | None = None) -> "Corpus":
+    def open(cls, url: str, split: str = "train", cache: CacheConfig = CacheConfig()) -> "Corpus":
         """Open a finished corpus; `CorpusMismatch` when it is missing, unfinished or empty.
 
         What is read of a corpus in a store is kept as `cache` says, by default in a temporary
-        folder. A local one is mapped into memory, unless `cache` is given.
+        folder. A local one is mapped into memory, unless `cache` names a folder.
         """
         folder = Folder(url)
         manifest = read_manifest(folder)
@@ -106,9 +112,8 @@ class Corpus:
                 f"corpus={url} has no sequences in split {split!r}, only in {have}; prepare it "
                 "with another held_out_rate or name another split"
             )
-        if cache is None and not folder.is_local:
-            cache = CacheConfig()
-        return cls(folder, manifest, split, cache and ShardCache(cache))
+        is_mapped = folder.is_local and cache.folder is None
+        return cls(folder, manifest, split, None if is_mapped else ShardCache(cache))
 
     @property
     def num_sequences(self) -> int:
@@ -193,10 +198,28 @@ class Corpus:
     def _stored(
         self, batch: pa.RecordBatch, first: int, count: int, is_checked: bool
     ) -> Stored | str:
-        """A record batch as arrays, or what is wrong with it."""
+        """A record batch as arrays, or what is wrong with it.
+
+        Of the masks the first and the last row are computed again, which tells another recipe or
+        another order; `verification` does it for all.
+        """
         geometry, mask_id = self.manifest.geometry, self.manifest.mask_id
         fault = None if is_checked else fault_of(batch, geometry, mask_id, first, count)
-        return fault or stored_of(batch, geometry)
+        if fault:
+            return fault
+        stored = stored_of(batch, geometry)
+        if is_checked:
+            return stored
+        ends = [0, count - 1]
+        ids = np.array([first, first + count - 1], dtype=np.uint64)
+        maskable = unpacked(stored.is_maskable[ends], geometry)
+        rates, masked = masked_in(self.manifest, self.split, 0, ids, maskable)
+        if not (
+            np.array_equal(unpacked(stored.is_masked[ends], geometry), masked)
+            and np.array_equal(stored.thresholds[ends], rates[:, : geometry.rates_per_row])
+        ):
+            return "has another mask than its recipe"
+        return stored
 
     def batch(
         self,
@@ -214,9 +237,61 @@ class Corpus:
         samples = np.arange(low, high, dtype=np.uint64)
         copies = np.uint64(2 if noise.complement else 1)
         ids, ranks, draws = self._mixture.places(samples // copies, noise)
-        is_stored = (draws == 0) & (noise.recipe == self.manifest.noise and noise.padding != "eos")
-        whole = self._masked(ids, ranks, draws, samples % copies == 1, is_stored, noise)
+        is_second = samples % copies == 1
+        is_recipe = noise.recipe == self.manifest.noise and noise.padding != "eos"
+        whole = self._masked(ids, ranks, draws, is_second, noise, is_recipe=is_recipe)
         return self._cut(whole, first_sample, num_samples, noise)
+
+    def batches(
+        self, spans: Iterable[tuple[int, int]], noise: NoiseConfig, depth: int = 2
+    ) -> Generator[Batch, None, None]:
+        """`batch(first_sample, num_samples, noise)` of each span, read ahead by a thread.
+
+        At most `depth` batches are ready at a time; close the iterator to end the thread.
+        """
+        return ahead((self.batch(first, count, noise) for first, count in spans), depth)
+
+    def documents_of(
+        self, first_sample: int, num_samples: int, noise: NoiseConfig | None = None
+    ) -> list[Seen]:
+        """Which pieces of which documents these samples hold, in order.
+
+        `noise` is the run's, whose seed fixes the order; none is the corpus's own recipe.
+        """
+        noise = noise or self.manifest.noise
+        samples = np.arange(first_sample, first_sample + num_samples, dtype=np.uint64)
+        copies = np.uint64(2 if isinstance(noise, TrainingNoise) and noise.complement else 1)
+        ids, _, _ = self._mixture.places(samples // copies, noise)
+        pieces: dict[int, tuple[np.ndarray, ...]] = {}
+
+        def take(stored: Stored, rows: Rows, at: Rows) -> None:
+            for row, place in zip(np.atleast_1d(rows), np.atleast_1d(at), strict=True):
+                mine = slice(*stored.start_offsets[row : row + 2])
+                pieces[int(place)] = tuple(
+                    getattr(stored, name)[mine]
+                    for name in ("document_ids", "span_starts", "span_stops")
+                )
+
+        self._shards.visit(ids, take)
+        flat = [
+            (place, document, (int(start), int(stop)))
+            for place in range(num_samples)
+            for document, start, stop in zip(*pieces[place], strict=True)
+        ]
+        documents = np.array([document for _, document, _ in flat], dtype=np.uint64)
+        return [
+            Seen(
+                sample=first_sample + place,
+                sequence_id=int(ids[place]),
+                document_id=int(document),
+                path=path,
+                where=where,
+                span=span,
+            )
+            for (place, document, span), (path, where) in zip(
+                flat, self.documents.places(documents), strict=True
+            )
+        ]
 
     def _require_noise(self, noise: TrainingNoise) -> None:
         if self.block_size % noise.block_size:
@@ -239,7 +314,7 @@ class Corpus:
         self._require_noise(noise)
         draws = np.full(len(sequence_ids), draw, dtype=np.uint64)
         no = np.zeros(len(sequence_ids), dtype=bool)
-        return self._masked(sequence_ids, ranks, draws, no, no, noise)
+        return self._masked(sequence_ids, ranks, draws, no, noise, is_recipe=False)
 
     def _masked(
         self,
@@ -247,12 +322,14 @@ class Corpus:
         ranks: np.ndarray,
         draws: np.ndarray,
         is_second: np.ndarray,
-        is_stored: np.ndarray,
         noise: TrainingNoise,
+        *,
+        is_recipe: bool,
     ) -> Batch:
         """Samples of the given draws and ranks; a second one is the complement of its first.
 
-        Where `is_stored`, the shard holds the sample's bits.
+        With `is_recipe` the noise is the corpus's own, of which draw 0 is stored, and further draws
+        where they were written.
         """
         rows = self.rows(ids)
         if noise.padding == "eos":
@@ -261,11 +338,15 @@ class Corpus:
             tokens = np.where(is_padding, eos_id, rows.tokens)
             rows = replace(rows, tokens=tokens, is_maskable=rows.is_maskable | is_padding)
         blocks = self.sequence_length // noise.block_size
+        is_stored = (draws == 0) & is_recipe
         if is_stored.all() and rows.thresholds.shape[1]:
             thresholds = np.broadcast_to(rows.thresholds, (len(ids), blocks))
         else:
             thresholds = mask_noise.thresholds(noise, draws, ranks, blocks)
-        is_masked, fresh = rows.is_masked, np.flatnonzero(~is_stored)
+        is_masked = rows.is_masked
+        if is_recipe:
+            is_stored |= self._take_draws(ids, draws, rows.is_maskable, is_masked)
+        fresh = np.flatnonzero(~is_stored)
         if fresh.size:
             bits = mask_noise.mask_bits(
                 noise, draws[fresh], ids[fresh], thresholds[fresh], self.sequence_length
@@ -285,6 +366,25 @@ class Corpus:
             positions=positions,
             segments=segments,
         )
+
+    def _take_draws(
+        self, ids: np.ndarray, draws: np.ndarray, is_maskable: np.ndarray, is_masked: np.ndarray
+    ) -> np.ndarray:
+        """Put bitmaps of further draws into `is_masked`; returns which rows had one, bool [n]."""
+        taken = np.zeros(len(ids), dtype=bool)
+        for draw in np.unique(draws[draws > 0]).tolist():
+            mine = draws == draw
+            found = self._draws.masked(draw, ids[mine])
+            if found is None:
+                continue
+            if (found & ~is_maskable[mine]).any():
+                raise CorpusMismatch(
+                    f"draw {draw} of corpus {self._folder.url} masks places that must stay; delete "
+                    f"{draw_manifest_name(draw)} and materialise again"
+                )
+            is_masked[mine] = found
+            taken |= mine
+        return taken
 
     def _cut(
         self, batch: Batch, first_sample: int, num_samples: int, noise: TrainingNoise

@@ -21,7 +21,7 @@ import numpy as np
 from cascade_model.config import NoiseConfig, check
 from cascade_model.errors import CorpusMismatch
 from cascade_model.noise import rank_of, sequence_at
-from cascade_model.schema import SourceEntry
+from cascade_model.schema import SourceEntry, SplitEntry
 
 UNITS = 1024
 """Samples of a period, which the shares of all sources add up to."""
@@ -132,3 +132,9 @@ class Mixture:
             mine, first = owners == source, self._firsts[source]
             ranks[mine] = first + rank_of(ids[mine] - first, self._sizes[source], noise, draw)
         return ranks
+
+
+@lru_cache(maxsize=16)
+def mixture_of(split: SplitEntry) -> Mixture:
+    """The order in which a split is read; `CorpusMismatch` as `Mixture`."""
+    return Mixture(split.sources, split.num_sequences)

@@ -23,12 +23,15 @@ from cascade_model.errors import InputError
 Config = TypeVar("Config")
 
 
-def command(config_class: type[Config], run: Callable[[Config], Any]) -> Callable[..., int]:
+def command(
+    config_class: type[Config], run: Callable[[Config], Any], action: str = ""
+) -> Callable[..., int]:
     """The `main` of a job: parse the arguments, run, turn a user's mistake into a box."""
 
     def main(argv: Sequence[str] | None = None) -> int:
         try:
-            run(parse(config_class, sys.argv[1:] if argv is None else argv, stage_of(run)))
+            stage = f"{stage_of(run)} {action}".rstrip()
+            run(parse(config_class, sys.argv[1:] if argv is None else argv, stage))
         except InputError as error:
             show_error(error)
             return error.exit_code
@@ -39,6 +42,27 @@ def command(config_class: type[Config], run: Callable[[Config], Any]) -> Callabl
             )
             return 130
         return 0
+
+    return main
+
+
+def actions(stage: str, **mains: tuple[str, Callable[..., int]]) -> Callable[..., int]:
+    """The `main` of a job that does several things: the first word names one.
+
+    Each has a line for the list of them, and a `main` of its own.
+    """
+    rows = "\n".join(f"  {name:<13}{text}" for name, (text, _) in mains.items())
+    usage = f"usage: cascade {stage} ACTION [flags]\n\n{rows}\n\ncascade {stage} ACTION --help"
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        words = list(sys.argv[1:] if argv is None else argv)
+        if not words or words[0] in ("-h", "--help"):
+            print(usage)
+            return 0 if words else 2
+        if words[0] not in mains:
+            print(f"cascade {stage}: no action {words[0]!r}\n{usage}", file=sys.stderr)
+            return 2
+        return mains[words[0]][1](words[1:])
 
     return main
 
