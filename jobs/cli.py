@@ -154,10 +154,20 @@ def _draft(config_class: Any, mapping: dict[str, Any], missing: Any, base: Any =
             own = mapping.get(field.name, {})
             nested = None if value is missing else value
             value = _draft(hints[field.name], own, missing, nested)
+        elif field.name in mapping and (group := _named_group(hints[field.name])):
+            named = mapping[field.name]
+            value = {name: _draft(group, own, missing) for name, own in named.items()}
         elif field.name in mapping:
             value = _typed(mapping[field.name], hints[field.name])
         object.__setattr__(draft, field.name, value)
     return draft
+
+
+def _named_group(hint: Any) -> Any:
+    """The dataclass of a mapping from names to groups of settings, else none."""
+    args = typing.get_args(hint)
+    is_named = typing.get_origin(hint) is dict and dataclasses.is_dataclass(args[1])
+    return args[1] if is_named else None
 
 
 def _typed(value: Any, hint: Any) -> Any:
@@ -210,8 +220,24 @@ def _check_mapping(
                     "indent its settings below it"
                 )
             _check_mapping(typing.cast(type, hint), value, source, f"{prefix}{key}.")
+        elif group := _named_group(hint):
+            _check_named(group, value, source, f"{prefix}{key}")
         elif not _fits(value, hint):
             raise InputError(f"{source}: `{prefix}{key}` is {value!r}; it must be {_spoken(hint)}")
+
+
+def _check_named(group: type, value: Any, source: str, key: str) -> None:
+    """Refuse what is no mapping from names to groups of settings, or a group that cannot be."""
+    if not isinstance(value, dict) or not all(isinstance(own, dict) for own in value.values()):
+        raise InputError(
+            f"{source}: `{key}` is {value!r}; it must be groups of settings, each below its name"
+        )
+    for name, own in value.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise InputError(
+                f"{source}: `{key}` has the name {name!r}; use letters, digits and underscores"
+            )
+        _check_mapping(group, own, source, f"{key}.{name}.")
 
 
 def build(config_class: type[Config], mapping: dict[str, Any], source: str) -> Config:
@@ -231,6 +257,10 @@ def _finished(draft: Any, source: str, prefix: str = "") -> Any:
             raise InputError(f"{source}: the setting `{prefix}{name}` is missing; add it")
         if dataclasses.is_dataclass(value):
             values[name] = _finished(value, source, f"{prefix}{name}.")
+        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+            values[name] = {
+                key: _finished(own, source, f"{prefix}{name}.{key}.") for key, own in value.items()
+            }
     return type(draft)(**values)
 
 
