@@ -8,6 +8,7 @@ on (corpus, recipe, g) alone.
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,9 @@ from cascade_model.schema import (
 from cascade_model.shard_cache import CacheConfig, ShardCache
 from cascade_model.stored import Stored, fault_of, stored_of
 from cascade_model.tokenizer import Tokenizer
+
+WINDOW = 1024
+"""Consecutive samples whose places in the corpus are found at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +90,7 @@ class Corpus:
         self._entry = manifest.splits[split]
         self.documents = DocumentTables(folder, manifest)
         self._mixture = mixture_of(self._entry)
+        self._window = lru_cache(maxsize=16)(self._placed)
         self._draws = Draws(folder, manifest, split, cache)
         self._shards = OpenShards(
             folder,
@@ -141,6 +146,11 @@ class Corpus:
         return self.manifest.block_size
 
     @property
+    def recipe(self) -> NoiseConfig:
+        """The noise whose first draw is stored."""
+        return self.manifest.noise
+
+    @property
     def digest(self) -> str:
         """Digest of the manifest."""
         return self.manifest.digest
@@ -174,25 +184,24 @@ class Corpus:
         tokens = np.empty((count, length), dtype=geometry.token_dtype)
         thresholds = np.empty((count, geometry.rates_per_row), dtype=np.uint32)
         maskable, masked = (np.empty((count, geometry.bitmap_bytes), np.uint8) for _ in range(2))
-        starts: list[np.ndarray] = []
+        starts = _Starts(length)
 
-        def take(stored: Stored, rows: Rows, at: Rows) -> None:
-            tokens[at] = stored.tokens[rows]
-            thresholds[at] = stored.thresholds[rows]
-            maskable[at] = stored.is_maskable[rows]
-            masked[at] = stored.is_masked[rows]
-            starts.append(_places_of_starts(stored, rows, at, length))
+        def take(stored: Stored, row: Rows, at: Rows) -> None:
+            tokens[at] = stored.tokens[row]
+            maskable[at] = stored.is_maskable[row]
+            masked[at] = stored.is_masked[row]
+            if geometry.rates_per_row:
+                thresholds[at] = stored.thresholds[row]
+            starts.take(stored, row, at)
 
         self._shards.visit(ids, take)
-        is_start = np.zeros(count * length, dtype=bool)
-        is_start[np.concatenate(starts or [np.empty(0, np.int64)])] = True
         return SequenceRows(
             sequence_ids=ids,
             tokens=tokens,
             is_maskable=unpacked(maskable, geometry),
             thresholds=thresholds,
             is_masked=unpacked(masked, geometry),
-            is_start=is_start.reshape(count, length),
+            is_start=starts.marks(count),
         )
 
     def _stored(
@@ -230,15 +239,15 @@ class Corpus:
         world_size: int = 1,
     ) -> Batch:
         """Rank `rank`'s contiguous slice of global samples first_sample..+num_samples."""
-        noise = noise if isinstance(noise, TrainingNoise) else TrainingNoise.over(noise)
+        noise, recipe = _settings_of(noise)
         self._require_noise(noise)
         low = first_sample + num_samples * rank // world_size
         high = first_sample + num_samples * (rank + 1) // world_size
         samples = np.arange(low, high, dtype=np.uint64)
         copies = np.uint64(2 if noise.complement else 1)
-        ids, ranks, draws = self._mixture.places(samples // copies, noise)
+        ids, ranks, draws = self._places(samples // copies, recipe)
         is_second = samples % copies == 1
-        is_recipe = noise.recipe == self.manifest.noise and noise.padding != "eos"
+        is_recipe = recipe == self.manifest.noise and noise.padding != "eos"
         whole = self._masked(ids, ranks, draws, is_second, noise, is_recipe=is_recipe)
         return self._cut(whole, first_sample, num_samples, noise)
 
@@ -261,7 +270,7 @@ class Corpus:
         noise = noise or self.manifest.noise
         samples = np.arange(first_sample, first_sample + num_samples, dtype=np.uint64)
         copies = np.uint64(2 if isinstance(noise, TrainingNoise) and noise.complement else 1)
-        ids, _, _ = self._mixture.places(samples // copies, noise)
+        ids, _, _ = self._places(samples // copies, _settings_of(noise)[1])
         pieces: dict[int, tuple[np.ndarray, ...]] = {}
 
         def take(stored: Stored, rows: Rows, at: Rows) -> None:
@@ -292,6 +301,25 @@ class Corpus:
                 flat, self.documents.places(documents), strict=True
             )
         ]
+
+    def _places(self, samples: np.ndarray, recipe: NoiseConfig) -> np.ndarray:
+        """Ids, ranks and draws, uint64 [3, n], of samples, uint64 [n].
+
+        They are made for whole windows: a thousand cost little more than one.
+        """
+        found = np.empty((3, len(samples)), dtype=np.uint64)
+        numbers = samples // np.uint64(WINDOW)
+        for number in np.unique(numbers).tolist():
+            mine = numbers == number
+            window = self._window(number, recipe)
+            found[:, mine] = window[:, (samples[mine] % np.uint64(WINDOW)).astype(np.int64)]
+        return found
+
+    def _placed(self, number: int, recipe: NoiseConfig) -> np.ndarray:
+        """A window's ids, ranks and draws, uint64 [3, WINDOW]."""
+        first = number * WINDOW
+        samples = np.arange(first, first + WINDOW, dtype=np.uint64)
+        return np.stack(self._mixture.places(samples, recipe))
 
     def _require_noise(self, noise: TrainingNoise) -> None:
         if self.block_size % noise.block_size:
@@ -408,15 +436,37 @@ class Corpus:
         return replace(batch, thresholds=batch.thresholds[:, :blocks], **cut)
 
 
-def _places_of_starts(stored: Stored, rows: Rows, at: Rows, length: int) -> np.ndarray:
-    """Where documents start in the flattened result, int64; row `at` is the part's row `rows`."""
-    low, high = stored.start_offsets[rows], stored.start_offsets[rows + 1]
-    if isinstance(rows, int):
-        return stored.document_starts[low:high] + np.int64(at * length)
-    counts = high - low
-    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    values = stored.document_starts[np.repeat(low, counts) + within]
-    return values + np.repeat(at * length, counts)
+class _Starts:
+    """Where documents start in the sequences that are gathered."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._values: list[np.ndarray] = [np.empty(0, np.uint32)]
+        self._rows: list[int] = []
+        self._counts: list[int] = []
+
+    def take(self, stored: Stored, row: Rows, at: Rows) -> None:
+        """Row `at` of the result, or several, is the record batch's `row`."""
+        rows, places = ([row], [at]) if isinstance(row, int) else (row.tolist(), at.tolist())
+        for one, place in zip(rows, places, strict=True):
+            low, high = stored.bounds[one], stored.bounds[one + 1]
+            self._values.append(stored.document_starts[low:high])
+            self._rows.append(place)
+            self._counts.append(high - low)
+
+    def marks(self, count: int) -> np.ndarray:
+        """bool [count, L]: true at each start."""
+        is_start = np.zeros((count, self._length), dtype=bool)
+        places = np.concatenate(self._values)
+        is_start[np.repeat(np.array(self._rows, dtype=np.int64), self._counts), places] = True
+        return is_start
+
+
+@lru_cache(maxsize=16)
+def _settings_of(noise: NoiseConfig) -> tuple[TrainingNoise, NoiseConfig]:
+    """A run's settings of the noise, and the recipe that a stored bitmap is bound to."""
+    settings = noise if isinstance(noise, TrainingNoise) else TrainingNoise.over(noise)
+    return settings, settings.recipe
 
 
 def _within_documents(is_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,13 +33,16 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     result = np.empty(words.shape, dtype=np.uint32)
     for start in range(0, len(words), _CHUNK):
         part = slice(start, start + _CHUNK)
-        _philox_rounds(words[part].T, key, result[part])
+        _philox_rounds([np.array(word) for word in words[part].T], key, result[part])
     return result.reshape(shape)
 
 
-def _philox_rounds(words: np.ndarray, key: tuple[int, int], result: np.ndarray) -> None:
-    """Ten rounds on uint64 words [4, n], written to uint32 [n, 4]; in place, to stay in cache."""
-    c0, c1, c2, c3 = (np.array(word) for word in words)
+def _philox_rounds(words: list[np.ndarray], key: tuple[int, int], result: np.ndarray) -> None:
+    """Ten rounds on four arrays uint64 [n], written to uint32 [n, 4].
+
+    The arrays are used up: everything happens in place, to stay in cache.
+    """
+    c0, c1, c2, c3 = words
     left, right = np.empty_like(c0), np.empty_like(c0)
     k0, k1 = (int(word) & FULL for word in key)
     for _ in range(10):
@@ -73,11 +76,19 @@ def random_words(
     key: tuple[int, int], purpose: int, draw: Draws, ids: np.ndarray, count: int
 ) -> np.ndarray:
     """`count` words for each id, uint32 [n, count]: word j is word j % 4 of counter j // 4."""
-    ids = np.asarray(ids, dtype=np.uint64)[:, None]
-    draw = np.asarray(draw, dtype=np.uint64).reshape(-1, 1)
-    quads = np.arange((count + 3) // 4, dtype=np.uint64)[None, :]
-    table = counters(quads, ids & _LOW, (ids >> _SHIFT) + np.uint64(purpose << 24), draw)
-    return philox4x32(table, key).reshape(len(ids), -1)[:, :count]
+    ids = np.asarray(ids, dtype=np.uint64)
+    draws = np.broadcast_to(np.asarray(draw, dtype=np.uint64), ids.shape)
+    high = (ids >> _SHIFT) + np.uint64(purpose << 24)
+    quads = np.arange((count + 3) // 4, dtype=np.uint64)
+    result = np.empty((len(ids), len(quads), 4), dtype=np.uint32)
+    step = max(1, _CHUNK // max(len(quads), 1))
+    for start in range(0, len(ids), step):
+        part = slice(start, start + step)
+        mine = result[part].reshape(-1, 4)
+        rows = (ids[part] & _LOW, high[part], draws[part])
+        words = [np.repeat(word, len(quads)) for word in rows]
+        _philox_rounds([np.tile(quads, len(rows[0])), *words], key, mine)
+    return result.reshape(len(ids), -1)[:, :count]
 
 
 def permute(
@@ -108,17 +119,29 @@ def unpermute(
 def _walk(index, size, key, tweak, purpose, *, forward: bool) -> np.ndarray:
     """Apply the Feistel network again to whatever still lies outside range(size)."""
     value = np.array(index, dtype=np.uint64)
-    word = key[0] | key[1] << 32
-    keyed = _mix(
-        _mix(np.array([word], dtype=np.uint64)) + np.asarray(tweak, dtype=np.uint64)
-    ) + np.uint64(purpose)
-    keyed = np.broadcast_to(keyed, value.shape)
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    keyed = np.broadcast_to(_keyed(key, np.asarray(tweak, np.uint64), purpose), value.shape)
+    half = _half_bits(size)
     outside = np.ones(value.shape, dtype=bool)
     while outside.any():
         value[outside] = _feistel(value[outside], half, keyed[outside], forward)
         outside = value >= np.uint64(size)
     return value
+
+
+def _half_bits(size: int) -> int:
+    """Bits of either half of the Feistel network over range(size)."""
+    return max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+
+
+def _keyed(key: tuple[int, int], tweak: np.ndarray, purpose: int) -> np.ndarray:
+    """What the rounds of a permutation depend on besides their input, uint64."""
+    word = np.array([key[0] | key[1] << 32], dtype=np.uint64)
+    return _mix(_mix(word) + tweak) + np.uint64(purpose)
+
+
+def _turn(number: int) -> np.uint64:
+    """What tells a round from the others."""
+    return np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)
 
 
 def _feistel(value: np.ndarray, half: int, keyed: np.ndarray, forward: bool) -> np.ndarray:
@@ -127,8 +150,7 @@ def _feistel(value: np.ndarray, half: int, keyed: np.ndarray, forward: bool) -> 
     left, right = value >> width, value & mask
     for number in range(6) if forward else reversed(range(6)):
         source, target = (right, left) if forward else (left, right)
-        turn = np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)
-        mixed = target ^ (_mix(_mix(source + turn) ^ keyed) & mask)
+        mixed = target ^ (_mix(_mix(source + _turn(number)) ^ keyed) & mask)
         left, right = (right, mixed) if forward else (mixed, left)
     return (left << width) | right
 
@@ -138,6 +160,35 @@ def _mix(value: np.ndarray) -> np.ndarray:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
+
+
+def permute_rows(
+    index: np.ndarray, size: int, key: tuple[int, int], tweaks: np.ndarray, purpose: int
+) -> np.ndarray:
+    """`permute` of uint64 [n, c], each row with a tweak of its own, uint64 [n].
+
+    A round depends on half of the bits and the tweak alone, and `size` is small here: so it is
+    looked up in a table of the tweaks that occur.
+    """
+    half = _half_bits(size)
+    found, rows = np.unique(tweaks, return_inverse=True)
+    keyed = _keyed(key, found, purpose)
+    mask, every = np.uint64((1 << half) - 1), np.arange(1 << half, dtype=np.uint64)
+    tables = [
+        (_mix(_mix(every + _turn(number)) ^ keyed[:, None]) & mask).astype(np.intp).ravel()
+        for number in range(6)
+    ]
+    value = index.astype(np.intp).ravel()
+    base = np.repeat(rows.astype(np.intp) << half, index.shape[1])
+    outside = np.arange(value.size)
+    while outside.size:
+        left, right = value[outside] >> half, value[outside] & int(mask)
+        mine = base[outside]
+        for table in tables:
+            left, right = right, left ^ table[mine + right]
+        value[outside] = left << half | right
+        outside = outside[value[outside] >= size]
+    return value.astype(np.uint64).reshape(index.shape)
 
 
 def sequence_at(
@@ -166,12 +217,10 @@ def thresholds(noise: NoiseConfig, draw: Draws, ranks: np.ndarray, num_blocks: i
     ranks = np.asarray(ranks, dtype=np.uint64)
     per_rank = num_blocks if noise.per == "block" else 1
     strata, cells = np.uint64(noise.strata), noise.strata * per_rank
-    group = (ranks // strata)[:, None]
     cell = (ranks % strata)[:, None] * np.uint64(per_rank) + np.arange(per_rank, dtype=np.uint64)
-    drawn = np.asarray(draw, dtype=np.uint64).reshape(-1, 1)
-    tweak = np.broadcast_to((group * np.uint64(0x9E3779B1) + drawn) & _LOW, cell.shape)
+    tweaks = (ranks // strata * np.uint64(0x9E3779B1) + np.asarray(draw, np.uint64)) & _LOW
     key = key_of(noise.seed)
-    stratum = permute(cell, cells, key, tweak, STRATUM)
+    stratum = permute_rows(cell, cells, key, tweaks, STRATUM)
     jitter = random_words(key, JITTER, draw, ranks, per_rank).astype(np.uint64)
     uniform = ((stratum << _SHIFT) + jitter) // np.uint64(cells)
     low = int(noise.min_rate * 2**32)

@@ -27,6 +27,9 @@ FETCHED = (4096, 512)
 FETCHES = 32
 """Requests to a store at a time."""
 
+_SHARD = 32
+"""A record batch at hand is known by shard << 32 | its number in the shard."""
+
 Part = TypeVar("Part")
 Rows = int | np.ndarray
 """One row, or int64 [m]: numpy takes either as an index, and one row is faster as a number."""
@@ -49,7 +52,7 @@ class OpenShards(Generic[Part]):
         self._batch_rows, self._make, self._cache = batch_rows, make, cache
         self._first = np.array([entry.first_sequence for entry in entries], dtype=np.uint64)
         self._files: OrderedDict[int, BatchFile] = OrderedDict()
-        self._parts: OrderedDict[tuple[int, int], Part] = OrderedDict()
+        self._parts: OrderedDict[int, Part] = OrderedDict()
         self._checked: dict[tuple[int, Any], bytearray] = {}
         self._max_files, self._max_parts = FETCHED if cache else MAPPED
         self._lock = threading.RLock()
@@ -61,34 +64,34 @@ class OpenShards(Generic[Part]):
         """
         owners = np.searchsorted(self._first, ids, side="right") - 1
         batches, rows = np.divmod((ids - self._first[owners]).astype(np.int64), self._batch_rows)
-        keys = owners << 32 | batches
+        keys = owners << _SHARD | batches
         order = np.argsort(keys, kind="stable")
         cuts = np.flatnonzero(np.diff(keys[order])) + 1
         bounds = [0, *cuts.tolist(), len(order)] if len(order) else []
-        firsts = keys[order[bounds[:-1]]].tolist()
-        wanted = [(key >> 32, key & 0xFFFFFFFF) for key in firsts]
+        heads = order[bounds[:-1]]
+        wanted, first_rows, first_places = (a.tolist() for a in (keys[heads], rows[heads], heads))
         with self._lock:
             for number, (low, high) in enumerate(pairwise(bounds)):
                 if self._cache is not None and number % FETCHES == 0:
                     self._fetch(wanted[number : number + FETCHES])
-                part, at = self._part(wanted[number]), order[low:high]
+                part = self._part(wanted[number])
                 if high - low == 1:
-                    take(part, int(rows[at[0]]), int(at[0]))
+                    take(part, first_rows[number], first_places[number])
                 else:
-                    take(part, rows[at], at)
+                    take(part, rows[order[low:high]], order[low:high])
 
-    def _fetch(self, wanted: Sequence[tuple[int, int]]) -> None:
+    def _fetch(self, wanted: Sequence[int]) -> None:
         """Bring record batches of a store to hand, all at once."""
         missing = [key for key in wanted if key not in self._parts]
-        closed = {shard for shard, _ in missing} - set(self._files)
+        closed = {key >> _SHARD for key in missing} - set(self._files)
         with ThreadPoolExecutor(FETCHES) as pool:
             self._files.update(zip(closed, pool.map(self._opened, closed), strict=True))
             self._parts.update(zip(missing, pool.map(self._loaded, missing), strict=True))
         self._close_oldest()
 
-    def _part(self, key: tuple[int, int]) -> Part:
-        shard, _ = key
+    def _part(self, key: int) -> Part:
         if key not in self._parts:
+            shard = key >> _SHARD
             if shard not in self._files:
                 self._files[shard] = self._opened(shard)
             self._parts[key] = self._loaded(key)
@@ -104,9 +107,9 @@ class OpenShards(Generic[Part]):
             refuse(file.where, f"has {len(file)} record batches, too many or few for its rows")
         return file
 
-    def _loaded(self, key: tuple[int, int]) -> Part:
+    def _loaded(self, key: int) -> Part:
         """A record batch that was checked, now or since the file is as it is."""
-        shard, batch = key
+        shard, batch = divmod(key, 1 << _SHARD)
         file, entry = self._files[shard], self._entries[shard]
         checked = self._checked.setdefault((shard, file.identity), bytearray(len(file)))
         is_checked, begin = bool(checked[batch]), batch * self._batch_rows
@@ -123,6 +126,6 @@ class OpenShards(Generic[Part]):
         while len(self._files) > self._max_files:
             shard, file = self._files.popitem(last=False)
             for batch in range(len(file)):
-                self._parts.pop((shard, batch), None)
+                self._parts.pop(shard << _SHARD | batch, None)
         while len(self._parts) > self._max_parts:
             self._parts.popitem(last=False)

@@ -33,6 +33,8 @@ class Stored:
     """uint8 [n, bitmap_bytes] of draw 0."""
     start_offsets: np.ndarray
     """int32 [n + 1]: where each row's entries begin in the four arrays below."""
+    bounds: list[int]
+    """The same numbers, for those who look up one row at a time."""
     document_starts: np.ndarray
     """uint32."""
     document_ids: np.ndarray
@@ -48,12 +50,14 @@ class Stored:
 
 def stored_of(batch: pa.RecordBatch, geometry: Geometry) -> Stored:
     """The arrays of a record batch that has the columns of `shard_schema`."""
+    offsets = offsets_of(batch, "document_starts")
     return Stored(
         tokens=tokens_of(batch, geometry),
         thresholds=thresholds_of(batch, geometry),
         is_maskable=bitmap_of(batch, "is_maskable", geometry),
         is_masked=bitmap_of(batch, "is_masked", geometry),
-        start_offsets=offsets_of(batch, "document_starts"),
+        start_offsets=offsets,
+        bounds=offsets.tolist(),
         **{name: flat_of(batch, name) for name in RAGGED},
     )
 
