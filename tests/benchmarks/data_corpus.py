@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,9 +38,8 @@ def write_corpus(folder: Path, most_bytes: int) -> int:
 
 def texts(most_bytes: int) -> Iterator[str]:
     """Documents by rising digest of their paths, each text once, until there are enough bytes."""
-    paths = sorted(_paths(), key=lambda path: hashlib.sha256(str(path).encode()).digest())
     seen, left = set(), most_bytes
-    for path in paths:
+    for path in _paths():
         text = _text(path)
         digest = hashlib.sha256(text.encode()).digest()
         if left <= 0:
@@ -50,11 +50,14 @@ def texts(most_bytes: int) -> Iterator[str]:
             yield text
 
 
-def _paths() -> Iterator[Path]:
+@cache
+def _paths() -> tuple[Path, ...]:
+    """Every file that may hold text, by rising digest of its path."""
     folders = sysconfig.get_paths()
-    for root in {Path(folders["stdlib"]), Path(folders["purelib"])}:
-        yield from root.rglob("*.py")
-    yield from _DOCUMENTATION.rglob("*")
+    found = set(_DOCUMENTATION.rglob("*"))
+    for root in (folders["stdlib"], folders["purelib"]):
+        found.update(Path(root).rglob("*.py"))
+    return tuple(sorted(found, key=lambda path: hashlib.sha256(str(path).encode()).digest()))
 
 
 def _text(path: Path) -> str:

@@ -35,7 +35,7 @@ def write_texts(target: Path, most_bytes: int) -> None:
             file.write(json.dumps({"text": text}) + "\n")
 
 
-def flags(source: Path, output: str | Path, runner: str) -> list[str]:
+def flags(source: Path | str, output: str | Path, runner: str) -> list[str]:
     """The job: many small parts, so that there is much to interrupt."""
     words = ["--source.paths", str(source), "--output", str(output), "--runner", runner]
     words += ["--tokenizer", "bytes", "--sequence-length", "128", "--noise.block-size", "8"]

@@ -9,6 +9,7 @@ run. Each kind of fault has a control: with the protection off, the same check m
 processes that a round itself started are killed, each by its id.
 """
 
+import os
 import random
 import sys
 import tempfile
@@ -108,7 +109,9 @@ def victim_of(point: Point, driver: int, paused: int) -> psutil.Process:
     if point.victim == "worker":
         if paused != driver:
             return next(p for p in mine if p.pid == paused)
-        return next((p for p in mine if p.name().startswith("ray::")), mine[0])
+        # Not an agent: those belong to the raylet, which does not outlive them.
+        idle = (p for p in mine if p.name().startswith("ray::") and "Agent" not in p.name())
+        return next(idle, mine[0])
     return mine[0]
 
 
@@ -131,6 +134,7 @@ class Outcome:
 
 def round_of(point: Point, folder: Path, source: Path, undisturbed: Path) -> Outcome:
     """Kill at the point, run the same command again, compare."""
+    began = time.perf_counter()
     events, output = folder / "events", folder / "corpus"
     process = started(events, (point.phase, point.number), flags(source, output, "ray"))
     came = until(lambda: (events / PAUSED).exists() or process.poll() is not None, _PATIENCE)
@@ -150,7 +154,8 @@ def round_of(point: Point, folder: Path, source: Path, undisturbed: Path) -> Out
     wanted, found = sequences(undisturbed), sequences(output)
     says = f"{point.phase} {point.number}: killed {victim.pid if victim else 'nobody'} "
     says += f"({point.victim}), driver {f'exit {code}' if is_over else 'stopped by us'}, "
-    says += f"{'finished' if is_finished else 'unfinished'}, again {again}"
+    says += f"{'finished' if is_finished else 'unfinished'}, again {again}, "
+    says += f"{time.perf_counter() - began:.0f} s"
     return Outcome(
         is_same=victim is not None and again == 0 and contents(output) == contents(undisturbed),
         lost=len(wanted - found),
@@ -208,6 +213,7 @@ def main(count: int) -> int:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="faults", dir="/tmp") as temporary:
         folder = Path(temporary)
+        os.environ["RAY_TMPDIR"] = temporary  # short enough for Ray's sockets
         source = folder / "texts.jsonl"
         write_texts(source, 1_500_000)
         rows = [

@@ -1,7 +1,7 @@
 """`prepare` to an S3 that fails a tenth of the requests: the same bytes as to one that does not.
 
-Objects have names of their attempts in a store, so bytes are compared unit by unit through the
-manifest. The control is a client that tries each request once.
+The text is read from there too. Objects have names of their attempts in a store, so bytes are
+compared unit by unit through the manifest. The control is a client that tries each request once.
 """
 
 import json
@@ -16,6 +16,7 @@ from tests.benchmarks.report import Row
 from tests.benchmarks.s3_faults import FaultyProxy, client_environment, moto_server, proxied
 
 RATE = 0.1
+_TEXTS = "texts/documents.jsonl"
 
 
 def store_at(url: str) -> s3fs.S3FileSystem:
@@ -25,12 +26,12 @@ def store_at(url: str) -> s3fs.S3FileSystem:
     )
 
 
-def prepared(server: str, through: str, folder: Path, source: Path, attempts: int = 5) -> str:
+def prepared(server: str, through: str, folder: Path, attempts: int = 5) -> str:
     """Run the job into a new bucket; its digest, or what went wrong."""
     bucket = f"bucket-{folder.name}"
     store = store_at(server)
     store.mkdir(bucket)
-    words = flags(source, f"s3://{bucket}/corpus", "local")
+    words = flags(f"s3://{_TEXTS}", f"s3://{bucket}/corpus", "local")
     settings = client_environment(through, attempts=attempts)
     code = finished(folder / "events", words, **settings)
     return f"exit {code}" if code else checked(store, f"{bucket}/corpus")
@@ -63,16 +64,18 @@ def told(proxy: FaultyProxy) -> str:
 def s3_rows(folder: Path, source: Path, seeds: int) -> Iterator[Row]:
     """One run per seed, all against one undisturbed run, and the control."""
     with moto_server() as server:
-        wanted = prepared(server, server, folder / "undisturbed", source)
+        store_at(server).mkdir(_TEXTS.partition("/")[0])
+        store_at(server).put_file(str(source), _TEXTS)
+        wanted = prepared(server, server, folder / "undisturbed")
         same = leftovers = 0
         for seed in range(seeds):
             with proxied(server, RATE, seed) as proxy:
-                found = prepared(server, proxy.url, folder / f"seed-{seed}", source)
+                found = prepared(server, proxy.url, folder / f"seed-{seed}")
             print(f"s3 {seed + 1}/{seeds} {told(proxy)}", flush=True)
             same += found == wanted
             leftovers += left_over(store_at(server), f"bucket-seed-{seed}/corpus")
         with proxied(server, RATE, 0) as proxy:
-            once = prepared(server, proxy.url, folder / "control", source, attempts=1)
+            once = prepared(server, proxy.url, folder / "control", attempts=1)
     yield Row("S3 failing 10 % of requests: same bytes", same, f"of {seeds}", bar=seeds)
     yield Row("S3: objects of lost attempts left behind", leftovers, "objects")
     yield Row("control: a client that tries once fails", int(once != wanted), "of 1", bar=1)

@@ -16,7 +16,7 @@ import random
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -33,10 +33,12 @@ class FaultyProxy(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, upstream: str, rate: float, seed: int, hang_seconds: float) -> None:
+    def __init__(
+        self, upstream: str, rate: float, seed: int, hang_seconds: float, kinds: Sequence[str]
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = urlsplit(upstream)
-        self.rate, self.hang_seconds = rate, hang_seconds
+        self.rate, self.hang_seconds, self.kinds = rate, hang_seconds, kinds
         self.requests = 0
         self.faults: Counter[str] = Counter()
         self._random = random.Random(seed)
@@ -54,7 +56,7 @@ class FaultyProxy(ThreadingHTTPServer):
             self.requests += 1
             if self._random.random() >= self.rate:
                 return None
-            fault = self._random.choice(FAULTS)
+            fault = self._random.choice(self.kinds)
             self.faults[fault] += 1
             return fault
 
@@ -158,9 +160,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def proxied(upstream: str, rate: float, seed: int = 0, hang: float = 3.0) -> Iterator[FaultyProxy]:
-    """The proxy before a server, serving until the block ends."""
-    proxy = FaultyProxy(upstream, rate, seed, hang)
+def proxied(
+    upstream: str,
+    rate: float,
+    seed: int = 0,
+    hang: float = 3.0,
+    kinds: Sequence[str] = FAULTS,
+) -> Iterator[FaultyProxy]:
+    """The proxy before a server, serving until the block ends; `hang` in seconds."""
+    proxy = FaultyProxy(upstream, rate, seed, hang, kinds)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

@@ -70,6 +70,7 @@ def test_without_the_protocol_a_kill_is_found_out(source, undisturbed, tmp_path)
     assert control_round(tmp_path, source, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_tmpfs", [True, False])
 def test_a_full_disk_is_told_and_gone_on_from(source, tmp_path, monkeypatch, is_tmpfs):
     if is_tmpfs and not faults_disk.has_small_disks(tmp_path):

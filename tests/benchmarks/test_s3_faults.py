@@ -73,31 +73,47 @@ def test_a_commit_survives_each_fault_of_each_of_its_requests(
         assert met == 4
 
 
-def test_pyarrow_reads_and_writes_the_same_bytes_through_faults(s3_server, through):
-    table = pa.table({"number": range(20_000)})
-    with proxied(s3_server, rate=0.1, seed=3, hang=2 * PATIENCE) as proxy:
+def arrow_store(proxy) -> pa.fs.S3FileSystem:
+    """pyarrow's own client, as patient as s3fs is here."""
+    return pa.fs.S3FileSystem(
+        endpoint_override=proxy.url,
+        access_key="test",
+        secret_key="testtest",
+        region="us-east-1",
+        request_timeout=PATIENCE,
+    )
+
+
+TABLE = pa.table({"number": range(20_000)})
+
+
+def written_and_read(store: pa.fs.S3FileSystem, path: str) -> pa.Table:
+    """What is read of a table that was written there."""
+    with store.open_output_stream(path) as file, pa.ipc.new_file(file, TABLE.schema) as writer:
+        writer.write_table(TABLE)
+    with store.open_input_file(path) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def test_pyarrow_writes_and_reads_the_same_bytes_through_faults(s3_server, through):
+    # Not 500 and 503: an error's text that is longer than the range that was asked for (8 bytes at
+    # the end of an Arrow file) is no error to its client, but one that it does not try again.
+    kinds = [fault for fault in FAULTS if not fault.startswith("50")]
+    with proxied(s3_server, 0.1, seed=3, hang=2 * PATIENCE, kinds=kinds) as proxy:
         bucket = through(proxy)
-        store = pa.fs.S3FileSystem(
-            endpoint_override=proxy.url,
-            access_key="test",
-            secret_key="testtest",
-            region="us-east-1",
-            request_timeout=PATIENCE,
-        )
         for number in range(12):
-            with (
-                store.open_output_stream(f"{bucket}/{number}.arrow") as file,
-                pa.ipc.new_file(file, table.schema) as writer,
-            ):
-                writer.write_table(table)
-            with store.open_input_file(f"{bucket}/{number}.arrow") as file:
-                assert pa.ipc.open_file(file).read_all() == table
+            assert written_and_read(arrow_store(proxy), f"{bucket}/{number}.arrow") == TABLE
         assert proxy.faults.total() > 2
+
+
+def commit_many(folder: Folder) -> None:
+    """Enough requests to meet some fault."""
+    for number in range(100):
+        folder.commit(f"{number}.bin", b"hello")
 
 
 def test_a_client_that_tries_once_fails(s3_server, through):
     with proxied(s3_server, rate=0.3, seed=0, hang=2 * PATIENCE) as proxy:
         folder = Folder(f"s3://{through(proxy, attempts=1)}/corpus")
         with pytest.raises(OSError, match=r"a fault|reach|connect|Read timeout|closed"):
-            for number in range(100):
-                folder.commit(f"{number}.bin", b"hello")
+            commit_many(folder)
