@@ -24,7 +24,10 @@ TORCH_FREE = [
     "cascade_model.sampling", "cascade_model.requests", "cascade_model.text_stream",
     "pipelines.config", "pipelines.cluster", "pipelines.sources", "pipelines.documents",
     "pipelines.packing", "pipelines.parts", "pipelines.runner", "pipelines.prepare",
-    "pipelines.prompts",
+    "pipelines.prompts", "pipelines.pieces", "pipelines.tables", "pipelines.cleaning",
+    "pipelines.dedup", "pipelines.encoding", "pipelines.held_out", "pipelines.intake",
+    "pipelines.isolation", "pipelines.sampling", "pipelines.spool", "pipelines.totals",
+    "pipelines.admission", "pipelines.progress", "pipelines.claim",
 ]  # fmt: skip
 
 
