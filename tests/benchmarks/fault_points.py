@@ -96,7 +96,7 @@ def _kind(name: str) -> str | None:
         return "manifest"
     if name.endswith(RECORD_SUFFIX):
         return "record"
-    return "data" if name.endswith((".arrow", ".jsonl")) else None
+    return "data" if name.endswith((".arrow", ".jsonl", ".bin")) else None
 
 
 def step_with_points(
