@@ -438,6 +438,6 @@ def test_a_record_that_kills_the_process_is_set_aside_at_the_third_attempt(tmp_p
 
 def test_deaths_with_another_cause_change_no_byte(tmp_path, part):
     job = job_in(tmp_path / "out")
-    for mark in ("attempt-0-part-00003.arrow", "attempt-1-part-00003.arrow"):
+    for mark in ("part-00003.arrow.attempt-0", "part-00003.arrow.attempt-1"):
         Folder(job.work).publish(mark, b"")
     assert pack_part(job, part) == pack_part(job_in(tmp_path / "calm"), part)
