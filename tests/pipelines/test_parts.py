@@ -381,6 +381,7 @@ def test_of_a_conversation_only_the_responses_can_be_masked(tmp_path, packing):
     split = record.facts["splits"]["train"]
     assert split["tokens"] == maskable.sum()
     assert split["bytes"] == len(answer)
+    assert split["characters"] == len("A letter.")
     [row] = documents_in(job)
     assert row["bytes"] == len(spelled.encode())
 
@@ -392,6 +393,7 @@ def test_a_conversation_that_the_template_refuses_is_dead_alone(tmp_path):
     assert facts["dead"] == {"chat_template_fails": 1}
     assert facts["documents_in"] == 3
     assert facts["splits"]["train"]["documents"] == 2
+    assert json.loads(facts["first_dead"]["excerpt"]) == odd
 
 
 DEADLY = "this text kills"
