@@ -20,6 +20,8 @@ ENGINE = "engine.json"
 """In the work folder: which engine encodes the corpus."""
 SAMPLE_BYTES = 1 << 20
 """Text on which a fast engine must give the reference engine's tokens, in characters."""
+SAMPLE_PARTS = 8
+"""Parts that the sample is taken from, at most: they are read whole."""
 
 
 def choose_engine(job: Job, parts: Sequence[Part]) -> dict[str, Any]:

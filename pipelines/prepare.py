@@ -33,7 +33,7 @@ from cascade_model.schema import (
 )
 from cascade_model.shards import entry_of
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
-from pipelines.admission import ENGINE, choose_engine, reference
+from pipelines.admission import ENGINE, SAMPLE_PARTS, choose_engine, reference
 from pipelines.claim import WORK, begin, finished, take_back
 from pipelines.cleaning import Cleaning, cleaned
 from pipelines.config import PrepareConfig
@@ -265,7 +265,7 @@ def _engine(rounds: _Rounds, job: Job, plan: Plan) -> dict[str, Any]:
     work = Folder(job.work)
     if work.exists(ENGINE):
         return json.loads(work.read_bytes(ENGINE))
-    order = {"parts": [asdict(part) for part in spaced(plan.parts)]}
+    order = {"parts": [asdict(part) for part in spaced(plan.parts, SAMPLE_PARTS)]}
     [found] = rounds.run("check", partial(_engine_step, job), [order])
     return found
 
