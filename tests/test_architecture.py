@@ -17,6 +17,7 @@ TORCH_FREE = [
     "cascade_model.commit", "cascade_model.mixing", "cascade_model.open_shards",
     "cascade_model.shard_cache", "cascade_model.stored", "cascade_model.provenance",
     "cascade_model.prefetch", "cascade_model.draws", "cascade_model.verification",
+    "cascade_model.sequences",
     "cascade_model.tokenizer", "cascade_model.shards", "cascade_model.corpus",
     "cascade_model.sampling", "cascade_model.requests", "cascade_model.text_stream",
     "pipelines.config", "pipelines.cluster", "pipelines.sources", "pipelines.documents",
