@@ -88,7 +88,7 @@ def random_words(
         rows = (ids[part] & _LOW, high[part], draws[part])
         words = [np.repeat(word, len(quads)) for word in rows]
         _philox_rounds([np.tile(quads, len(rows[0])), *words], key, mine)
-    return result.reshape(len(ids), -1)[:, :count]
+    return result.reshape(len(ids), 4 * len(quads))[:, :count]
 
 
 def permute(
