@@ -22,7 +22,8 @@ from pipelines.markup import Html, element, join, visible
 from pipelines.prepare import prepare
 from pipelines.report import REPORT_HTML, REPORT_JSON, make_report, write_report
 from pipelines.report_masks import mask_histogram
-from pipelines.report_page import at, report_page
+from pipelines.report_numbers import at, plain, rate, rounded
+from pipelines.report_page import report_page
 
 HOSTILE = (
     "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -147,6 +148,14 @@ def assert_same_numbers(page: Page, report: dict) -> None:
     numbers = numbers_of(page)
     for pointer, value in numbers.items():
         assert value == repr(at(report, pointer)), pointer
+    for attrs, text in page.named("data"):
+        value = at(report, attrs["data-pointer"])
+        shown = (
+            [plain(value)]
+            if isinstance(value, int)
+            else [plain(value), rate(value), rounded(value)]
+        )
+        assert text in shown, attrs
     wanted = {f"/totals/{name}" for name in ("documents_in", "documents", "dropped", "dead")}
     wanted |= {"/totals/tokens", "/splits/train/padding_rate", "/masks/masked_rate"}
     wanted |= {"/timing/tokens_per_second", "/timing/rounds/pack"}
@@ -341,6 +350,12 @@ def test_the_page_needs_nothing_from_elsewhere(report):
         "default-src 'none'" in attrs.get("content", "") for attrs, _ in Page(text).named("meta")
     )
     assert not re.search(r"https?://|url\(|@import|src=|href=", text)
+
+
+def test_numbers_are_shown_as_people_read_them():
+    assert [plain(1234567), plain(0), plain(2.5)] == ["1,234,567", "0", "2.50"]
+    assert [rate(0.5012), rate(0.0), rounded(40000.25)] == ["50.12 %", "0.00 %", "40,000"]
+    assert at({"a/b": [{"~": 3}]}, "/a~1b/0/~0") == 3
 
 
 def test_markup_escapes_everything_but_itself():
