@@ -243,6 +243,7 @@ def test_the_shown_pieces_are_the_stored_sequence(corpus, report):
         masks = [piece["token"] for piece in shown["pieces"] if piece["kind"] == "mask"]
         assert masks == rows.tokens[rows.is_masked].tolist()
         assert shown["masked"] == len(masks)
+        assert shown["source"] == manifest.splits["train"].sources[0].name
         borders = sum(piece["kind"] == "border" for piece in shown["pieces"])
         assert borders == rows.is_start[:, 1:].sum()
         padding = sum(piece.get("count", 0) for piece in shown["pieces"])
@@ -300,6 +301,7 @@ def hostile(report: dict) -> dict:
     source = {**report["sources"][0], "name": HOSTILE, "dead": {HOSTILE: 3}}
     shown = {
         **report["masks"]["shown"][0],
+        "source": HOSTILE,
         "pieces": [
             {"kind": "text", "text": HOSTILE},
             {"kind": "mask", "text": HOSTILE, "token": 7},
@@ -326,6 +328,7 @@ def assert_all_is_text(page: Page) -> None:
     assert len(page.named("h1")) == 1
     assert all(not name.startswith("on") for _, attrs in page.elements for name in attrs)
     texts = [text for _, text in page.named("span") + page.named("td")]
+    assert any(visible(HOSTILE) in text for _, text in page.named("p"))
     assert texts.count(visible(HOSTILE)) >= 8
     assert any(visible(HOSTILE) in attrs["title"] for attrs, _ in page.named("b"))
 
