@@ -9,8 +9,9 @@ Why this is enough: take two neighbours X and Y whose bytes are those of a known
 crossed the two ends of this stretch so far, so inside it happened exactly what happens to the bytes
 of T on their own. On their own they come, by the merges before that of T, to the two parts A and B
 of T's merge: this is what is checked here of each token, in order. So X is A and Y is B. A merge
-whose parts the bytes of its own token never come to can never apply, and is left out. This holds
-where every merge stands behind those of its parts, as training writes them.
+whose parts the bytes of its own token never come to can never apply, and is left out. So is any
+further merge of a known token. All this holds where a token's merge stands behind those of its
+parts, as training writes them.
 """
 
 import itertools
@@ -26,8 +27,8 @@ def merge_ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
     """Rank of each token that can arise, and the id of each rank.
 
     `model` is the parsed BPE of a tokenizer.json. The bytes come first, those that the vocabulary
-    lacks with the id `NO_ID`, then the tokens in the order of their merges. `ValueError` when a
-    merge stands before that of its own part: it would be applied out of order.
+    lacks with the id `NO_ID`, then the tokens in the order of their merges. `ValueError` when the
+    only merges of a token stand before that of its part: they would be applied out of order.
     """
     vocabulary = model["vocab"]
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -37,12 +38,14 @@ def merge_ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         parts = [as_bytes(left), as_bytes(right)]
         token = b"".join(parts)
+        if token in ranks:
+            continue
         if not ranks.keys() >= set(parts):
             early.append(parts)
-        elif token not in ranks and joined(token, ranks) == parts:
+        elif joined(token, ranks) == parts:
             ranks[token] = len(ids)
             ids.append(vocabulary[left + right])
-    if any(ranks.keys() >= set(parts) for parts in early):
+    if any(ranks.keys() >= set(parts) and b"".join(parts) not in ranks for parts in early):
         raise ValueError("merges stand before those of their parts")
     return ranks, ids
 

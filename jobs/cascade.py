@@ -4,6 +4,7 @@ import importlib
 import sys
 
 STAGES = {
+    "tokenizer": "corpus -> tokenizer.json",
     "prepare": "corpus -> pre-masked Arrow shards (Ray Data)",
     "shards": "look into a corpus: verify, show, stats, documents, materialise",
     "pretrain": "shards -> block-diffusion or autoregressive checkpoint (Ray Train)",

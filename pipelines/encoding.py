@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from cascade_model.chat_template import ChatTemplate
-from cascade_model.fast_tokenizer import Encoder, engine_of
 
+from cascade_model.chat_template import ChatTemplate
 from cascade_model.commit import Folder
 from cascade_model.errors import InputError
+from cascade_model.fast_tokenizer import Encoder, engine_of
 from cascade_model.schema import TOKENIZER
 from cascade_model.tokenizer import Encoded, Tokenizer
 from pipelines.cleaning import pieces

@@ -161,14 +161,19 @@ class Intake:
         texts = [document.text or "" for document in documents]
         encoded = self._encoder.texts(texts)
         sizes = [len(text.encode()) for text in texts]
-        self._add(split, documents, encoded, np.array(sizes, dtype=np.int64), sum(sizes))
+        self._totals[split].update(characters=sum(map(len, texts)), bytes=sum(sizes))
+        self._add(split, documents, encoded, np.array(sizes, dtype=np.int64))
 
     def _encode_chats(self, split: str, documents: list[Document]) -> None:
-        """Conversations: what the template refuses is dead, what holds no response is dropped."""
+        """Conversations: what the template refuses is dead, what holds no response is dropped.
+
+        Characters and bytes are counted of the responses, as those are what tokens are counted of.
+        """
         chats = [document.messages or [] for document in documents]
         encoded, is_response, refused = self._encoder.chats(chats)
         for place in refused:
-            self._bury(documents[place], "chat_template_fails", str(chats[place])[:EXCERPT])
+            shown = json.dumps(chats[place], ensure_ascii=False)[:EXCERPT]
+            self._bury(documents[place], "chat_template_fails", shown)
         left = [document for i, document in enumerate(documents) if i not in set(refused)]
         owner = np.repeat(np.arange(len(left)), encoded.lengths)
         answers = np.bincount(owner, weights=is_response, minlength=len(left)) > 0
@@ -180,7 +185,12 @@ class Intake:
         is_response = is_response[keep]
         kept = [document for document, has in zip(left, answers, strict=True) if has]
         self._windows[split].is_response.append(is_response)
-        self._add(split, kept, chosen, sizes[answers], int(chosen.sizes[is_response].sum()))
+        turns = (turn for document in kept for turn in document.messages or [])
+        self._totals[split].update(
+            characters=sum(len(turn["content"]) for turn in turns if turn["role"] == "assistant"),
+            bytes=int(chosen.sizes[is_response].sum()),
+        )
+        self._add(split, kept, chosen, sizes[answers])
 
     def _add(
         self,
@@ -188,7 +198,6 @@ class Intake:
         documents: list[Document],
         encoded: Encoded,
         sizes: np.ndarray,
-        maskable_bytes: int,
     ) -> None:
         """Encoded documents to their window and to the counts; `sizes` is their texts' bytes."""
         window, total = self._windows[split], self._totals[split]
@@ -196,8 +205,6 @@ class Intake:
         window.documents += [(each.row, each.path, each.where) for each in documents]
         window.sizes.append(sizes)
         total["documents"] += len(documents)
-        total["characters"] += sum(len(document.text or "") for document in documents)
-        total["bytes"] += maskable_bytes
         for row, values in enumerate((sizes, encoded.lengths)):
             bins = np.bincount(bit_lengths(values), minlength=HISTOGRAM_BINS)
             self._histograms[row] += bins

@@ -33,7 +33,7 @@ Trial = Callable[[int, Callable[[int, bool], None]], None]
 @contextmanager
 def attempt(work: Folder, name: str) -> Iterator[int]:
     """Mark an attempt at a unit, as long as it lives; the body gets how many earlier ones died."""
-    marks = [f"attempt-{number}-{name}" for number in range(DEATHS)]
+    marks = [f"{name}.attempt-{number}" for number in range(DEATHS)]
     deaths = sum(work.exists(mark) for mark in marks)
     mine = marks[min(deaths, DEATHS - 1)]
     work.publish(mine, b"")
@@ -46,7 +46,7 @@ def attempt(work: Folder, name: str) -> Iterator[int]:
 
 def killers(work: Folder, name: str, trial: Trial) -> frozenset[int]:
     """Rows of a part that kill the process that touches them; found once, then kept."""
-    unit = f"killers-{name}.json"
+    unit = f"{name}.killers.json"
     if not work.exists(unit):
         log.warning("%s died %d times; its records are tried one by one", name, DEATHS)
         work.publish(unit, json.dumps(_found(trial, name)).encode())

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +34,7 @@ def merge_lists(draw) -> list[tuple[str, str]]:
     return draw(st.permutations(merges)) if draw(st.booleans()) else merges
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(merge_lists(), st.lists(st.text("abc", max_size=24), max_size=6))
 def test_any_list_of_merges_gives_the_tokens_of_the_reference(merges, words):
     tokenizer = with_merges(merges)
@@ -63,6 +64,20 @@ def test_ranks_alone_would_join_what_the_file_does_not():
                   if set(t) <= set("abc")}  # fmt: skip
     assert joined(b"abc", vocabulary) == [b"abc"]
     assert tokenizer.encode("abc") == [vocabulary[b"a"], vocabulary[b"bc"]]
+
+
+def test_further_merges_of_a_token_change_nothing():
+    model = kind("every split").description["model"]
+    ranks, _ = merge_ranks(model)
+    assert len(model["merges"]) > 1.3 * (len(ranks) - 256)
+    assert len(ranks) == len(model["vocab"]) - 5  # all but the special tokens
+
+
+def test_merges_out_of_order_are_refused_where_they_would_matter():
+    with pytest.raises(ValueError, match="before those of their parts"):
+        merge_ranks(with_merges([("a", "bc"), ("b", "c")]).description["model"])
+    known = with_merges([("a", "b"), ("ab", "c"), ("a", "bc"), ("b", "c")])
+    assert list(merge_ranks(known.description["model"])[0])[256:] == [b"ab", b"abc", b"bc"]
 
 
 def test_every_token_of_a_trained_tokenizer_can_arise():

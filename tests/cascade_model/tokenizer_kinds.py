@@ -91,6 +91,8 @@ def kind(name: str) -> Tokenizer:
         engine.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
     if name == "whole words":
         return _with_whole_words(engine)
+    if name == "every split":
+        return _with_every_split(engine)
     if name == "missing bytes":
         return _without_bytes(engine)
     return Tokenizer(engine.to_str().encode(), name)
@@ -105,6 +107,7 @@ CONVERTIBLE = [
     "removed",
     "nfc",
     "whole words",
+    "every split",
     "missing bytes",
 ]
 
@@ -115,6 +118,17 @@ def _with_whole_words(engine: tokenizers.Tokenizer) -> Tokenizer:
     document["model"]["ignore_merges"] = True
     for word in ("Ġheightened", "ĠwidthQ", "qzjx"):
         document["model"]["vocab"][word] = len(document["model"]["vocab"])
+    return Tokenizer(json.dumps(document).encode())
+
+
+def _with_every_split(engine: tokenizers.Tokenizer) -> Tokenizer:
+    """Merges of all pairs that join to a token, as converters from tiktoken list them."""
+    document = json.loads(engine.to_str())
+    vocabulary = document["model"]["vocab"]
+    tokens = sorted((t for t in vocabulary if not t.startswith("<|")), key=vocabulary.__getitem__)
+    splits = [(token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token))]
+    merges = [list(split) for split in splits if set(split) <= vocabulary.keys()]
+    document["model"] |= {"merges": merges, "ignore_merges": True}
     return Tokenizer(json.dumps(document).encode())
 
 

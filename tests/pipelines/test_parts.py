@@ -381,6 +381,7 @@ def test_of_a_conversation_only_the_responses_can_be_masked(tmp_path, packing):
     split = record.facts["splits"]["train"]
     assert split["tokens"] == maskable.sum()
     assert split["bytes"] == len(answer)
+    assert split["characters"] == len("A letter.")
     [row] = documents_in(job)
     assert row["bytes"] == len(spelled.encode())
 
@@ -392,6 +393,7 @@ def test_a_conversation_that_the_template_refuses_is_dead_alone(tmp_path):
     assert facts["dead"] == {"chat_template_fails": 1}
     assert facts["documents_in"] == 3
     assert facts["splits"]["train"]["documents"] == 2
+    assert json.loads(facts["first_dead"]["excerpt"]) == odd
 
 
 DEADLY = "this text kills"
@@ -438,6 +440,6 @@ def test_a_record_that_kills_the_process_is_set_aside_at_the_third_attempt(tmp_p
 
 def test_deaths_with_another_cause_change_no_byte(tmp_path, part):
     job = job_in(tmp_path / "out")
-    for mark in ("attempt-0-part-00003.arrow", "attempt-1-part-00003.arrow"):
+    for mark in ("part-00003.arrow.attempt-0", "part-00003.arrow.attempt-1"):
         Folder(job.work).publish(mark, b"")
     assert pack_part(job, part) == pack_part(job_in(tmp_path / "calm"), part)

@@ -602,7 +602,7 @@ def test_a_fast_engine_is_admitted_named_and_changes_no_token(documents_jsonl, t
 
 
 def test_a_check_that_killed_its_process_is_not_tried_again(documents_jsonl, tmp_path):
-    Folder(tmp_path / "corpus" / "_work").publish("attempt-0-engine.json", b"")
+    Folder(tmp_path / "corpus" / "_work").publish("engine.json.attempt-0", b"")
     with pytest.raises(InputError, match="already holds"):
         prepare(config_for(tmp_path / "corpus", documents_jsonl, tokenizer_engine="auto"))
     config = config_for(tmp_path / "other", documents_jsonl, tokenizer_engine="auto")
