@@ -64,7 +64,7 @@ def _sequence(report: dict[str, Any], place: int) -> list[Html]:
         "p",
         "sequence ",
         number(report, f"{where}/sequence"),
-        f" of {visible(report['masks']['shown'][place]['source'])}: ",
+        f" of source {visible(report['masks']['shown'][place]['source'])}: ",
         number(report, f"{where}/masked"),
         " of ",
         number(report, f"{where}/maskable"),
