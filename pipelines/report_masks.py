@@ -110,8 +110,11 @@ def _shown(
         else:
             run.append(token)
     end_run(kind)
+    sequence = int(rows.sequence_ids[place])
+    sources = manifest.splits["train"].sources
     return {
-        "sequence": int(rows.sequence_ids[place]),
+        "sequence": sequence,
+        "source": next(s.name for s in reversed(sources) if s.first_sequence <= sequence),
         "maskable": int(is_maskable.sum()),
         "masked": int(is_masked.sum()),
         "pieces": pieces,

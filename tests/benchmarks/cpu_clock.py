@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,13 @@ class Spent:
     peak: float
     """Most MiB resident in any one process."""
     tokens: int
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    """Processor time of this process, all its threads together."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
 
 
 class TreeClock:

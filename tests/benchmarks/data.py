@@ -15,8 +15,8 @@ import importlib.metadata
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ import numpy as np
 from cascade_model import noise
 from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus, read_manifest
+from cascade_model.fast_tokenizer import REFERENCE
 from cascade_model.tokenizer import train_tokenizer
-from tests.benchmarks.cpu_clock import Spent, spent
+from tests.benchmarks import reader
+from tests.benchmarks.cpu_clock import Spent, cpu_seconds, spent
 from tests.benchmarks.data_corpus import texts, write_corpus, write_salted
 from tests.benchmarks.report import Row, publish
 
@@ -86,12 +88,14 @@ def mask_seconds(output: Path) -> float:
     corpus = Corpus(Folder(output), read_manifest(Folder(output)), "train")
     recipe, total = corpus.manifest.noise, corpus.num_sequences
     num_blocks = corpus.sequence_length // recipe.block_size
-    began = time.process_time()
-    for start in range(0, total, 256):
-        ids = np.arange(start, min(start + 256, total), dtype=np.uint64)
-        rates = noise.thresholds(recipe, 0, noise.rank_of(ids, total, recipe, 0), num_blocks)
-        noise.mask_bits(recipe, 0, ids, rates, corpus.sequence_length)
-    return time.process_time() - began
+
+    def mask() -> None:
+        for start in range(0, total, 256):
+            ids = np.arange(start, min(start + 256, total), dtype=np.uint64)
+            rates = noise.thresholds(recipe, 0, noise.rank_of(ids, total, recipe, 0), num_blocks)
+            noise.mask_bits(recipe, 0, ids, rates, corpus.sequence_length)
+
+    return cpu_seconds(mask)
 
 
 def engine_of(output: Path) -> dict[str, Any]:
@@ -115,7 +119,7 @@ def tokenising_rows(bench: Bench) -> Iterator[Row]:
         runs["datasets"].append(bench.run("datasets", bench.corpus))
         if bench.peers:
             runs["datatrove"].append(bench.run("datatrove", bench.corpus))
-    is_fast = engine["name"] != "reference"
+    is_fast = engine["name"] != REFERENCE
     names = {
         "fast": f"prepare in process, {engine['name']} {engine['version']}",
         "reference": "prepare in process, reference engine",
@@ -185,6 +189,8 @@ def main() -> int:
     folder = Path("build/bench/data-small" if flags.small else "build/bench/data").absolute()
     bench = Bench(folder, flags.peers, flags.small)
     rows = [*tokenising_rows(bench), *ray_rows(bench), *memory_rows(bench)]
+    if not flags.small:
+        rows += [replace(row, name=f"reader, {row.name}") for row in reader.rows()]
     config = {"text_bytes": bench.bytes, "rounds": bench.rounds, "small": flags.small}
     return publish("data", rows, **config, tokenizer=f"BPE {bench.vocab_size}")
 

@@ -60,7 +60,19 @@ def install(events: Path, target: tuple[str, int]) -> None:
         return
     commit._points = True  # type: ignore[attr-defined]
     point = partial(pass_point, events, target)
-    write, draft, publish = HashingWriter.write, commit.draft, Folder.publish
+    write, draft = HashingWriter.write, commit.draft
+    commit_unit, publish = Folder.commit, Folder.publish
+    units: set[str] = set()
+
+    def kind_of(name: str) -> str | None:
+        """What a file is to the protocol; none for what belongs to the job, not to its result."""
+        if name.endswith(RECORD_SUFFIX):
+            return "record"
+        return "manifest" if name == MANIFEST else "data" if name in units else None
+
+    def commit_known(self: Folder, name: str, *rest: Any, **named: Any) -> Record:
+        units.add(name)
+        return commit_unit(self, name, *rest, **named)
 
     def write_then_stop(self: HashingWriter, data: Any) -> int:
         is_first = self.bytes == 0
@@ -72,7 +84,7 @@ def install(events: Path, target: tuple[str, int]) -> None:
 
     @contextmanager
     def draft_with_stops(target: Path, writes: Callable[..., Any]) -> Iterator[Path]:
-        kind = _kind(target.name)
+        kind = kind_of(target.name)
         with draft(target, writes) as finished:
             if kind:
                 point(f"{kind} written")
@@ -87,16 +99,8 @@ def install(events: Path, target: tuple[str, int]) -> None:
 
     HashingWriter.write = write_then_stop  # type: ignore[method-assign]
     commit.draft = draft_with_stops  # type: ignore[assignment]
+    Folder.commit = commit_known  # type: ignore[method-assign]
     Folder.publish = publish_after_a_stop  # type: ignore[method-assign]
-
-
-def _kind(name: str) -> str | None:
-    """What a file is to the protocol; none for what belongs to the job, not to its result."""
-    if name == MANIFEST:
-        return "manifest"
-    if name.endswith(RECORD_SUFFIX):
-        return "record"
-    return "data" if name.endswith((".arrow", ".jsonl", ".bin")) else None
 
 
 def step_with_points(

@@ -30,6 +30,7 @@ from tests.benchmarks.fault_points import (
     IN_COMMIT,
     IN_TASK,
     PAUSED,
+    PHASES,
     counts_of,
 )
 from tests.benchmarks.fault_runs import (
@@ -199,6 +200,8 @@ def kill_rows(count: int, folder: Path, source: Path) -> Iterator[Row]:
               bar=-(-count * 3 // 20))  # fmt: skip
     for name in VICTIMS:
         yield Row(f"kill -9: of the {name}", sum(p.victim == name for p in points), "points")
+    for phase in PHASES:
+        yield Row(f"kill -9: when {phase}", sum(p.phase == phase for p in points), "points")
     lost, doubled = sum(o.lost for o in outcomes), sum(o.doubled for o in outcomes)
     yield Row("kill -9: sequences lost", lost, "", bar=0, is_limit=True)
     yield Row("kill -9: sequences doubled", doubled, "", bar=0, is_limit=True)

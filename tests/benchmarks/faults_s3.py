@@ -67,15 +67,17 @@ def s3_rows(folder: Path, source: Path, seeds: int) -> Iterator[Row]:
         store_at(server).mkdir(_TEXTS.partition("/")[0])
         store_at(server).put_file(str(source), _TEXTS)
         wanted = prepared(server, server, folder / "undisturbed")
-        same = leftovers = 0
+        same = leftovers = faults = requests = 0
         for seed in range(seeds):
             with proxied(server, RATE, seed) as proxy:
                 found = prepared(server, proxy.url, folder / f"seed-{seed}")
             print(f"s3 {seed + 1}/{seeds} {told(proxy)}", flush=True)
             same += found == wanted
+            faults, requests = faults + proxy.faults.total(), requests + proxy.requests
             leftovers += left_over(store_at(server), f"bucket-seed-{seed}/corpus")
         with proxied(server, RATE, 0) as proxy:
             once = prepared(server, proxy.url, folder / "control", attempts=1)
     yield Row("S3 failing 10 % of requests: same bytes", same, f"of {seeds}", bar=seeds)
+    yield Row("S3: requests that met a fault", 100 * faults / requests, "%")
     yield Row("S3: objects of lost attempts left behind", leftovers, "objects")
     yield Row("control: a client that tries once fails", int(once != wanted), "of 1", bar=1)

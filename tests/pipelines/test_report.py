@@ -22,7 +22,8 @@ from pipelines.markup import Html, element, join, visible
 from pipelines.prepare import prepare
 from pipelines.report import REPORT_HTML, REPORT_JSON, make_report, write_report
 from pipelines.report_masks import mask_histogram
-from pipelines.report_page import at, report_page
+from pipelines.report_numbers import at, plain, rate, rounded
+from pipelines.report_page import report_page
 
 HOSTILE = (
     "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -147,6 +148,14 @@ def assert_same_numbers(page: Page, report: dict) -> None:
     numbers = numbers_of(page)
     for pointer, value in numbers.items():
         assert value == repr(at(report, pointer)), pointer
+    for attrs, text in page.named("data"):
+        value = at(report, attrs["data-pointer"])
+        shown = (
+            [plain(value)]
+            if isinstance(value, int)
+            else [plain(value), rate(value), rounded(value)]
+        )
+        assert text in shown, attrs
     wanted = {f"/totals/{name}" for name in ("documents_in", "documents", "dropped", "dead")}
     wanted |= {"/totals/tokens", "/splits/train/padding_rate", "/masks/masked_rate"}
     wanted |= {"/timing/tokens_per_second", "/timing/rounds/pack"}
@@ -234,6 +243,7 @@ def test_the_shown_pieces_are_the_stored_sequence(corpus, report):
         masks = [piece["token"] for piece in shown["pieces"] if piece["kind"] == "mask"]
         assert masks == rows.tokens[rows.is_masked].tolist()
         assert shown["masked"] == len(masks)
+        assert shown["source"] == manifest.splits["train"].sources[0].name
         borders = sum(piece["kind"] == "border" for piece in shown["pieces"])
         assert borders == rows.is_start[:, 1:].sum()
         padding = sum(piece.get("count", 0) for piece in shown["pieces"])
@@ -291,6 +301,7 @@ def hostile(report: dict) -> dict:
     source = {**report["sources"][0], "name": HOSTILE, "dead": {HOSTILE: 3}}
     shown = {
         **report["masks"]["shown"][0],
+        "source": HOSTILE,
         "pieces": [
             {"kind": "text", "text": HOSTILE},
             {"kind": "mask", "text": HOSTILE, "token": 7},
@@ -317,6 +328,7 @@ def assert_all_is_text(page: Page) -> None:
     assert len(page.named("h1")) == 1
     assert all(not name.startswith("on") for _, attrs in page.elements for name in attrs)
     texts = [text for _, text in page.named("span") + page.named("td")]
+    assert any(visible(HOSTILE) in text for _, text in page.named("p"))
     assert texts.count(visible(HOSTILE)) >= 8
     assert any(visible(HOSTILE) in attrs["title"] for attrs, _ in page.named("b"))
 
@@ -341,6 +353,12 @@ def test_the_page_needs_nothing_from_elsewhere(report):
         "default-src 'none'" in attrs.get("content", "") for attrs, _ in Page(text).named("meta")
     )
     assert not re.search(r"https?://|url\(|@import|src=|href=", text)
+
+
+def test_numbers_are_shown_as_people_read_them():
+    assert [plain(1234567), plain(0), plain(2.5)] == ["1,234,567", "0", "2.50"]
+    assert [rate(0.5012), rate(0.0), rounded(40000.25)] == ["50.12 %", "0.00 %", "40,000"]
+    assert at({"a/b": [{"~": 3}]}, "/a~1b/0/~0") == 3
 
 
 def test_markup_escapes_everything_but_itself():
