@@ -7,7 +7,7 @@ export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup demo smollm2 smollm2-parent smollm2-long test lint clean \
-  bench-data bench-train bench-sampler bench-text bench-peer faults-train
+  bench-data bench-train bench-sampler bench-text bench-peer faults-train faults-data
 setup: $(VENV)/.stamp
 
 # torch first, and from PyTorch's CPU index where there is neither a GPU nor a CPU build at hand:
@@ -60,8 +60,14 @@ lint: setup
 	$(BIN)/lint-imports
 
 # Each prints a table and writes build/bench/X.json or build/faults/X.json; see tests/benchmarks/README.md.
-bench-data bench-train bench-sampler: bench-%: setup
+bench-train bench-sampler: bench-%: setup
 	$(BIN)/python -m tests.benchmarks.$*
+
+# datatrove is measured beside us, and stays out of the environment; what it imports is there.
+bench-data: setup
+	test -d build/peers || $(BIN)/python -m pip install --quiet --no-deps --target build/peers \
+	  "datatrove==0.10.1" "loguru~=0.7" "humanize~=4.0" "orjson~=3.10" "fasteners~=0.19"
+	$(BIN)/python -m tests.benchmarks.data --peers build/peers
 
 # A speed-up is what is measured with text: `make smollm2-long` first.
 MODEL ?= runs/smollm2/long/model
@@ -77,9 +83,13 @@ bench-peer: setup
 	$(BIN)/python -m pip install --quiet --no-deps "ollada==0.3.0"
 	$(BIN)/python -m tests.benchmarks.peer
 
-N ?= 5
+faults-train: N ?= 5
 faults-train: setup
 	$(BIN)/python -m tests.benchmarks.faults_train $(N)
+
+faults-data: N ?= 20
+faults-data: setup
+	$(BIN)/python -m tests.benchmarks.faults_data $(N)
 
 clean:
 	rm -rf build runs

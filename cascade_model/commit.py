@@ -11,6 +11,7 @@ known to name another one.
 """
 
 import builtins
+import errno
 import hashlib
 import json
 import os
@@ -27,10 +28,11 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, Unfinished
 
 RECORD_SUFFIX = ".record.json"
 _CHUNK = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}(\.old)?\.tmp")
 """Names of our own unfinished files; any other `.tmp` belongs to somebody."""
 
@@ -154,6 +156,10 @@ class Folder:
             raise FileNotFoundError(self.path(name))
         return cast(bytes, self._fs.cat_file(self.path(record.object)))
 
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """Bytes of a file (an object's own name); fewer where it ends before."""
+        return cast(bytes, self._fs.cat_file(self.path(name), start=offset, end=offset + length))
+
     def open(self, name: str) -> BinaryIO:
         """Open a file (an object's own name) for reading."""
         return cast(BinaryIO, self._fs.open(self.path(name), "rb"))
@@ -193,10 +199,23 @@ class Folder:
 
         The same bytes again are fine; other bytes raise `InputError` and change nothing.
         """
-        if self._create(name, data) != data:
+        with self._told_if_full(name):
+            found = self._create(name, data)
+        if found != data:
             raise InputError(
                 f"{self.path(name)} exists with other content; choose another folder or delete it"
             )
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Put one small file under its own name, whole, over whatever is there.
+
+        For what no reader trusts and a later run may tell anew, such as a report.
+        """
+        if self.is_local:
+            with self._told_if_full(name):
+                replace_file(Path(self.path(name)), data)
+        else:
+            self._fs.pipe_file(self.path(name), data)
 
     def commit(
         self,
@@ -207,14 +226,15 @@ class Folder:
         """Commit a unit; `write` gets a binary file (not seekable).
 
         Committing the same bytes twice is harmless; other bytes under a committed name raise
-        `InputError`.
+        `InputError`, a full disk `Unfinished`.
         """
         source = _writer_of(write)
-        if self.is_local:
-            record = self._write_local(name, source, facts or {})
-        else:
-            record = self._write_object(name, source, facts or {})
-        data = self._create(name + RECORD_SUFFIX, record.to_json())
+        with self._told_if_full(name):
+            if self.is_local:
+                record = self._write_local(name, source, facts or {})
+            else:
+                record = self._write_object(name, source, facts or {})
+            data = self._create(name + RECORD_SUFFIX, record.to_json())
         winner = Record.from_json(data, self.path(name + RECORD_SUFFIX))
         if winner.object != record.object:
             self.remove(record.object)
@@ -224,6 +244,19 @@ class Folder:
                 f"made {record.sha256[:12]}; choose another folder or delete it"
             )
         return winner
+
+    @contextmanager
+    def _told_if_full(self, name: str) -> Iterator[None]:
+        """A full disk as one sentence: what is committed stays, so the job can go on."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise Unfinished(
+                f"{self.path(name)} cannot be written ({os.strerror(error.errno)}); free some "
+                "space or raise the quota and run the same command again, which goes on from here"
+            ) from None
 
     def _names(self) -> Iterator[str]:
         try:

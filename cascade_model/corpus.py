@@ -1,21 +1,32 @@
 """The reader: global sample numbers to batches, the same for any number of ranks.
 
 Global sample g of a corpus of N sequences is rank g mod N in the order of draw g div N. With
-complementary pairs, samples 2k and 2k + 1 are both rank k mod N of draw k div N. What a sample
-looks like depends on (corpus, recipe, g) alone.
+complementary pairs, samples 2k and 2k + 1 are both rank k mod N of draw k div N. With several
+sources, g chooses the source and its own sample first (`mixing`). What a sample looks like depends
+on (corpus, recipe, g) alone.
 """
 
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
 from cascade_model import noise as mask_noise
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig, TrainingNoise
+from cascade_model.draws import Draws, draw_manifest_name
 from cascade_model.errors import CorpusMismatch, InputError
+from cascade_model.mixing import mixture_of
+from cascade_model.prefetch import ahead
+from cascade_model.provenance import DocumentTables, Seen
 from cascade_model.schema import MANIFEST, TOKENIZER, Manifest
-from cascade_model.shards import Shard
+from cascade_model.sequences import SequenceRows, Sequences
+from cascade_model.shard_cache import CacheConfig, ShardCache
 from cascade_model.tokenizer import Tokenizer
+
+WINDOW = 1024
+"""Consecutive samples whose places in the corpus are found at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +36,7 @@ class Batch:
     sequence_ids: np.ndarray
     """uint64 [n]."""
     clean_tokens: np.ndarray
-    """int64 [n, L]; PAD places hold pad_id."""
+    """uint16 or uint32 [n, L]; PAD places hold pad_id."""
     is_masked: np.ndarray
     """bool [n, L]; false wherever is_maskable is."""
     is_maskable: np.ndarray
@@ -34,7 +45,7 @@ class Batch:
     """uint32 [n, L / B]: mask rate of each block times 2^32; [n, 1] where a batch was cut within a
     block, which is done to rates per sequence only."""
     positions: np.ndarray
-    """int64 [n, L]; restart at 0 with each document."""
+    """int32 [n, L]; restart at 0 with each document."""
     segments: np.ndarray
     """int32 [n, L]: 0, 1, 2... per sequence; PAD belongs to the document before it."""
 
@@ -42,36 +53,27 @@ class Batch:
         return len(self.sequence_ids)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SequenceRows:
-    """Sequences as they lie in the shards, bitmaps unpacked (draw 0 of the corpus's recipe)."""
-
-    sequence_ids: np.ndarray
-    """uint64 [n]."""
-    tokens: np.ndarray
-    """int64 [n, L]."""
-    is_maskable: np.ndarray
-    """bool [n, L]."""
-    thresholds: np.ndarray
-    """uint32 [n, L / B] of draw 0."""
-    is_masked: np.ndarray
-    """bool [n, L] of draw 0."""
-    is_start: np.ndarray
-    """bool [n, L]: a document starts or goes on here; the first place is always one."""
-
-
 class Corpus:
-    """One split of a prepared corpus; shards are checked when first touched."""
+    """One split of a prepared corpus; its record batches are checked when first touched."""
 
-    def __init__(self, folder: Folder, manifest: Manifest, split: str) -> None:
+    def __init__(
+        self, folder: Folder, manifest: Manifest, split: str, cache: ShardCache | None = None
+    ) -> None:
         self._folder, self.manifest, self.split = folder, manifest, split
         self._entry = manifest.splits[split]
-        self._shards: dict[int, Shard] = {}
-        self._first = np.array([s.first_sequence for s in self._entry.shards], dtype=np.uint64)
+        self.documents = DocumentTables(folder, manifest)
+        self._mixture = mixture_of(self._entry.sources, self._entry.num_sequences)
+        self._window = lru_cache(maxsize=16)(self._placed)
+        self._draws = Draws(folder, manifest, split, cache)
+        self._sequences = Sequences(folder, manifest, split, cache)
 
     @classmethod
-    def open(cls, url: str, split: str = "train") -> "Corpus":
-        """Open a finished corpus; `CorpusMismatch` when it is missing, unfinished or empty."""
+    def open(cls, url: str, split: str = "train", cache: CacheConfig = CacheConfig()) -> "Corpus":
+        """Open a finished corpus; `CorpusMismatch` when it is missing, unfinished or empty.
+
+        What is read of a corpus in a store is kept as `cache` says, by default in a temporary
+        folder. A local one is mapped into memory, unless `cache` names a folder.
+        """
         folder = Folder(url)
         manifest = read_manifest(folder)
         entry = manifest.splits.get(split)
@@ -81,7 +83,8 @@ class Corpus:
                 f"corpus={url} has no sequences in split {split!r}, only in {have}; prepare it "
                 "with another held_out_rate or name another split"
             )
-        return cls(folder, manifest, split)
+        is_mapped = folder.is_local and cache.folder is None
+        return cls(folder, manifest, split, None if is_mapped else ShardCache(cache))
 
     @property
     def num_sequences(self) -> int:
@@ -109,6 +112,11 @@ class Corpus:
         return self.manifest.block_size
 
     @property
+    def recipe(self) -> NoiseConfig:
+        """The noise whose first draw is stored."""
+        return self.manifest.noise
+
+    @property
     def digest(self) -> str:
         """Digest of the manifest."""
         return self.manifest.digest
@@ -134,34 +142,7 @@ class Corpus:
 
     def rows(self, sequence_ids: np.ndarray) -> SequenceRows:
         """Sequences by id, in the order asked for; `IndexError` outside the split."""
-        ids = np.asarray(sequence_ids, dtype=np.uint64)
-        if ids.size and int(ids.max()) >= self.num_sequences:
-            raise IndexError(f"sequence {int(ids.max())} of {self.num_sequences}")
-        into = self._empty(len(ids))
-        order = np.argsort(ids, kind="stable")
-        ordered = ids[order]
-        owner = np.searchsorted(self._first, ordered, side="right") - 1
-        for index in np.unique(owner):
-            low, high = np.searchsorted(owner, [index, index + 1])
-            places = (ordered[low:high] - self._first[index]).astype(np.int64)
-            self._shard(int(index)).gather(places, into, order[low:high])
-        return SequenceRows(sequence_ids=ids, **into)
-
-    def _empty(self, count: int) -> dict[str, np.ndarray]:
-        length, blocks = self.sequence_length, self.manifest.geometry.num_blocks
-        return {
-            "tokens": np.empty((count, length), dtype=np.int64),
-            "is_maskable": np.empty((count, length), dtype=bool),
-            "thresholds": np.empty((count, blocks), dtype=np.uint32),
-            "is_masked": np.empty((count, length), dtype=bool),
-            "is_start": np.zeros((count, length), dtype=bool),
-        }
-
-    def _shard(self, index: int) -> Shard:
-        if index not in self._shards:
-            entry = self._entry.shards[index]
-            self._shards[index] = Shard(self._folder, entry, self.manifest.geometry)
-        return self._shards[index]
+        return self._sequences.rows(sequence_ids)
 
     def batch(
         self,
@@ -172,25 +153,76 @@ class Corpus:
         world_size: int = 1,
     ) -> Batch:
         """Rank `rank`'s contiguous slice of global samples first_sample..+num_samples."""
-        noise = noise if isinstance(noise, TrainingNoise) else TrainingNoise.over(noise)
+        noise, recipe = _settings_of(noise)
         self._require_noise(noise)
         low = first_sample + num_samples * rank // world_size
         high = first_sample + num_samples * (rank + 1) // world_size
         samples = np.arange(low, high, dtype=np.uint64)
         copies = np.uint64(2 if noise.complement else 1)
-        shown, is_second = samples // copies, samples % copies == 1
-        draws = shown // np.uint64(self.num_sequences)
-        ranks = shown % np.uint64(self.num_sequences)
-        parts = [
-            self._ordered(ranks[draws == draw], is_second[draws == draw], noise, int(draw))
-            for draw in np.unique(draws)
-        ]
-        parts = parts or [self._ordered(ranks, is_second, noise, 0)]
-        names = Batch.__dataclass_fields__
-        whole = parts[0]
-        if len(parts) > 1:
-            whole = Batch(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+        ids, ranks, draws = self._places(samples // copies, recipe)
+        is_second = samples % copies == 1
+        is_recipe = recipe == self.manifest.noise and noise.padding != "eos"
+        whole = self._masked(ids, ranks, draws, is_second, noise, is_recipe=is_recipe)
         return self._cut(whole, first_sample, num_samples, noise)
+
+    def batches(
+        self, spans: Iterable[tuple[int, int]], noise: NoiseConfig, depth: int = 2
+    ) -> Generator[Batch, None, None]:
+        """`batch(first_sample, num_samples, noise)` of each span, read ahead by a thread.
+
+        At most `depth` batches are ready at a time; close the iterator to end the thread.
+        """
+        return ahead((self.batch(first, count, noise) for first, count in spans), depth)
+
+    def documents_of(
+        self, first_sample: int, num_samples: int, noise: NoiseConfig | None = None
+    ) -> list[Seen]:
+        """Which pieces of which documents these samples hold, in order.
+
+        `noise` is the run's, whose seed fixes the order; none is the corpus's own recipe.
+        """
+        noise = noise or self.manifest.noise
+        samples = np.arange(first_sample, first_sample + num_samples, dtype=np.uint64)
+        copies = np.uint64(2 if isinstance(noise, TrainingNoise) and noise.complement else 1)
+        ids, _, _ = self._places(samples // copies, _settings_of(noise)[1])
+        flat = [
+            (place, document, span)
+            for place, pieces in enumerate(self._sequences.pieces(ids))
+            for document, span in pieces
+        ]
+        documents = np.array([document for _, document, _ in flat], dtype=np.uint64)
+        return [
+            Seen(
+                sample=first_sample + place,
+                sequence_id=int(ids[place]),
+                document_id=int(document),
+                path=path,
+                where=where,
+                span=span,
+            )
+            for (place, document, span), (path, where) in zip(
+                flat, self.documents.places(documents), strict=True
+            )
+        ]
+
+    def _places(self, samples: np.ndarray, recipe: NoiseConfig) -> np.ndarray:
+        """Ids, ranks and draws, uint64 [3, n], of samples, uint64 [n].
+
+        They are made for whole windows: a thousand cost little more than one.
+        """
+        found = np.empty((3, len(samples)), dtype=np.uint64)
+        numbers = samples // np.uint64(WINDOW)
+        for number in np.unique(numbers).tolist():
+            mine = numbers == number
+            window = self._window(number, recipe)
+            found[:, mine] = window[:, (samples[mine] % np.uint64(WINDOW)).astype(np.int64)]
+        return found
+
+    def _placed(self, number: int, recipe: NoiseConfig) -> np.ndarray:
+        """A window's ids, ranks and draws, uint64 [3, WINDOW]."""
+        first = number * WINDOW
+        samples = np.arange(first, first + WINDOW, dtype=np.uint64)
+        return np.stack(self._mixture.places(samples, recipe))
 
     def _require_noise(self, noise: TrainingNoise) -> None:
         if self.block_size % noise.block_size:
@@ -211,53 +243,79 @@ class Corpus:
         """Given sequences with the noise that `draw` has for these ranks, whatever its order."""
         noise = TrainingNoise.over(noise)
         self._require_noise(noise)
-        is_second = np.zeros(len(sequence_ids), dtype=bool)
-        return self._masked(sequence_ids, ranks, is_second, noise, draw, is_stored=False)
-
-    def _ordered(
-        self, ranks: np.ndarray, is_second: np.ndarray, noise: TrainingNoise, draw: int
-    ) -> Batch:
-        """Samples of one draw, in its order; a second one is the complement of its first."""
-        ids = mask_noise.sequence_at(ranks, self.num_sequences, noise, draw)
-        is_stored = draw == 0 and noise.recipe == self.manifest.noise and noise.padding != "eos"
-        return self._masked(ids, ranks, is_second, noise, draw, is_stored=is_stored)
+        draws = np.full(len(sequence_ids), draw, dtype=np.uint64)
+        no = np.zeros(len(sequence_ids), dtype=bool)
+        return self._masked(sequence_ids, ranks, draws, no, noise, is_recipe=False)
 
     def _masked(
         self,
         ids: np.ndarray,
         ranks: np.ndarray,
+        draws: np.ndarray,
         is_second: np.ndarray,
         noise: TrainingNoise,
-        draw: int,
         *,
-        is_stored: bool,
+        is_recipe: bool,
     ) -> Batch:
+        """Samples of the given draws and ranks; a second one is the complement of its first.
+
+        With `is_recipe` the noise is the corpus's own, of which draw 0 is stored, and further draws
+        where they were written.
+        """
         rows = self.rows(ids)
         if noise.padding == "eos":
             is_padding = ~rows.is_maskable & (rows.tokens == self.manifest.pad_id)
-            tokens = np.where(is_padding, self.manifest.eos_id, rows.tokens)
+            eos_id = rows.tokens.dtype.type(self.manifest.eos_id)
+            tokens = np.where(is_padding, eos_id, rows.tokens)
             rows = replace(rows, tokens=tokens, is_maskable=rows.is_maskable | is_padding)
-        thresholds, is_masked = rows.thresholds, rows.is_masked
-        if not is_stored:
-            blocks = self.sequence_length // noise.block_size
-            thresholds = mask_noise.thresholds(noise, draw, ranks, blocks)
-            bits = mask_noise.mask_bits(noise, draw, ids, thresholds, self.sequence_length)
-            is_masked = bits & rows.is_maskable
+        blocks = self.sequence_length // noise.block_size
+        is_stored = (draws == 0) & is_recipe
+        if is_stored.all() and rows.thresholds.shape[1]:
+            thresholds = np.broadcast_to(rows.thresholds, (len(ids), blocks))
+        else:
+            thresholds = mask_noise.thresholds(noise, draws, ranks, blocks)
+        is_masked = rows.is_masked
+        if is_recipe:
+            is_stored |= self._take_draws(ids, draws, rows.is_maskable, is_masked)
+        fresh = np.flatnonzero(~is_stored)
+        if fresh.size:
+            bits = mask_noise.mask_bits(
+                noise, draws[fresh], ids[fresh], thresholds[fresh], self.sequence_length
+            )
+            is_masked[fresh] = bits & rows.is_maskable[fresh]
         if is_second.any():
             other = is_second[:, None]
             is_masked = np.where(other, rows.is_maskable & ~is_masked, is_masked)
             thresholds = np.where(other, mask_noise.complement(thresholds), thresholds)
-        places = np.arange(self.sequence_length, dtype=np.int64)
-        starts = np.maximum.accumulate(np.where(rows.is_start, places, 0), axis=1)
+        positions, segments = _within_documents(rows.is_start)
         return Batch(
             sequence_ids=ids,
             clean_tokens=rows.tokens,
             is_masked=is_masked,
             is_maskable=rows.is_maskable,
             thresholds=thresholds,
-            positions=places - starts,
-            segments=np.cumsum(rows.is_start, axis=1, dtype=np.int32) - np.int32(1),
+            positions=positions,
+            segments=segments,
         )
+
+    def _take_draws(
+        self, ids: np.ndarray, draws: np.ndarray, is_maskable: np.ndarray, is_masked: np.ndarray
+    ) -> np.ndarray:
+        """Put bitmaps of further draws into `is_masked`; returns which rows had one, bool [n]."""
+        taken = np.zeros(len(ids), dtype=bool)
+        for draw in np.unique(draws[draws > 0]).tolist():
+            mine = draws == draw
+            found = self._draws.masked(draw, ids[mine])
+            if found is None:
+                continue
+            if (found & ~is_maskable[mine]).any():
+                raise CorpusMismatch(
+                    f"draw {draw} of corpus {self._folder.url} masks places that must stay; delete "
+                    f"{draw_manifest_name(draw)} and materialise again"
+                )
+            is_masked[mine] = found
+            taken |= mine
+        return taken
 
     def _cut(
         self, batch: Batch, first_sample: int, num_samples: int, noise: TrainingNoise
@@ -279,6 +337,26 @@ class Corpus:
             for name in ("clean_tokens", "is_masked", "is_maskable", "positions", "segments")
         }
         return replace(batch, thresholds=batch.thresholds[:, :blocks], **cut)
+
+
+@lru_cache(maxsize=16)
+def _settings_of(noise: NoiseConfig) -> tuple[TrainingNoise, NoiseConfig]:
+    """A run's settings of the noise, and the recipe that a stored bitmap is bound to."""
+    settings = noise if isinstance(noise, TrainingNoise) else TrainingNoise.over(noise)
+    return settings, settings.recipe
+
+
+def _within_documents(is_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Place within the document and number of the document in its sequence, int32 [n, L] each."""
+    starts = np.flatnonzero(is_start)
+    lengths = np.diff(starts, append=is_start.size)
+    places = np.arange(is_start.size, dtype=np.int32)
+    positions = places - np.repeat(starts.astype(np.int32), lengths)
+    numbers = np.arange(len(starts), dtype=np.int32)
+    is_first = starts % is_start.shape[1] == 0
+    own = numbers - np.maximum.accumulate(np.where(is_first, numbers, 0))
+    segments = np.repeat(own.astype(np.int32), lengths)
+    return positions.reshape(is_start.shape), segments.reshape(is_start.shape)
 
 
 def read_manifest(folder: Folder) -> Manifest:

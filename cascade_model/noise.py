@@ -21,6 +21,8 @@ CUT, COUNT, SUBSET = 8, 9, 10
 FULL = 2**32 - 1
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
+Draws = int | np.ndarray
+"""A draw for all, or uint64 [n]: one for each rank or sequence."""
 _CHUNK = 8192  # counters per turn: six arrays of 64 KiB stay in the second-level cache
 
 
@@ -31,13 +33,16 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     result = np.empty(words.shape, dtype=np.uint32)
     for start in range(0, len(words), _CHUNK):
         part = slice(start, start + _CHUNK)
-        _philox_rounds(words[part].T, key, result[part])
+        _philox_rounds([np.array(word) for word in words[part].T], key, result[part])
     return result.reshape(shape)
 
 
-def _philox_rounds(words: np.ndarray, key: tuple[int, int], result: np.ndarray) -> None:
-    """Ten rounds on uint64 words [4, n], written to uint32 [n, 4]; in place, to stay in cache."""
-    c0, c1, c2, c3 = (np.array(word) for word in words)
+def _philox_rounds(words: list[np.ndarray], key: tuple[int, int], result: np.ndarray) -> None:
+    """Ten rounds on four arrays uint64 [n], written to uint32 [n, 4].
+
+    The arrays are used up: everything happens in place, to stay in cache.
+    """
+    c0, c1, c2, c3 = words
     left, right = np.empty_like(c0), np.empty_like(c0)
     k0, k1 = (int(word) & FULL for word in key)
     for _ in range(10):
@@ -68,13 +73,22 @@ def counters(w0, w1, w2, w3) -> np.ndarray:
 
 
 def random_words(
-    key: tuple[int, int], purpose: int, draw: int, ids: np.ndarray, count: int
+    key: tuple[int, int], purpose: int, draw: Draws, ids: np.ndarray, count: int
 ) -> np.ndarray:
     """`count` words for each id, uint32 [n, count]: word j is word j % 4 of counter j // 4."""
-    ids = np.asarray(ids, dtype=np.uint64)[:, None]
-    quads = np.arange((count + 3) // 4, dtype=np.uint64)[None, :]
-    table = counters(quads, ids & _LOW, (ids >> _SHIFT) + np.uint64(purpose << 24), draw)
-    return philox4x32(table, key).reshape(len(ids), -1)[:, :count]
+    ids = np.asarray(ids, dtype=np.uint64)
+    draws = np.broadcast_to(np.asarray(draw, dtype=np.uint64), ids.shape)
+    high = (ids >> _SHIFT) + np.uint64(purpose << 24)
+    quads = np.arange((count + 3) // 4, dtype=np.uint64)
+    result = np.empty((len(ids), len(quads), 4), dtype=np.uint32)
+    step = max(1, _CHUNK // max(len(quads), 1))
+    for start in range(0, len(ids), step):
+        part = slice(start, start + step)
+        mine = result[part].reshape(-1, 4)
+        rows = (ids[part] & _LOW, high[part], draws[part])
+        words = [np.repeat(word, len(quads)) for word in rows]
+        _philox_rounds([np.tile(quads, len(rows[0])), *words], key, mine)
+    return result.reshape(len(ids), 4 * len(quads))[:, :count]
 
 
 def permute(
@@ -105,17 +119,29 @@ def unpermute(
 def _walk(index, size, key, tweak, purpose, *, forward: bool) -> np.ndarray:
     """Apply the Feistel network again to whatever still lies outside range(size)."""
     value = np.array(index, dtype=np.uint64)
-    word = key[0] | key[1] << 32
-    keyed = _mix(
-        _mix(np.array([word], dtype=np.uint64)) + np.asarray(tweak, dtype=np.uint64)
-    ) + np.uint64(purpose)
-    keyed = np.broadcast_to(keyed, value.shape)
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    keyed = np.broadcast_to(_keyed(key, np.asarray(tweak, np.uint64), purpose), value.shape)
+    half = _half_bits(size)
     outside = np.ones(value.shape, dtype=bool)
     while outside.any():
         value[outside] = _feistel(value[outside], half, keyed[outside], forward)
         outside = value >= np.uint64(size)
     return value
+
+
+def _half_bits(size: int) -> int:
+    """Bits of either half of the Feistel network over range(size)."""
+    return max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+
+
+def _keyed(key: tuple[int, int], tweak: np.ndarray, purpose: int) -> np.ndarray:
+    """What the rounds of a permutation depend on besides their input, uint64."""
+    word = np.array([key[0] | key[1] << 32], dtype=np.uint64)
+    return _mix(_mix(word) + tweak) + np.uint64(purpose)
+
+
+def _turn(number: int) -> np.uint64:
+    """What tells a round from the others."""
+    return np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)
 
 
 def _feistel(value: np.ndarray, half: int, keyed: np.ndarray, forward: bool) -> np.ndarray:
@@ -124,8 +150,7 @@ def _feistel(value: np.ndarray, half: int, keyed: np.ndarray, forward: bool) -> 
     left, right = value >> width, value & mask
     for number in range(6) if forward else reversed(range(6)):
         source, target = (right, left) if forward else (left, right)
-        turn = np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)
-        mixed = target ^ (_mix(_mix(source + turn) ^ keyed) & mask)
+        mixed = target ^ (_mix(_mix(source + _turn(number)) ^ keyed) & mask)
         left, right = (right, mixed) if forward else (mixed, left)
     return (left << width) | right
 
@@ -137,19 +162,51 @@ def _mix(value: np.ndarray) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
-def sequence_at(ranks: np.ndarray, num_sequences: int, noise: NoiseConfig, draw: int) -> np.ndarray:
+def permute_rows(
+    index: np.ndarray, size: int, key: tuple[int, int], tweaks: np.ndarray, purpose: int
+) -> np.ndarray:
+    """`permute` of uint64 [n, c], each row with a tweak of its own, uint64 [n].
+
+    A round depends on half of the bits and the tweak alone, and `size` is small here: so it is
+    looked up in a table of the tweaks that occur.
+    """
+    half = _half_bits(size)
+    found, rows = np.unique(tweaks, return_inverse=True)
+    mask, every = (1 << half) - 1, np.arange(1 << half, dtype=np.uint64)
+    turns = np.array([_turn(number) for number in range(6)], dtype=np.uint64)
+    keyed = _mix(every + turns[:, None])[:, None] ^ _keyed(key, found, purpose)[:, None]
+    tables = (_mix(keyed) & np.uint64(mask)).astype(np.intp).reshape(6, -1)
+    base = np.repeat(rows.astype(np.intp) << half, index.shape[1])
+    value = index.astype(np.intp).ravel()
+    result, places = np.empty_like(value), np.arange(value.size)
+    while value.size:
+        left, right = value >> half, value & mask
+        for table in tables:
+            np.add(base, right, out=value)
+            left ^= table.take(value, mode="clip", out=value)
+            left, right = right, left
+        value = left << half | right
+        result[places] = value
+        outside = np.flatnonzero(value >= size)
+        value, base, places = value[outside], base[outside], places[outside]
+    return result.astype(np.uint64).reshape(index.shape)
+
+
+def sequence_at(
+    ranks: np.ndarray, num_sequences: int, noise: NoiseConfig, draw: Draws
+) -> np.ndarray:
     """The sequence ids (uint64) that stand at these ranks of the draw's order."""
     return permute(ranks, num_sequences, key_of(noise.seed), draw)
 
 
 def rank_of(
-    sequence_ids: np.ndarray, num_sequences: int, noise: NoiseConfig, draw: int
+    sequence_ids: np.ndarray, num_sequences: int, noise: NoiseConfig, draw: Draws
 ) -> np.ndarray:
     """The ranks (uint64) of these sequences in the draw's order: the inverse of `sequence_at`."""
     return unpermute(sequence_ids, num_sequences, key_of(noise.seed), draw)
 
 
-def thresholds(noise: NoiseConfig, draw: int, ranks: np.ndarray, num_blocks: int) -> np.ndarray:
+def thresholds(noise: NoiseConfig, draw: Draws, ranks: np.ndarray, num_blocks: int) -> np.ndarray:
     """Mask rates of sequences at these ranks, as uint32 thresholds [n, num_blocks].
 
     A position is masked when its random word lies below the threshold, so the mask rate is
@@ -161,11 +218,10 @@ def thresholds(noise: NoiseConfig, draw: int, ranks: np.ndarray, num_blocks: int
     ranks = np.asarray(ranks, dtype=np.uint64)
     per_rank = num_blocks if noise.per == "block" else 1
     strata, cells = np.uint64(noise.strata), noise.strata * per_rank
-    group = (ranks // strata)[:, None]
     cell = (ranks % strata)[:, None] * np.uint64(per_rank) + np.arange(per_rank, dtype=np.uint64)
-    tweak = np.broadcast_to((group * np.uint64(0x9E3779B1) + np.uint64(draw)) & _LOW, cell.shape)
+    tweaks = (ranks // strata * np.uint64(0x9E3779B1) + np.asarray(draw, np.uint64)) & _LOW
     key = key_of(noise.seed)
-    stratum = permute(cell, cells, key, tweak, STRATUM)
+    stratum = permute_rows(cell, cells, key, tweaks, STRATUM)
     jitter = random_words(key, JITTER, draw, ranks, per_rank).astype(np.uint64)
     uniform = ((stratum << _SHIFT) + jitter) // np.uint64(cells)
     low = int(noise.min_rate * 2**32)
@@ -176,7 +232,7 @@ def thresholds(noise: NoiseConfig, draw: int, ranks: np.ndarray, num_blocks: int
 
 def mask_bits(
     noise: NoiseConfig,
-    draw: int,
+    draw: Draws,
     sequence_ids: np.ndarray,
     thresholds: np.ndarray,
     sequence_length: int,

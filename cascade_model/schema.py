@@ -3,6 +3,8 @@
 A sequence is L tokens cut from packed documents. Each document is its tokens plus one EOS, padded
 with PAD to a multiple of the block size B, so that the block grid restarts at every document. The
 bitmaps are bits in little order (numpy `packbits(bitorder="little")`), one bit per token.
+Record batches hold `batch_rows` sequences each, the last one of a shard the rest, so that the batch
+of a row is known without reading anything.
 """
 
 import json
@@ -15,10 +17,16 @@ import pyarrow as pa
 from cascade_model.config import NoiseConfig, digest
 from cascade_model.errors import CorpusMismatch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SPLITS: tuple[str, ...] = ("train", "held_out")
+BATCH_TOKENS = 1 << 16
+"""Places in a record batch, at most (one sequence at least). A record batch is what is checked, and
+fetched from a store, at once: larger ones make a sequence read at random dearer, smaller ones make
+the list of them longer."""
+BITMAP_BLOCK = 32
+"""Block size from which the thresholds of the blocks take no more room than a bitmap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +36,8 @@ class Geometry:
     sequence_length: int
     block_size: int
     vocab_size: int
+    rates_per_row: int = 0
+    """Thresholds stored for a sequence; see `rates_per_row`."""
 
     @property
     def num_blocks(self) -> int:
@@ -45,6 +55,22 @@ class Geometry:
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
 
+def rates_per_row(noise: NoiseConfig, sequence_length: int) -> int:
+    """Thresholds stored per sequence: 1, L / B, or 0 where the reader recomputes them.
+
+    One rate per sequence costs next to nothing. A rate per block is stored while it takes no more
+    room than the bitmap beside it: 32 bits for B tokens against B bits.
+    """
+    if noise.per == "sequence":
+        return 1
+    return sequence_length // noise.block_size if noise.block_size >= BITMAP_BLOCK else 0
+
+
+def batch_rows(geometry: Geometry) -> int:
+    """Rows of a record batch."""
+    return max(1, BATCH_TOKENS // geometry.sequence_length)
+
+
 def packed_schema(geometry: Geometry, metadata: dict[str, str] | None = None) -> pa.Schema:
     """Columns of packed sequences before they are numbered and masked."""
     return pa.schema(
@@ -52,6 +78,8 @@ def packed_schema(geometry: Geometry, metadata: dict[str, str] | None = None) ->
             ("tokens", _fixed(pa.from_numpy_dtype(geometry.token_dtype), geometry.sequence_length)),
             ("document_starts", _ragged(pa.uint32())),
             ("document_ids", _ragged(pa.uint64())),
+            ("span_starts", _ragged(pa.uint32())),
+            ("span_stops", _ragged(pa.uint32())),
             pa.field("is_maskable", pa.binary(geometry.bitmap_bytes), nullable=False),
         ],
         metadata=metadata,
@@ -59,16 +87,54 @@ def packed_schema(geometry: Geometry, metadata: dict[str, str] | None = None) ->
 
 
 def shard_schema(geometry: Geometry, metadata: dict[str, str] | None = None) -> pa.Schema:
-    """Columns of a pre-masked shard: sequence_id, the packed columns, draw 0 of the recipe."""
+    """Columns of a pre-masked shard: sequence_id, the packed columns, draw 0 of the recipe.
+
+    The column of thresholds is there where the geometry stores any.
+    """
+    width = geometry.rates_per_row
+    rates = [pa.field("thresholds", _fixed(pa.uint32(), width), nullable=False)] if width else []
     return pa.schema(
         [
             pa.field("sequence_id", pa.uint64(), nullable=False),
             *packed_schema(geometry),
-            pa.field("thresholds", _fixed(pa.uint32(), geometry.num_blocks), nullable=False),
+            *rates,
             pa.field("is_masked", pa.binary(geometry.bitmap_bytes), nullable=False),
         ],
         metadata=metadata,
     )
+
+
+def draw_schema(geometry: Geometry, metadata: dict[str, str] | None = None) -> pa.Schema:
+    """Columns of a further draw's bitmaps, row by row those of the shard they belong to."""
+    return pa.schema(
+        [
+            pa.field("sequence_id", pa.uint64(), nullable=False),
+            pa.field("is_masked", pa.binary(geometry.bitmap_bytes), nullable=False),
+        ],
+        metadata=metadata,
+    )
+
+
+def documents_schema() -> pa.Schema:
+    """Columns of a part's table of documents, a row each, by rising document_id."""
+    columns = {
+        "document_id": pa.uint64(),  # part index << 32 | row within the part
+        "path": pa.string(),
+        "where": pa.string(),
+        "bytes": pa.uint32(),  # UTF-8, of the cleaned text
+        "tokens": pa.uint32(),
+        "split": pa.uint8(),  # index into SPLITS
+    }
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+
+def documents_name(part: int) -> str:
+    """Name of a part's table of documents."""
+    return f"documents-{part:05d}.arrow"
+
+
+RAGGED = ("document_starts", "document_ids", "span_starts", "span_stops")
+"""Columns with an entry for each document start; all four have the same offsets."""
 
 
 def _fixed(kind: pa.DataType, length: int) -> pa.DataType:
@@ -91,6 +157,10 @@ class Packed:
     """uint32: places where a document starts or goes on; each row's first is 0."""
     document_ids: np.ndarray
     """uint64, one per start: part index << 32 | row of the document within its part."""
+    span_starts: np.ndarray
+    """uint32, one per start: first byte of the document's cleaned text (UTF-8) that lies here."""
+    span_stops: np.ndarray
+    """uint32, one per start: the byte after the last one; EOS and PAD have none."""
     is_maskable: np.ndarray
     """bool [n, L]: false at PAD."""
 
@@ -106,6 +176,8 @@ class Packed:
             start_offsets=offsets - offsets[0],
             document_starts=self.document_starts[ragged],
             document_ids=self.document_ids[ragged],
+            span_starts=self.span_starts[ragged],
+            span_stops=self.span_stops[ragged],
             is_maskable=self.is_maskable[start:stop],
         )
 
@@ -117,7 +189,7 @@ class Rows(Packed):
     sequence_ids: np.ndarray
     """uint64 [n]."""
     thresholds: np.ndarray
-    """uint32 [n, L / B]: mask rate times 2^32 of each block in draw 0."""
+    """uint32 [n, rates_per_row]: mask rates times 2^32 in draw 0, as far as they are stored."""
     is_masked: np.ndarray
     """bool [n, L]: draw 0's masked places; false wherever is_maskable is."""
 
@@ -129,6 +201,8 @@ def packed_columns(packed: Packed) -> list[pa.Array]:
         _fixed_column(packed.tokens),
         _ragged_column(offsets, packed.document_starts.astype(np.uint32)),
         _ragged_column(offsets, packed.document_ids.astype(np.uint64)),
+        _ragged_column(offsets, packed.span_starts.astype(np.uint32)),
+        _ragged_column(offsets, packed.span_stops.astype(np.uint32)),
         _bitmap_column(packed.is_maskable),
     ]
 
@@ -138,9 +212,14 @@ def rows_columns(rows: Rows) -> list[pa.Array]:
     return [
         pa.array(rows.sequence_ids.astype(np.uint64)),
         *packed_columns(rows),
-        _fixed_column(rows.thresholds.astype(np.uint32)),
+        *([_fixed_column(rows.thresholds.astype(np.uint32))] if rows.thresholds.shape[1] else []),
         _bitmap_column(rows.is_masked),
     ]
+
+
+def draw_columns(sequence_ids: np.ndarray, is_masked: np.ndarray) -> list[pa.Array]:
+    """The columns of `draw_schema`, of uint64 [n] and bool [n, L]."""
+    return [pa.array(sequence_ids.astype(np.uint64)), _bitmap_column(is_masked)]
 
 
 def _fixed_column(values: np.ndarray) -> pa.Array:
@@ -170,24 +249,40 @@ def rows_of(batch: pa.RecordBatch, geometry: Geometry) -> Rows:
     return Rows(
         **_packed_fields(batch, geometry),
         sequence_ids=batch.column("sequence_id").to_numpy(zero_copy_only=True),
-        thresholds=_flat(batch, "thresholds").reshape(-1, geometry.num_blocks),
+        thresholds=thresholds_of(batch, geometry),
         is_masked=unpacked(bitmap_of(batch, "is_masked", geometry), geometry),
     )
 
 
 def _packed_fields(batch: pa.RecordBatch, geometry: Geometry) -> dict[str, np.ndarray]:
-    starts = batch.column("document_starts")
-    offsets = starts.offsets.to_numpy(zero_copy_only=True)
     return {
-        "tokens": _flat(batch, "tokens").reshape(-1, geometry.sequence_length),
-        "start_offsets": offsets - offsets[0],
-        "document_starts": _flat(batch, "document_starts"),
-        "document_ids": _flat(batch, "document_ids"),
+        "tokens": tokens_of(batch, geometry),
+        "start_offsets": offsets_of(batch, "document_starts"),
+        **{name: flat_of(batch, name) for name in RAGGED},
         "is_maskable": unpacked(bitmap_of(batch, "is_maskable", geometry), geometry),
     }
 
 
-def _flat(batch: pa.RecordBatch, name: str) -> np.ndarray:
+def tokens_of(batch: pa.RecordBatch, geometry: Geometry) -> np.ndarray:
+    """The tokens as they lie in the file: a view [n, L]."""
+    return flat_of(batch, "tokens").reshape(-1, geometry.sequence_length)
+
+
+def thresholds_of(batch: pa.RecordBatch, geometry: Geometry) -> np.ndarray:
+    """The stored thresholds: a view, uint32 [n, rates_per_row]."""
+    if geometry.rates_per_row == 0:
+        return np.empty((batch.num_rows, 0), dtype=np.uint32)
+    return flat_of(batch, "thresholds").reshape(-1, geometry.rates_per_row)
+
+
+def offsets_of(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """Where each row of a ragged column begins in `flat_of` it, int32 [n + 1], from 0."""
+    offsets = batch.column(name).offsets.to_numpy(zero_copy_only=True)
+    return offsets - offsets[0]
+
+
+def flat_of(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """All values of a list column, one row after the other: a view."""
     return batch.column(name).flatten().to_numpy(zero_copy_only=True)
 
 
@@ -216,8 +311,34 @@ class ShardEntry:
     """Maskable tokens."""
     bytes: int
     sha256: str
+    batches_sha256: str
+    """Digest of the record's list of record batches, by which single ones are checked."""
     first_sequence: int
     """Sequence id of its first row; ids go up by one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceEntry:
+    """One source's sequences in a split: contiguous ids, and its share of the samples."""
+
+    name: str
+    first_sequence: int
+    num_sequences: int
+    num_tokens: int
+    """Maskable tokens."""
+    share: int
+    """Samples of every 1024 that are this source's; the shares of a split sum to 1024."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentsEntry:
+    """A part's table of documents (`documents_schema`, named by `documents_name`)."""
+
+    name: str
+    object: str
+    bytes: int
+    sha256: str
+    rows: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,6 +351,8 @@ class SplitEntry:
     num_bytes: int
     """UTF-8 bytes of the text of those tokens."""
     num_documents: int
+    sources: tuple[SourceEntry, ...]
+    """By rising id; together they are all sequences of the split."""
     shards: tuple[ShardEntry, ...]
 
 
@@ -245,6 +368,10 @@ class Manifest:
     pad_id: int
     eos_id: int
     tokenizer_sha256: str
+    tokenizer_engine: dict[str, Any] = field(default_factory=dict)
+    """What encoded the text: name, version, note, sample_texts, sample_bytes."""
+    chat_template: str | None = None
+    """Template that made text of conversations; none where there were none."""
     noise: NoiseConfig
     prepare: dict[str, Any]
     """Settings of the job that change its result."""
@@ -253,6 +380,8 @@ class Manifest:
     counts: dict[str, Any]
     """documents in and out, dropped and dead by reason, characters, bytes, tokens."""
     splits: dict[str, SplitEntry] = field(default_factory=dict)
+    documents: tuple[DocumentsEntry, ...] = ()
+    """Tables of documents, one for each part."""
 
     @property
     def geometry(self) -> Geometry:
@@ -261,6 +390,7 @@ class Manifest:
             sequence_length=self.sequence_length,
             block_size=self.block_size,
             vocab_size=self.vocab_size,
+            rates_per_row=rates_per_row(self.noise, self.sequence_length),
         )
 
     @property
@@ -273,6 +403,8 @@ class Manifest:
         for split in values["splits"].values():
             for shard in split["shards"]:
                 del shard["object"]
+        for table in values["documents"]:
+            del table["object"]
         return digest(values)
 
     def to_json(self) -> bytes:
@@ -308,12 +440,17 @@ class Manifest:
 
 def _parsed(values: dict[str, Any]) -> dict[str, Any]:
     """The nested parts of a manifest as their dataclasses."""
-    splits = {
-        name: SplitEntry(**{**entry, "shards": tuple(ShardEntry(**s) for s in entry["shards"])})
-        for name, entry in values["splits"].items()
-    }
     return {
         "noise": NoiseConfig(**values["noise"]),
         "sources": tuple(values["sources"]),
-        "splits": splits,
+        "splits": {name: _split_of(entry) for name, entry in values["splits"].items()},
+        "documents": tuple(DocumentsEntry(**each) for each in values["documents"]),
     }
+
+
+def _split_of(entry: dict[str, Any]) -> SplitEntry:
+    nested = {
+        "sources": tuple(SourceEntry(**each) for each in entry["sources"]),
+        "shards": tuple(ShardEntry(**each) for each in entry["shards"]),
+    }
+    return SplitEntry(**{**entry, **nested})

@@ -1,186 +1,241 @@
-"""Shards: Arrow IPC files (uncompressed, bounded record batches) written once and checked whole.
+"""Shards: Arrow IPC files (uncompressed, bounded record batches), written once, checked by batch.
 
-A shard is opened only through the manifest: size and SHA-256 first, then schema, Arrow's full
-validation, row ids, token ids and starts. Anything else is refused by name before a value is used.
+The manifest vouches for a shard's list of record batches (offset, length and SHA-256 of each, kept
+in the shard's record), so one of them can be read and checked without the rest of the file: a
+reader of a terabyte pays for what it touches. Bytes are used in this order: SHA-256, Arrow's own
+full validation, then what they mean (`stored`); anything else is refused by name.
 """
 
-import bisect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import BinaryIO
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NoReturn
 
-import numpy as np
 import pyarrow as pa
 
-from cascade_model.commit import Folder
+from cascade_model.commit import RECORD_SUFFIX, Folder, Record
+from cascade_model.config import digest
 from cascade_model.errors import CorpusMismatch
-from cascade_model.schema import (
-    Geometry,
-    Rows,
-    ShardEntry,
-    bitmap_of,
-    rows_of,
-    shard_schema,
-    unpacked,
-)
+from cascade_model.schema import ShardEntry
+from cascade_model.shard_cache import ShardCache, WrongBytes, require_hash
 
-BATCH_TOKENS = 1 << 18
-"""Tokens in a record batch, at most (one sequence at least)."""
-
-
-def batch_rows(geometry: Geometry) -> int:
-    """Rows of a record batch."""
-    return max(1, BATCH_TOKENS // geometry.sequence_length)
+_MAGIC = 8
+"""Bytes before the schema of an IPC file: ARROW1 and two of padding."""
+_CURE = "prepare the corpus again or copy it anew"
 
 
 def arrow_writer(
-    schema: pa.Schema, batches: Iterable[list[pa.Array]]
+    schema: pa.Schema,
+    batches: Iterable[list[pa.Array]],
+    found: list[list[Any]] | None = None,
 ) -> Callable[[BinaryIO], None]:
-    """A function that writes an IPC file, one record batch per list of columns."""
+    """A function that writes an IPC file, one record batch per list of columns.
+
+    [offset, length, sha256] of each record batch is added to `found`.
+    """
 
     def write(file: BinaryIO) -> None:
         with pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema) as writer:
             for columns in batches:
-                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+                batch = pa.RecordBatch.from_arrays(columns, schema=schema)
+                writer.write_batch(batch)
+                if found is not None:
+                    message = batch.serialize()  # the bytes that the file has just got
+                    sha256 = hashlib.sha256(memoryview(message)).hexdigest()
+                    found.append([file.tell() - message.size, message.size, sha256])
 
     return write
 
 
+def write_shard(
+    folder: Folder,
+    name: str,
+    schema: pa.Schema,
+    batches: Iterable[list[pa.Array]],
+    facts: dict[str, Any],
+) -> Record:
+    """Commit a shard; its record's facts are `facts`, its columns and its list of record batches.
+
+    All record batches but the last must have `batch_rows` rows, which readers rely on; `ValueError`
+    where they differ.
+    """
+    found: list[list[Any]] = []
+    columns = [f"{field.name}: {field.type}" for field in schema]
+    # The commit makes the record after writing, when the list is full.
+    facts = {**facts, "schema": columns, "batches": found}
+    return folder.commit(name, arrow_writer(schema, _even(batches), found), facts)
+
+
+def _even(batches: Iterable[list[pa.Array]]) -> Iterator[list[pa.Array]]:
+    """The record batches, none larger than those before it and only the last one smaller."""
+    rows: list[int] = []
+    for columns in batches:
+        rows.append(len(columns[0]))
+        if len(set(rows[:-1])) > 1 or rows[-1] > rows[0]:
+            raise ValueError(f"record batch {len(rows) - 1} has {rows[-1]} rows after {rows[:-1]}")
+        yield columns
+
+
+def entry_of(record: Record) -> ShardEntry:
+    """The manifest's line for a committed shard, whose facts hold rows, tokens, first_sequence."""
+    return ShardEntry(
+        name=record.name,
+        object=record.object,
+        bytes=record.bytes,
+        sha256=record.sha256,
+        batches_sha256=digest(record.facts["batches"]),
+        **{key: record.facts[key] for key in ("rows", "tokens", "first_sequence")},
+    )
+
+
 def read_arrow(folder: Folder, name: str, size: int, sha256: str) -> pa.ipc.RecordBatchFileReader:
-    """Open an IPC file after its size and hash agree; `CorpusMismatch` otherwise."""
+    """Open a whole IPC file after its size and hash agree; `CorpusMismatch` otherwise."""
     where = folder.path(name)
     try:
-        found = folder.size(name)
-        if found != size:
-            raise CorpusMismatch(
-                f"shard {where} has {found} bytes but its record says {size}; it was cut or "
-                "changed, prepare the corpus again or copy it anew"
-            )
+        require_size(where, folder.size(name), size)
         actual = folder.sha256_of(name)
     except OSError as error:
-        raise CorpusMismatch(
-            f"shard {where} cannot be read ({type(error).__name__}); prepare the corpus again or "
-            "copy it anew"
-        ) from None
+        refuse(where, f"cannot be read ({type(error).__name__})")
     if actual != sha256:
-        raise CorpusMismatch(
-            f"shard {where} has sha256 {actual[:12]} but its record says {sha256[:12]}; it was "
-            "damaged or exchanged, prepare the corpus again or copy it anew"
+        refuse(
+            where,
+            f"has sha256 {actual[:12]} but its record says {sha256[:12]}; it was damaged or "
+            "exchanged",
         )
     source = pa.memory_map(where) if folder.is_local else pa.BufferReader(folder.read_bytes(name))
     try:
         return pa.ipc.open_file(source)
-    except (pa.ArrowInvalid, OSError):
-        raise CorpusMismatch(f"shard {where} is no Arrow file; prepare the corpus again") from None
+    except (pa.ArrowException, OSError):
+        refuse(where, "is no Arrow file")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Stored:
-    """A checked record batch: views of the file, so that a shard that is open costs no memory."""
+def refuse(where: str, what: str) -> NoReturn:
+    """Raise the `CorpusMismatch` of a shard."""
+    raise CorpusMismatch(f"shard {where} {what}; {_CURE}")
 
-    tokens: np.ndarray
-    thresholds: np.ndarray
-    start_offsets: np.ndarray
-    document_starts: np.ndarray
-    is_maskable: np.ndarray
-    """uint8 [n, bitmap_bytes], as it lies there; unpacked for the rows that are asked for."""
-    is_masked: np.ndarray
+
+def require_size(where: str, found: int, expected: int) -> None:
+    """Refuse a file that was cut or has grown."""
+    if found != expected:
+        refuse(where, f"has {found} bytes but its record says {expected}; it was cut or exchanged")
+
+
+class BatchFile:
+    """An IPC file of a finished corpus, read one record batch at a time."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        entry: ShardEntry,
+        schema: pa.Schema,
+        cache: ShardCache | None = None,
+    ) -> None:
+        """Open by the manifest's entry; `CorpusMismatch` names the file and what differs.
+
+        Ranges are fetched through `cache`; without one a local file is mapped into memory.
+        """
+        self.where = folder.path(entry.object)
+        self._folder, self._entry, self._schema, self._cache = folder, entry, schema, cache
+        self._ranges = self._listed()
+        self.identity: tuple[int, ...] = ()
+        """Of a mapped file: which one, how large and since when; none for one in a store."""
+        self._mapped = self._map() if folder.is_local and cache is None else None
+        if self._ranges:
+            self._require_columns()
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self._ranges)
 
+    def read(self, index: int, *, is_checked: bool = False) -> pa.RecordBatch:
+        """A record batch whose bytes, and Arrow's own rules, were checked.
 
-class Shard:
-    """A checked shard; rows are read from a memory map (local) or from memory (remote)."""
-
-    def __init__(self, folder: Folder, entry: ShardEntry, geometry: Geometry) -> None:
-        """Open and check; `CorpusMismatch` names the file and what differs."""
-        self._where = folder.path(entry.object)
-        self._geometry = geometry
-        reader = read_arrow(folder, entry.object, entry.bytes, entry.sha256)
-        self._require(
-            reader.schema.equals(shard_schema(geometry)),
-            "has other columns than the manifest's sequence length, block size and vocabulary ask",
-        )
-        self._batches: list[_Stored] = []
-        self._first: list[int] = []
-        position = 0
-        for index in range(reader.num_record_batches):
-            batch = self._checked(reader.get_batch(index), entry.first_sequence + position)
-            self._first.append(position)
-            self._batches.append(batch)
-            position += len(batch)
-        self._require(position == entry.rows, f"has {position} rows, the manifest {entry.rows}")
-
-    def _require(self, condition: bool, what: str) -> None:
-        if not condition:
-            raise CorpusMismatch(f"shard {self._where} {what}; prepare the corpus again")
-
-    def _checked(self, batch: pa.RecordBatch, first: int) -> _Stored:
-        """A record batch whose meaning was checked."""
-        try:
-            batch.validate(full=True)
-        except pa.ArrowInvalid:
-            self._require(False, "holds arrays that Arrow refuses")
-        self._require(all(c.null_count == 0 for c in batch.columns), "holds empty cells")
-        rows = rows_of(batch, self._geometry)
-        expected = np.arange(first, first + len(rows), dtype=np.uint64)
-        self._require(
-            bool(np.array_equal(rows.sequence_ids, expected)), "has other sequence ids than listed"
-        )
-        self._require(
-            rows.tokens.size == 0 or int(rows.tokens.max()) < self._geometry.vocab_size,
-            f"holds token ids outside the vocabulary of {self._geometry.vocab_size}",
-        )
-        self._require(self._starts_are_sound(batch, rows), "has document starts off the block grid")
-        self._require(
-            not bool(np.any(rows.is_masked & ~rows.is_maskable)), "masks places that must stay"
-        )
-        return _Stored(
-            tokens=rows.tokens,
-            thresholds=rows.thresholds,
-            start_offsets=rows.start_offsets,
-            document_starts=rows.document_starts,
-            is_maskable=bitmap_of(batch, "is_maskable", self._geometry),
-            is_masked=bitmap_of(batch, "is_masked", self._geometry),
-        )
-
-    def _starts_are_sound(self, batch: pa.RecordBatch, rows: Rows) -> bool:
-        """Each row's starts begin at 0, go up, lie on the block grid; one document id for each."""
-        starts, offsets = rows.document_starts.astype(np.int64), rows.start_offsets
-        ids = batch.column("document_ids").offsets.to_numpy()
-        if np.any(np.diff(offsets) < 1) or not np.array_equal(ids - ids[0], offsets):
-            return False
-        rising = np.diff(starts) > 0
-        rising[offsets[1:-1] - 1] = True  # from one row's last to the next row's first
-        return bool(
-            np.all(starts[offsets[:-1]] == 0)
-            and rising.all()
-            and np.all(starts % self._geometry.block_size == 0)
-            and np.all(starts < self._geometry.sequence_length)
-        )
-
-    def gather(self, places: np.ndarray, into: dict[str, np.ndarray], at: np.ndarray) -> None:
-        """Copy rows at `places` (sorted, within the shard) to the rows `at` of the arrays `into`.
-
-        `into` maps tokens, is_maskable, thresholds, is_masked, is_start to arrays [n, ...].
+        `is_checked` says that this was done before, which holds for a mapped file as long as it
+        stays open. `CorpusMismatch` names the file and the range that differs.
         """
-        low = 0
-        while low < len(places):
-            index = bisect.bisect_right(self._first, int(places[low])) - 1
-            batch, first = self._batches[index], self._first[index]
-            high = int(np.searchsorted(places, first + len(batch)))
-            inside, target = places[low:high] - first, at[low:high]
-            for name in ("tokens", "thresholds"):
-                into[name][target] = getattr(batch, name)[inside]
-            for name in ("is_maskable", "is_masked"):
-                into[name][target] = unpacked(getattr(batch, name)[inside], self._geometry)
-            self._mark_starts(batch, inside, into["is_start"], target)
-            low = high
+        offset, length, sha256 = self._ranges[index]
+        data = self._range(offset, length, sha256, is_checked)
+        try:
+            batch = pa.ipc.read_record_batch(pa.ipc.read_message(data), self._schema)
+            if not is_checked:
+                batch.validate(full=True)
+        except (pa.ArrowException, OSError, ValueError, TypeError):
+            refuse(self.where, f"holds arrays that Arrow refuses at bytes {offset}+{length}")
+        if not is_checked and any(column.null_count for column in batch.columns):
+            refuse(self.where, f"holds empty cells at bytes {offset}+{length}")
+        return batch
 
-    def _mark_starts(self, batch: _Stored, inside, is_start: np.ndarray, target) -> None:
-        counts = batch.start_offsets[inside + 1] - batch.start_offsets[inside]
-        total = int(counts.sum())
-        within = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-        values = batch.document_starts[np.repeat(batch.start_offsets[inside], counts) + within]
-        is_start[np.repeat(target, counts), values] = True
+    def _listed(self) -> list[tuple[int, int, str]]:
+        """The record's list of record batches, which the manifest vouches for."""
+        try:
+            data = self._read_list() if self._cache is None else self._cached_list(self._cache)
+            listed = [(int(start), int(size), str(sha)) for start, size, sha in json.loads(data)]
+        except OSError as error:
+            refuse(self.where, f"has a record that cannot be read ({type(error).__name__})")
+        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
+            refuse(self.where, "has a damaged record")
+        if hashlib.sha256(data).hexdigest() != self._entry.batches_sha256:
+            refuse(self.where, "has a record that is not the one the manifest vouches for")
+        ends = [_MAGIC, *(start + size for start, size, _ in listed)]
+        rising = all(start >= end for (start, _, _), end in zip(listed, ends, strict=False))
+        if not rising or min(ends) < _MAGIC or ends[-1] > self._entry.bytes:
+            refuse(self.where, "lists record batches outside of the file")
+        return listed
+
+    def _read_list(self) -> bytes:
+        """The list in the spelling that `digest` hashes."""
+        facts = json.loads(self._folder.read_bytes(self._entry.name + RECORD_SUFFIX))["facts"]
+        return json.dumps(facts["batches"], separators=(",", ":")).encode()
+
+    def _cached_list(self, cache: ShardCache) -> bytes:
+        try:
+            return cache.get(self._entry.batches_sha256, self._read_list)
+        except WrongBytes:
+            refuse(self.where, "has a record that is not the one the manifest vouches for")
+
+    def _map(self) -> pa.Buffer:
+        """The file in memory as far as it is touched; its size is right, so no page is missing."""
+        try:
+            with open(self.where, "rb") as file:
+                found = os.fstat(file.fileno())
+                require_size(self.where, found.st_size, self._entry.bytes)
+                self.identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+                return pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:
+            refuse(self.where, f"cannot be read ({type(error).__name__})")
+
+    def _require_columns(self) -> None:
+        """The file's own schema, before its first record batch."""
+        try:
+            header = pa.py_buffer(self._fetch(0, self._ranges[0][0]))
+            schema = pa.ipc.read_schema(header.slice(_MAGIC))
+        except (pa.ArrowException, OSError, ValueError, IndexError) as error:
+            refuse(self.where, f"cannot be read as an Arrow file ({type(error).__name__})")
+        if not schema.equals(self._schema):
+            refuse(self.where, "has other columns than the manifest's geometry asks for")
+
+    def _range(self, offset: int, length: int, sha256: str, is_checked: bool) -> pa.Buffer:
+        """The bytes of a record batch, with the hash that its record says."""
+        try:
+            if self._cache is not None:
+                found = self._cache.get(sha256, lambda: bytes(self._fetch(offset, length)))
+                return pa.py_buffer(found)
+            found = self._fetch(offset, length)
+            if not (is_checked and self._mapped):
+                require_hash(found, sha256)
+            return pa.py_buffer(found)
+        except OSError as error:
+            refuse(self.where, f"cannot be read ({type(error).__name__})")
+        except WrongBytes as error:
+            refuse(
+                self.where,
+                f"has sha256 {error.actual[:12]} at bytes {offset}+{length} but its record says "
+                f"{sha256[:12]}; it was cut, damaged or exchanged",
+            )
+
+    def _fetch(self, offset: int, length: int) -> Any:
+        """Bytes of the file, unchecked."""
+        if self._mapped is not None:
+            return self._mapped.slice(offset, length)
+        return self._folder.read_range(self._entry.object, offset, length)

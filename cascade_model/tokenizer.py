@@ -5,15 +5,26 @@ EOS, PAD and MASK. A tokenizer is known by the SHA-256 of its tokenizer.json.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from cascade_model.errors import InputError
+from cascade_model.token_sizes import (
+    byte_sizes,
+    byte_symbols,
+    only_unicode_forms,
+    sizes_from_offsets,
+    sums,
+    utf8_lengths,
+)
 
 EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 # Ours come first, so that a file written by `with_specials` is read back with the same ids.
@@ -30,6 +41,41 @@ class Encoded:
     """uint32 [total]."""
     lengths: np.ndarray
     """int64 [number of texts]."""
+    sizes: np.ndarray
+    """uint32 [total]: bytes of the text, in UTF-8, that each token stands for (`token_sizes`).
+
+    Those of a text add up to its bytes, unless it has no token at all."""
+
+    @classmethod
+    def of(cls, tokens: Sequence[np.ndarray], sizes: Sequence[np.ndarray]) -> "Encoded":
+        """Texts from the tokens and the sizes of each, uint32 [its tokens]."""
+        none = np.empty(0, dtype=np.uint32)
+        lengths = np.array([len(each) for each in tokens], dtype=np.int64)
+        return cls(np.concatenate([none, *tokens]), lengths, np.concatenate([none, *sizes]))
+
+    def replaced(self, places: Sequence[int], others: "Encoded") -> "Encoded":
+        """With the texts of `others` at these places."""
+        if not places:
+            return self
+        tokens, sizes = self.split()
+        for place, *new in zip(places, *others.split(), strict=True):
+            tokens[place], sizes[place] = new
+        return Encoded.of(tokens, sizes)
+
+    def split(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The tokens and the sizes of each text, as `of` takes them."""
+        cuts = np.cumsum(self.lengths)[:-1]
+        if not len(self.lengths):
+            return [], []
+        return np.split(self.tokens, cuts), np.split(self.sizes, cuts)
+
+
+class Encoder(Protocol):
+    """Anything that encodes texts: a `Tokenizer`, or a faster engine for one (`fast_tokenizer`)."""
+
+    def encode_arrays(self, texts: Sequence[str]) -> Encoded:
+        """Token ids of several texts, with their sizes."""
+        ...
 
 
 class Tokenizer:
@@ -99,6 +145,13 @@ class Tokenizer:
         """Id of the token that ends a document."""
         return self._special("eos")
 
+    @property
+    def eos(self) -> str:
+        """Name of the token that ends a document."""
+        name = self._engine.id_to_token(self.eos_id)
+        assert name is not None
+        return name
+
     def _special(self, role: str) -> int:
         value = self._ids[role]
         if value is None:
@@ -127,11 +180,62 @@ class Tokenizer:
         return [e.ids for e in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_arrays(self, texts: Sequence[str]) -> Encoded:
-        """Token ids of several texts in one array."""
-        ids = [np.array(each, dtype=np.uint32) for each in self.encode_batch(texts)]
-        lengths = np.array([len(each) for each in ids], dtype=np.int64)
-        tokens = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint32)
-        return Encoded(tokens, lengths)
+        """Token ids of several texts in one array, with their sizes.
+
+        Both depend on the text alone, not on what stands beside it.
+        """
+        if self._byte_sizes is None:
+            return self._encode_by_offsets(texts)
+        tokens = [np.array(each, dtype=np.uint32) for each in self.encode_batch(texts)]
+        encoded = Encoded.of(tokens, [self._byte_sizes[each] for each in tokens])
+        fits = sums(encoded.sizes, encoded.lengths) == utf8_lengths(texts)
+        others = [i for i, text in enumerate(texts) if not (fits[i] and self.keeps(text))]
+        return encoded.replaced(others, self._encode_by_offsets([texts[i] for i in others]))
+
+    def _encode_by_offsets(self, texts: Sequence[str]) -> Encoded:
+        found = self._engine.encode_batch(texts, add_special_tokens=False)
+        sizes = [sizes_from_offsets(t, e.offsets) for t, e in zip(texts, found, strict=True)]
+        return Encoded.of([np.array(e.ids, dtype=np.uint32) for e in found], sizes)
+
+    def encode_with_special(self, text: str) -> Encoded:
+        """Of a text in which the names of special tokens are these tokens: a template's own."""
+        found = self._marking_engine.encode(text, add_special_tokens=False)
+        sizes = sizes_from_offsets(text, found.offsets)
+        return Encoded.of([np.array(found.ids, dtype=np.uint32)], [sizes])
+
+    def keeps(self, text: str) -> bool:
+        """Whether the normaliser leaves a text as it is."""
+        normalizer = self._engine.normalizer
+        if normalizer is None or (self._keeps_ascii and text.isascii()):
+            return True
+        return normalizer.normalize_str(text) == text
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Names and ids of the special tokens."""
+        added = self._engine.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    @cached_property
+    def _marking_engine(self) -> tokenizers.Tokenizer:
+        """The engine, but for special tokens in the text being themselves."""
+        engine = tokenizers.Tokenizer.from_str(self._data.decode("utf-8"))
+        engine.no_truncation()
+        engine.no_padding()
+        return engine
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The parsed tokenizer.json."""
+        return json.loads(self._data)
+
+    @cached_property
+    def _byte_sizes(self) -> np.ndarray | None:
+        return byte_sizes(self.description, self.vocab_size)
+
+    @cached_property
+    def _keeps_ascii(self) -> bool:
+        return only_unicode_forms(self.description)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -144,14 +248,6 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json."""
         Path(path).write_bytes(self._data)
-
-    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt of a conversation, open for the assistant's answer.
-
-        Each message is a paragraph `Role: content`.
-        """
-        turns = [f"{m['role'].capitalize()}: {m['content'].strip()}\n\n" for m in messages]
-        return "".join(turns) + "Assistant:"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -174,7 +270,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """256 bytes and the three specials: a byte is its own id, then EOS 256, PAD 257, MASK 258."""
-    vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+    vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     engine = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
     engine.add_special_tokens([AddedToken(name, special=True) for name in (EOS, PAD, MASK)])
     return Tokenizer(engine.to_str(pretty=True).encode(), "bytes")
@@ -185,11 +281,3 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     engine.decoder = decoders.ByteLevel()  # pyright: ignore
     return engine
-
-
-def _byte_symbols() -> list[str]:
-    """The character that byte-level BPE writes for each byte: printable Latin-1 stays itself,
-    every other byte is the next character from U+0100 on (the table of GPT-2)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

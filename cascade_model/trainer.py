@@ -10,7 +10,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from cascade_model.config import (
     check,
     to_dict,
 )
-from cascade_model.corpus import Corpus
+from cascade_model.corpus import Batch, Corpus
 from cascade_model.errors import InputError
 from cascade_model.flex import flex_training
 from cascade_model.loss import LossParts
@@ -105,15 +105,34 @@ class Trainer:
         step, samples, window = self._resume(found)
         log = MetricsLog(self.folder, step) if parallel.rank() == 0 else None
         total = self.trainer.num_steps * self.trainer.sequences_per_step
-        while samples < total:
-            rate = self._step(step + 1, samples, total, window)
-            step, samples = step + 1, samples + self.trainer.sequences_per_step
-            if step % self.trainer.log_every == 0 or samples >= total:
-                self._log(log, window, rate, step, samples)
-                window = Window()
-            if step % self.trainer.checkpoint_every == 0 or samples >= total:
-                self._save(step, samples, window)
+        with contextlib.closing(self._read_ahead(samples, total)) as self._batches:
+            while samples < total:
+                rate = self._step(step + 1, samples, total, window)
+                step, samples = step + 1, samples + self.trainer.sequences_per_step
+                if step % self.trainer.log_every == 0 or samples >= total:
+                    self._log(log, window, rate, step, samples)
+                    window = Window()
+                if step % self.trainer.checkpoint_every == 0 or samples >= total:
+                    self._save(step, samples, window)
         return self._finish(log, step, samples)
+
+    def _read_ahead(self, samples: int, total: int) -> Generator[Batch, None, None]:
+        """This rank's micro-batches from here to the end."""
+        return self.corpus.batches(
+            (span for first in self._steps(samples, total) for span in self._spans(first)),
+            self.noise,
+            depth=2 * -(-self._local // self.trainer.sequences_per_forward),
+        )
+
+    def _steps(self, samples: int, total: int) -> range:
+        """The first sample of each step that is left."""
+        return range(samples, total, self.trainer.sequences_per_step)
+
+    def _spans(self, samples: int) -> Iterator[tuple[int, int]]:
+        """First sample and size of each of this rank's micro-batches in a step."""
+        first = samples + parallel.rank() * self._local
+        for offset in range(0, self._local, self.trainer.sequences_per_forward):
+            yield first + offset, min(self.trainer.sequences_per_forward, self._local - offset)
 
     def _shard(self) -> None:
         self.model.to(self.device)
@@ -184,12 +203,9 @@ class Trainer:
         count of each mask-rate band; and the seconds spent waiting for data.
         """
         totals, waited = None, 0.0
-        first = samples + parallel.rank() * self._local
-        for offset in range(0, self._local, self.trainer.sequences_per_forward):
-            count = min(self.trainer.sequences_per_forward, self._local - offset)
+        for _ in self._spans(samples):
             asked = time.perf_counter()
-            rows = self.corpus.batch(first + offset, count, self.noise)
-            batch = TrainBatch.from_numpy(rows, self.device)
+            batch = TrainBatch.from_numpy(next(self._batches), self.device)
             waited += time.perf_counter() - asked
             with self._precision():
                 parts = self.loss_fn(self.model, batch)

@@ -4,7 +4,9 @@ import importlib
 import sys
 
 STAGES = {
+    "tokenizer": "corpus -> tokenizer.json",
     "prepare": "corpus -> pre-masked Arrow shards (Ray Data)",
+    "shards": "look into a corpus: verify, show, stats, documents, materialise",
     "pretrain": "shards -> block-diffusion or autoregressive checkpoint (Ray Train)",
     "convert": "published checkpoint -> model folder, or a block-diffusion start",
     "export": "model folder -> the layout of its published family",

@@ -23,12 +23,15 @@ from cascade_model.errors import InputError
 Config = TypeVar("Config")
 
 
-def command(config_class: type[Config], run: Callable[[Config], Any]) -> Callable[..., int]:
+def command(
+    config_class: type[Config], run: Callable[[Config], Any], action: str = ""
+) -> Callable[..., int]:
     """The `main` of a job: parse the arguments, run, turn a user's mistake into a box."""
 
     def main(argv: Sequence[str] | None = None) -> int:
         try:
-            run(parse(config_class, sys.argv[1:] if argv is None else argv, stage_of(run)))
+            stage = f"{stage_of(run)} {action}".rstrip()
+            run(parse(config_class, sys.argv[1:] if argv is None else argv, stage))
         except InputError as error:
             show_error(error)
             return error.exit_code
@@ -39,6 +42,27 @@ def command(config_class: type[Config], run: Callable[[Config], Any]) -> Callabl
             )
             return 130
         return 0
+
+    return main
+
+
+def actions(stage: str, **mains: tuple[str, Callable[..., int]]) -> Callable[..., int]:
+    """The `main` of a job that does several things: the first word names one.
+
+    Each has a line for the list of them, and a `main` of its own.
+    """
+    rows = "\n".join(f"  {name:<13}{text}" for name, (text, _) in mains.items())
+    usage = f"usage: cascade {stage} ACTION [flags]\n\n{rows}\n\ncascade {stage} ACTION --help"
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        words = list(sys.argv[1:] if argv is None else argv)
+        if not words or words[0] in ("-h", "--help"):
+            print(usage)
+            return 0 if words else 2
+        if words[0] not in mains:
+            print(f"cascade {stage}: no action {words[0]!r}\n{usage}", file=sys.stderr)
+            return 2
+        return mains[words[0]][1](words[1:])
 
     return main
 
@@ -130,10 +154,20 @@ def _draft(config_class: Any, mapping: dict[str, Any], missing: Any, base: Any =
             own = mapping.get(field.name, {})
             nested = None if value is missing else value
             value = _draft(hints[field.name], own, missing, nested)
+        elif field.name in mapping and (group := _named_group(hints[field.name])):
+            named = mapping[field.name]
+            value = {name: _draft(group, own, missing) for name, own in named.items()}
         elif field.name in mapping:
             value = _typed(mapping[field.name], hints[field.name])
         object.__setattr__(draft, field.name, value)
     return draft
+
+
+def _named_group(hint: Any) -> Any:
+    """The dataclass of a mapping from names to groups of settings, else none."""
+    args = typing.get_args(hint)
+    is_named = typing.get_origin(hint) is dict and dataclasses.is_dataclass(args[1])
+    return args[1] if is_named else None
 
 
 def _typed(value: Any, hint: Any) -> Any:
@@ -186,8 +220,24 @@ def _check_mapping(
                     "indent its settings below it"
                 )
             _check_mapping(typing.cast(type, hint), value, source, f"{prefix}{key}.")
+        elif group := _named_group(hint):
+            _check_named(group, value, source, f"{prefix}{key}")
         elif not _fits(value, hint):
             raise InputError(f"{source}: `{prefix}{key}` is {value!r}; it must be {_spoken(hint)}")
+
+
+def _check_named(group: type, value: Any, source: str, key: str) -> None:
+    """Refuse what is no mapping from names to groups of settings, or a group that cannot be."""
+    if not isinstance(value, dict) or not all(isinstance(own, dict) for own in value.values()):
+        raise InputError(
+            f"{source}: `{key}` is {value!r}; it must be groups of settings, each below its name"
+        )
+    for name, own in value.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise InputError(
+                f"{source}: `{key}` has the name {name!r}; use letters, digits and underscores"
+            )
+        _check_mapping(group, own, source, f"{key}.{name}.")
 
 
 def build(config_class: type[Config], mapping: dict[str, Any], source: str) -> Config:
@@ -207,6 +257,10 @@ def _finished(draft: Any, source: str, prefix: str = "") -> Any:
             raise InputError(f"{source}: the setting `{prefix}{name}` is missing; add it")
         if dataclasses.is_dataclass(value):
             values[name] = _finished(value, source, f"{prefix}{name}.")
+        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+            values[name] = {
+                key: _finished(own, source, f"{prefix}{name}.{key}.") for key, own in value.items()
+            }
     return type(draft)(**values)
 
 

@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from cascade_model.chat_template import ChatTemplate
 from cascade_model.config import ModelConfig
 from cascade_model.errors import InputError
 from cascade_model.requests import check_prompt, check_request
@@ -333,6 +334,7 @@ def build_api(endpoint: Endpoint, behind_serve: bool = False) -> FastAPI:
     """The routes. Every answer has `x-request-id`, every error the four fields."""
     api = FastAPI(title="CASCADE", docs_url=None, redoc_url=None)
     admission = Admission(endpoint.max_choices_in_flight)
+    template = ChatTemplate.of("plain", endpoint.tokenizer)
     api.add_middleware(Gate, keys=endpoint.keys, behind_serve=behind_serve)
     api.add_exception_handler(ApiError, lambda _, error: error_response(error))  # type: ignore[arg-type]
     api.add_exception_handler(
@@ -371,7 +373,7 @@ def build_api(endpoint: Endpoint, behind_serve: bool = False) -> FastAPI:
         endpoint.require_model(body.model)
         tokens = await asyncio.to_thread(
             lambda: endpoint.tokenizer.encode(
-                endpoint.tokenizer.apply_chat_template([m.plain() for m in body.messages])
+                template.prompt([message.plain() for message in body.messages])
             )
         )
         job = job_for(endpoint, body, [tokens], body.length)

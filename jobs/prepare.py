@@ -3,9 +3,9 @@
 from typing import Any
 
 from jobs.cli import command
-from pipelines.config import PrepareConfig, SourceConfig
+from pipelines.config import FilterConfig, PrepareConfig, SourceConfig
 
-__all__ = ["PrepareConfig", "SourceConfig", "main", "run"]
+__all__ = ["FilterConfig", "PrepareConfig", "SourceConfig", "main", "run"]
 
 
 def run(config: PrepareConfig) -> dict[str, Any]:
@@ -13,11 +13,13 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     import time
 
     from pipelines.prepare import prepare
+    from pipelines.report import REPORT_HTML
 
     started = time.monotonic()
     manifest = prepare(config)
     seconds = time.monotonic() - started
     counts = manifest.counts
+    places = counts["sequences"] * manifest.sequence_length
     summary = {
         "output": config.output,
         "digest": manifest.digest,
@@ -28,10 +30,13 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         "bytes": counts["bytes"],
         "tokens": counts["tokens"],
         "tokens_per_second": round(counts["tokens"] / seconds),
+        "padding_rate": round(counts["padding"] / places, 4) if places else 0.0,
+        "tokenizer_engine": manifest.tokenizer_engine["note"],
         "vocab_size": manifest.vocab_size,
         "sequence_length": manifest.sequence_length,
         "train_sequences": manifest.splits["train"].num_sequences,
         "held_out_sequences": manifest.splits["held_out"].num_sequences,
+        "report": f"{config.output}/{REPORT_HTML}",
     }
     for name, value in summary.items():
         print(f"{name:<20}{value:,}" if isinstance(value, int | float) else f"{name:<20}{value}")

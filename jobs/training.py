@@ -23,6 +23,7 @@ from cascade_model.config import (
     to_dict,
 )
 from cascade_model.errors import CheckpointMismatch
+from cascade_model.shard_cache import CacheConfig
 from jobs.cli import dump
 from jobs.launch import launch, require_room, require_workers, run_folder, with_absolute_paths
 
@@ -108,6 +109,7 @@ class TrainingConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     num_workers: int = 2
     """Ranks on Ray Train; 0 trains in this process, without Ray."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     use_gpu: bool = False
     """One GPU per rank."""
     max_failures: int = 2
@@ -182,7 +184,7 @@ def fit(
     from cascade_model.trainer import Trainer
     from cascade_model.weights import read_published
 
-    corpus = Corpus.open(config.corpus)
+    corpus = Corpus.open(config.corpus, cache=config.cache)
     model = starting_model(config, corpus)
     start = config.initial_model
     return Trainer(

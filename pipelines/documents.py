@@ -1,106 +1,140 @@
 """Documents of a part, one after the other; a broken one becomes a dead letter, not an error.
 
 Pieces are read without looking at their neighbours: a JSONL range owns the lines that begin in it.
+A record must fit into memory, a file need not: compressed files are unpacked as a stream.
 """
 
+import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
-from cascade_model.errors import InputError, Unfinished
+from pipelines.pieces import (
+    EXCERPT,
+    Dead,
+    Part,
+    Piece,
+    compression_of,
+    decoded,
+    is_sound,
+    open_source,
+    whole,
+)
+from pipelines.tables import table_rows
 
-EXCERPT = 200
-"""Characters of a broken record that its dead letter keeps."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """May stand before the first line of a file, and is no part of it."""
-_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """A range of one file: bytes (jsonl, text), row groups (parquet) or record batches (hf)."""
-
-    path: str
-    """As recorded."""
-    url: str
-    """Where it is read."""
-    format: str
-    start: int
-    stop: int
-    bytes: int
-    """Size in the plan's arithmetic."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """Pieces that are read, packed and committed together: the unit of work and of retry."""
-
-    index: int
-    pieces: tuple[Piece, ...]
+Message = dict[str, str]
+"""A turn of a conversation: role and content."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """One record of the source: its text, or the reason why there is none."""
+    """One record of the source: its text or conversation, or the reason why there is none."""
 
     row: int
     """Place within the part, dead ones counted."""
     path: str
     where: str
-    """Place within the file, for people."""
+    """Place within the file, for people, with the record's own id where it has one."""
     text: str | None
+    """All contents, where it is a conversation."""
+    messages: list[Message] | None = None
     reason: str = ""
     excerpt: str = ""
 
 
-def read_documents(part: Part, text_column: str) -> Iterator[Document]:
+def read_documents(
+    part: Part, text_column: str, messages_column: str | None = None, id_column: str | None = None
+) -> Iterator[Document]:
     """The part's records in order; `InputError` when a file is damaged as a whole, `Unfinished`
-    when it cannot be read now."""
+    when it cannot be read now. With `messages_column` the records are conversations."""
+    columns = {
+        "text": None if messages_column else text_column,
+        "messages": messages_column,
+        "id": id_column,
+    }
     row = 0
     for piece in part.pieces:
-        for where, value in _records(piece, text_column):
-            text, reason = (value, "") if isinstance(value, str) else (None, value.reason)
-            excerpt = "" if isinstance(value, str) else value.excerpt
-            yield Document(
-                row=row, path=piece.path, where=where, text=text, reason=reason, excerpt=excerpt
-            )
+        for where, values in _records(piece, columns):
+            yield _document(row, piece.path, where, values, messages_column is not None)
             row += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Dead:
-    """Why a record cannot be used."""
+def _document(
+    row: int, path: str, where: str, values: "dict[str, Any] | Dead", is_chat: bool
+) -> Document:
+    found = values if isinstance(values, Dead) else _content(values, is_chat)
+    name = None if isinstance(values, Dead) else values.get("id")
+    if name is not None and not isinstance(name, Dead):
+        where = f"{where}, id {name if is_sound(str(name)) else ascii(name)}"
+    if isinstance(found, Dead):
+        reason, excerpt = found.reason, found.excerpt
+        return Document(row=row, path=path, where=where, text=None, reason=reason, excerpt=excerpt)
+    if isinstance(found, str):
+        return Document(row=row, path=path, where=where, text=found)
+    text = "\n\n".join(message["content"] for message in found)
+    return Document(row=row, path=path, where=where, text=text, messages=found)
 
-    reason: str
-    excerpt: str
+
+def _content(values: dict[str, Any], is_chat: bool) -> "str | list[Message] | Dead":
+    """What a record holds, checked."""
+    value = values["messages" if is_chat else "text"]
+    if isinstance(value, Dead):
+        return value
+    shown = values.get("shown", "")
+    if value is None:
+        return Dead("missing_messages" if is_chat else "missing_text", shown)
+    if is_chat:
+        return _conversation(value, shown)
+    if not isinstance(value, str):
+        return Dead("text_is_no_string", shown)
+    return value if is_sound(value) else Dead("lone_surrogate", shown)
 
 
-def _records(piece: Piece, column: str) -> Iterator[tuple[str, "str | Dead"]]:
+def _conversation(value: Any, shown: str) -> "list[Message] | Dead":
+    is_sequence = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
+    if not is_sequence or not value:
+        return Dead("broken_messages", shown)
+    turns = [{key: turn.get(key) for key in ("role", "content")} for turn in value]
+    if not all(isinstance(text, str) for turn in turns for text in turn.values()):
+        return Dead("broken_messages", shown)
+    if not all(is_sound(text) for turn in turns for text in turn.values()):
+        return Dead("lone_surrogate", shown)
+    return turns
+
+
+def _records(
+    piece: Piece, columns: dict[str, str | None]
+) -> "Iterator[tuple[str, dict[str, Any] | Dead]]":
     if piece.format == "jsonl":
-        return _jsonl(piece, column)
-    if piece.format == "parquet":
-        return _parquet(piece, column)
-    if piece.format == "hf":
-        return _dataset(piece, column)
-    return _text(piece)
+        return _jsonl(piece, columns)
+    if piece.format == "text":
+        return _text(piece)
+    return cast(Iterator[tuple[str, Any]], table_rows(piece, columns))
 
 
-def _text(piece: Piece) -> Iterator[tuple[str, "str | Dead"]]:
+def _text(piece: Piece) -> Iterator[tuple[str, dict[str, Any]]]:
     with open_source(piece.url) as file:
-        yield "whole file", decoded(file.read())
+        yield "whole file", {"text": decoded(file.read())}
 
 
-def _jsonl(piece: Piece, column: str) -> Iterator[tuple[str, "str | Dead"]]:
+def _jsonl(
+    piece: Piece, columns: dict[str, str | None]
+) -> "Iterator[tuple[str, dict[str, Any] | Dead]]":
     for position, line in _lines(piece):
-        if line.strip():
-            yield f"byte {position}", _json_text(line, column)
+        if not line.strip():
+            continue
+        record = json_object(line)
+        if isinstance(record, Dead):
+            yield f"byte {position}", record
+        else:
+            values = {role: record.get(name) for role, name in columns.items() if name}
+            yield f"byte {position}", values | {"shown": line.decode()[:EXCERPT]}
 
 
 def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
@@ -108,13 +142,17 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
     with open_source(piece.url) as raw, whole(piece.url, "compressed file"):
         compression = compression_of(piece.url)
         if compression:
-            data = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), compression).read()
             position = 0
+            unpacked = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), compression)
+            lines: Iterator[bytes] = io.BufferedReader(cast(Any, unpacked), 1 << 20)
         else:
             data, position = _whole_lines(raw, piece)
-    for line in data.split(b"\n"):
-        yield position, line.removeprefix(BYTE_ORDER_MARK) if position == 0 else line
-        position += len(line) + 1
+            lines = iter(data.split(b"\n"))
+            del data
+        for line in lines:
+            size = len(line) + (0 if compression else 1)
+            yield position, line.removeprefix(BYTE_ORDER_MARK) if position == 0 else line
+            position += size
 
 
 def _whole_lines(file: BinaryIO, piece: Piece) -> tuple[bytes, int]:
@@ -129,18 +167,6 @@ def _whole_lines(file: BinaryIO, piece: Piece) -> tuple[bytes, int]:
     return (data if data.endswith(b"\n") else data + file.readline()), position
 
 
-def _json_text(line: bytes, column: str) -> "str | Dead":
-    record = json_object(line)
-    if isinstance(record, Dead):
-        return record
-    text, shown = record.get(column), line.decode()[:EXCERPT]
-    if text is None:
-        return Dead("missing_text", shown)
-    if not isinstance(text, str):
-        return Dead("text_is_no_string", shown)
-    return text if is_sound(text) else Dead("lone_surrogate", shown)
-
-
 def json_object(line: bytes) -> "dict[str, Any] | Dead":
     """A line of JSONL as a mapping."""
     text = decoded(line)
@@ -151,123 +177,3 @@ def json_object(line: bytes) -> "dict[str, Any] | Dead":
     except (ValueError, RecursionError):
         return Dead("broken_json", text[:EXCERPT])
     return record if isinstance(record, dict) else Dead("not_an_object", text[:EXCERPT])
-
-
-def is_sound(text: str) -> bool:
-    """Whether a text can be written at all: JSON may hold halves of characters (\\ud800)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def decoded(data: bytes) -> "str | Dead":
-    """Bytes as the text that they spell."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return _no_utf8(error)
-
-
-def _no_utf8(error: UnicodeDecodeError) -> Dead:
-    around = error.object[max(0, error.start - 40) : error.start + 40]
-    return Dead("invalid_utf8", around.decode("utf-8", "backslashreplace"))
-
-
-def _parquet(piece: Piece, column: str) -> Iterator[tuple[str, "str | Dead"]]:
-    with open_source(piece.url) as file, whole(piece.url, "Parquet file"):
-        parquet = pq.ParquetFile(file)
-        tables = [
-            parquet.read_row_group(i, columns=[column]) for i in range(piece.start, piece.stop)
-        ]
-    for group, table in enumerate(tables, piece.start):
-        for row, value in enumerate(_texts(table.column(column))):
-            yield f"row group {group} row {row}", value
-
-
-def _dataset(piece: Piece, column: str) -> Iterator[tuple[str, "str | Dead"]]:
-    with whole(piece.url, "Arrow stream"), open_arrow_stream(piece.url) as reader:
-        batches = [
-            batch.column(column) if index >= piece.start else None
-            for index, batch in zip(range(piece.stop), reader, strict=False)
-        ]
-    for index, batch in enumerate(batches):
-        for row, value in enumerate(_texts(batch)) if batch is not None else ():
-            yield f"batch {index} row {row}", value
-
-
-def cells(column: "pa.ChunkedArray | pa.Array") -> Iterator[Any]:
-    """Values of a column, one by one: Arrow does not vouch that its texts are UTF-8."""
-    for cell in column:
-        try:
-            yield cell.as_py()
-        except UnicodeDecodeError as error:
-            yield _no_utf8(error)
-
-
-def _texts(column: "pa.ChunkedArray | pa.Array") -> Iterator["str | Dead"]:
-    for value in cells(column):
-        yield Dead("missing_text", "") if value is None else value
-
-
-def require_column(schema: pa.Schema, column: str, url: str) -> None:
-    """Refuse a table without the text column, or with one that holds no text."""
-    if column not in schema.names:
-        raise InputError(
-            f"source.text_column={column} is not in {url}, which has {schema.names}; name one of "
-            "these"
-        )
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise InputError(
-            f"source.text_column={column} of {url} holds {kind}, not text; name a text column"
-        )
-
-
-def compression_of(url: str) -> str | None:
-    """Arrow's name of a file's compression, by its suffix."""
-    return next((name for suffix, name in _COMPRESSED.items() if url.endswith(suffix)), None)
-
-
-def open_source(url: str) -> BinaryIO:
-    """Open a source file; `Unfinished` when it cannot be read now."""
-    try:
-        fs, place = fsspec.core.url_to_fs(url)
-        return cast(BinaryIO, fs.open(place, "rb"))
-    except OSError as error:
-        raise _unreadable(url, error) from None
-
-
-def _unreadable(url: str, error: OSError) -> Unfinished:
-    return Unfinished(
-        f"source file {url} cannot be read ({type(error).__name__}); check path and rights, then "
-        "run the same command again"
-    )
-
-
-@contextmanager
-def open_arrow_stream(url: str) -> Iterator[pa.ipc.RecordBatchStreamReader]:
-    """Read an Arrow stream file, from a memory map where it is local."""
-    fs, place = fsspec.core.url_to_fs(url)
-    if isinstance(fs, LocalFileSystem):
-        with pa.memory_map(place) as file:
-            yield pa.ipc.open_stream(file)
-    else:
-        with open_source(url) as file:
-            yield pa.ipc.open_stream(file)
-
-
-@contextmanager
-def whole(url: str, kind: str) -> Iterator[None]:
-    """Turn a reader's complaint about a damaged file into one sentence."""
-    try:
-        yield
-    except (pa.ArrowInvalid, OSError) as error:
-        # Arrow's own complaints have no number; those of a disk or a network do.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise _unreadable(url, error) from None
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InputError(
-            f"source file {url} is a damaged {kind} ({reason}); mend it or leave it out"
-        ) from None

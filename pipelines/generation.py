@@ -18,6 +18,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cascade_model.chat_template import ChatTemplate
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record
 from cascade_model.config import EngineConfig, digest
 from cascade_model.errors import InputError, Unfinished
@@ -166,7 +167,8 @@ class PartWorker:
         """Decode a part and commit its files, the record last."""
         if self._refusal is not None:
             raise self._refusal
-        items = list(read_part(part, self._columns, self._llm.tokenizer.apply_chat_template))
+        chat = ChatTemplate.of("plain", self._llm.tokenizer)
+        items = list(read_part(part, self._columns, chat.prompt))
         prompts = [item for item in items if not isinstance(item, DeadRow)]
         answers = iter(self._decode(prompts))
         results = [item if isinstance(item, DeadRow) else next(answers) for item in items]

@@ -1,23 +1,26 @@
-"""Corpus to pre-masked Arrow shards, in two rounds of small tasks with a sum between them.
+"""Corpus to pre-masked Arrow shards, in rounds of small tasks with a sum between them.
 
-Round 1, a task per part: documents, split by a hash of the text, tokens, packed sequences, put into
-a work folder. The driver then numbers the sequences of each split over all parts. Round 2, a task
-per part: sequence ids and draw 0's thresholds and mask, committed as the final shards. The manifest
-comes last. A task whose record is there is not run again.
+Hash and merge (with deduplication): which documents equal an earlier one. Pack, a task per part:
+documents, cleaned and split by a hash of the text, tokens, packed sequences, put into a work
+folder. The driver then numbers the sequences of each split over all parts. Mask, a task per part:
+sequence ids and draw 0's thresholds and mask, committed as the final shards. The report and the
+manifest come last. A task whose record is there is not run again.
 """
 
 import json
-import logging
-import uuid
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+from cascade_model.chat_template import ChatTemplate
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record, require_writable
-from cascade_model.corpus import read_manifest
 from cascade_model.errors import InputError, Unfinished
+from cascade_model.fast_tokenizer import REFERENCE
 from cascade_model.schema import (
     MANIFEST,
     SPLITS,
@@ -25,31 +28,37 @@ from cascade_model.schema import (
     Geometry,
     Manifest,
     ShardEntry,
-    SplitEntry,
+    documents_name,
+    rates_per_row,
 )
+from cascade_model.shards import entry_of
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
+from pipelines.admission import ENGINE, SAMPLE_PARTS, choose_engine, reference
+from pipelines.claim import WORK, begin, finished, take_back
+from pipelines.cleaning import Cleaning, cleaned
 from pipelines.config import PrepareConfig
-from pipelines.documents import Part, Piece, read_documents
+from pipelines.dedup import drops_name, hashes_name, num_ranges
+from pipelines.documents import Document
 from pipelines.parts import (
-    JOB,
     Job,
     MaskOrder,
-    dead_letter_name,
-    is_held_out,
+    hash_part,
     mask_part,
+    merge_hashes,
     pack_part,
     part_name,
     shard_name,
-    text_hash,
 )
-from pipelines.runner import run_tasks
-from pipelines.sources import Plan, make_plan
+from pipelines.pieces import Part, Piece
+from pipelines.progress import Progress
+from pipelines.report import write_report
+from pipelines.runner import Step, run_tasks
+from pipelines.sampling import read_source, sampled, spaced
+from pipelines.sources import Plan, plan_sources
+from pipelines.totals import counts_of, documents_of, mask_orders, require_sound, split_entry
 
-log = logging.getLogger(__name__)
-WORK = "_work"
-_RUN = "run-"
-_SAMPLED_PARTS = 32
-_SAMPLED_CHARACTERS = 1 << 16
+_READERS = 16
+"""Records that are read at a time."""
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -64,19 +73,19 @@ def prepare(config: PrepareConfig) -> Manifest:
     given = None
     if config.tokenizer not in ("train", "bytes"):
         given = Tokenizer.from_url(config.tokenizer).with_specials()
-    plan = make_plan(config.source, config.part_bytes)
+    plan = plan_sources(config.sources, config.part_bytes)
     identity = _identity(config, plan, given)
-    finished = _finished(folder, identity)
-    if finished is not None:
-        return finished
+    done = finished(folder, identity)
+    if done is not None:
+        return done
     was_there = folder.is_there()
-    _begin(folder, identity)
+    begin(folder, identity)
     try:
         manifest = _run(config, folder, plan, given, identity)
     except Unfinished:
         raise
     except InputError:
-        _take_back(folder, plan)
+        take_back(folder, plan)
         if not was_there:
             folder.remove_if_empty()
         raise
@@ -89,68 +98,11 @@ def _identity(config: PrepareConfig, plan: Plan, given: Tokenizer | None) -> dic
     settings = asdict(config)
     for name in ("output", "num_workers", "runner", "max_dead_rate"):
         del settings[name]
+    settings["chat_template"] = _template(config)
     settings["tokenizer_sha256"] = given.sha256 if given else None
-    sources = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in plan.files]
+    names = ("source", "path", "bytes", "sha256")
+    sources = [{name: getattr(file, name) for name in names} for file in plan.files]
     return json.loads(json.dumps({"prepare": settings, "sources": sources}))
-
-
-def _finished(folder: Folder, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest when the job is done; refuses a corpus of another job."""
-    if not folder.exists(MANIFEST):
-        return None
-    manifest = read_manifest(folder)
-    theirs = {"prepare": manifest.prepare, "sources": list(manifest.sources)}
-    _require_same(theirs, identity, folder)
-    folder.remove(WORK)
-    return manifest
-
-
-def _begin(folder: Folder, identity: dict[str, Any]) -> None:
-    """Claim an empty folder, or check that an unfinished one is of this very job."""
-    work = folder / WORK
-    if work.exists(JOB):
-        _require_same(json.loads(work.read_bytes(JOB)), identity, folder)
-    else:
-        names = [name for name in folder.list() if name != WORK]
-        names += [f"{WORK}/{name}" for name in work.list()]
-        if names:
-            raise InputError(
-                f"output={folder.url} already holds {names[0]!r} but no corpus; choose an empty "
-                "folder"
-            )
-        work.publish(JOB, json.dumps(identity, sort_keys=True).encode())
-    work.publish(_RUN + uuid.uuid4().hex, b"")
-
-
-def _take_back(folder: Folder, plan: Plan) -> None:
-    """Remove the units of a job that cannot be finished, unless another run worked on it too."""
-    work = folder / WORK
-    if sum(name.startswith(_RUN) for name in work.list()) > 1:
-        return
-    work.remove(JOB)  # first: a task that still runs then writes nothing more
-    units = {TOKENIZER, *(dead_letter_name(part.index) for part in plan.parts)}
-    units |= {shard_name(split, part.index) for split in SPLITS for part in plan.parts}
-    units |= {unit + RECORD_SUFFIX for unit in units}
-    for name in folder.list():
-        if name.partition("~")[0] in units:
-            folder.remove(name)
-    folder.remove(WORK)
-
-
-def _require_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Folder) -> None:
-    """Name the first setting in which two jobs differ."""
-    for name, new in ours["prepare"].items():
-        old = theirs["prepare"].get(name)
-        if old != new:
-            raise InputError(
-                f"output={folder.url} was made with {name}={old!r} but this run has {new!r}; "
-                "choose another output or delete the folder"
-            )
-    if theirs != ours:
-        raise InputError(
-            f"output={folder.url} was made from other source files than source.paths holds now; "
-            "choose another output or delete the folder"
-        )
 
 
 def _run(
@@ -160,26 +112,18 @@ def _run(
     given: Tokenizer | None,
     identity: dict[str, Any],
 ) -> Manifest:
-    """Tokenizer, both rounds, manifest."""
+    """Tokenizer, rounds, report, manifest."""
+    rounds = _Rounds(config)
     tokenizer = _tokenizer(config, folder, plan, given)
-    job = Job(
-        output=folder.url,
-        work=(folder / WORK).url,
-        text_column=config.source.text_column,
-        held_out_rate=config.held_out_rate,
-        geometry=Geometry(
-            sequence_length=config.sequence_length,
-            block_size=config.noise.block_size,
-            vocab_size=tokenizer.vocab_size,
-        ),
-        noise=config.noise,
-        tokenizer_sha256=tokenizer.sha256,
-    )
-    packed = _pack_all(config, job, plan)
-    counts = _counts(packed)
-    _require_sound(counts, packed, config)
-    orders = list(_mask_orders(packed))
-    entries = _mask_all(config, job, orders)
+    job = _job(config, folder, plan, tokenizer)
+    engine = _engine(rounds, job, plan)
+    job = replace(job, engine=engine["name"])
+    if job.num_ranges:
+        _find_repeated(rounds, job, plan)
+    packed = _pack_all(rounds, job, plan)
+    counts = counts_of(packed)
+    require_sound(counts, packed, config)
+    entries = _mask_all(rounds, job, mask_orders(packed))
     manifest = Manifest(
         sequence_length=config.sequence_length,
         block_size=config.noise.block_size,
@@ -188,14 +132,105 @@ def _run(
         pad_id=tokenizer.pad_id,
         eos_id=tokenizer.eos_id,
         tokenizer_sha256=tokenizer.sha256,
+        tokenizer_engine=engine,
+        chat_template=job.chat_template,
         noise=config.noise,
         prepare=identity["prepare"],
         sources=tuple(identity["sources"]),
         counts=counts,
-        splits={split: _split_entry(split, packed, entries[split]) for split in SPLITS},
+        splits={s: split_entry(s, packed, entries[s], config.sources) for s in SPLITS},
+        documents=documents_of(folder, len(packed)),
     )
+    facts = [record.facts for record in packed]
+    write_report(folder, manifest, facts, rounds.timing(counts["tokens"]))
     folder.publish(MANIFEST, manifest.to_json())
     return manifest
+
+
+@dataclass
+class _Rounds:
+    """Runs the rounds of a job, showing how far they are and keeping their times."""
+
+    config: PrepareConfig
+    seconds: dict[str, float] = field(default_factory=dict)
+    begun: float = field(default_factory=time.monotonic)
+
+    def run(
+        self,
+        name: str,
+        step: Step,
+        orders: Sequence[dict[str, Any]],
+        tokens: Callable[[dict[str, Any]], int] = lambda result: 0,
+    ) -> list[dict[str, Any]]:
+        """The results of a round's tasks, in the order of their orders."""
+        started = time.monotonic()
+        progress = Progress(name, len(orders))
+        results = run_tasks(
+            step,
+            orders,
+            runner=self.config.runner,
+            num_workers=self.config.num_workers,
+            on_result=lambda result: progress.add(tokens(result)),
+        )
+        progress.close()
+        self.seconds[name] = time.monotonic() - started
+        return results
+
+    def timing(self, tokens: int) -> dict[str, Any]:
+        """What this run took; no part of the corpus."""
+        seconds = time.monotonic() - self.begun
+        return {
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "runner": self.config.runner,
+            "num_workers": self.config.num_workers,
+            "rounds": self.seconds,
+        }
+
+
+def _job(config: PrepareConfig, folder: Folder, plan: Plan, tokenizer: Tokenizer) -> Job:
+    template = _template(config)
+    if template is not None:
+        ChatTemplate.of(template, tokenizer)  # refuses it here, before anything is read
+    return Job(
+        output=folder.url,
+        work=(folder / WORK).url,
+        sources=config.sources,
+        cleaning=_cleaning(config),
+        held_out_rate=config.held_out_rate,
+        num_parts=len(plan.parts),
+        num_ranges=num_ranges(plan.bytes) if config.dedup == "exact" else 0,
+        window_bytes=config.part_bytes,
+        packing=config.packing,
+        geometry=Geometry(
+            sequence_length=config.sequence_length,
+            block_size=config.noise.block_size,
+            vocab_size=tokenizer.vocab_size,
+            rates_per_row=rates_per_row(config.noise, config.sequence_length),
+        ),
+        noise=config.noise,
+        tokenizer_sha256=tokenizer.sha256,
+        engine=REFERENCE,
+        chat_template=template,
+    )
+
+
+def _template(config: PrepareConfig) -> str | None:
+    """The chat template by its name or its text, none where there are no conversations."""
+    if not config.has_chats:
+        return None
+    file = Path(config.chat_template)
+    is_file = len(config.chat_template) < 256 and file.is_file()
+    return file.read_text(encoding="utf-8") if is_file else config.chat_template
+
+
+def _cleaning(config: PrepareConfig) -> Cleaning:
+    return Cleaning(
+        normalise=config.normalise,
+        max_document_bytes=config.max_document_bytes,
+        long_documents=config.long_documents,
+        filters=config.filters,
+    )
 
 
 def _tokenizer(
@@ -204,167 +239,132 @@ def _tokenizer(
     """The job's tokenizer, kept in the corpus folder."""
     if folder.exists(TOKENIZER):
         return Tokenizer(folder.read_bytes(TOKENIZER), folder.path(TOKENIZER))
-    tokenizer = given or (
-        byte_tokenizer()
-        if config.tokenizer == "bytes"
-        else train_tokenizer(_sample(config, plan), config.vocab_size)
-    )
+    if config.tokenizer == "train":
+        tokenizer = train_tokenizer(_sample(config, plan), config.vocab_size)
+    else:
+        tokenizer = given or byte_tokenizer()
     folder.publish(TOKENIZER, tokenizer.to_bytes())
     return tokenizer
 
 
 def _sample(config: PrepareConfig, plan: Plan) -> Iterator[str]:
-    """Training text for the tokenizer: documents of evenly spaced parts, chosen by their hash."""
-    step = -(-len(plan.parts) // _SAMPLED_PARTS)
-    parts = plan.parts[::step]
-    rate = config.sample_bytes / max(1, sum(piece.bytes for p in parts for piece in p.pieces))
-    left = config.sample_bytes
-    for part in parts:
-        for document in read_documents(part, config.source.text_column):
-            if left <= 0:
-                return
-            text = document.text
-            if text is None or is_held_out(text, config.held_out_rate):
-                continue
-            # A second hash, as the first one already decided the split.
-            if text_hash("tokenizer sample:" + text) < rate or left == config.sample_bytes:
-                text = text[: min(left, _SAMPLED_CHARACTERS)]
-                left -= len(text)
-                yield text
+    """Training text for the tokenizer."""
+
+    def read(part: Part) -> Iterator[Document]:
+        return read_source(part, config.sources[part.source])
+
+    clean = partial(cleaned, cleaning=_cleaning(config))
+    rate, size = config.held_out_rate, config.sample_bytes
+    return sampled(spaced(plan.parts), read, clean, rate, size, "tokenizer sample:")
 
 
-def _pack_all(config: PrepareConfig, job: Job, plan: Plan) -> list[Record]:
-    """Round 1: the record of every part, in order."""
+def _engine(rounds: _Rounds, job: Job, plan: Plan) -> dict[str, Any]:
+    """The tokenizer engine as the manifest names it."""
+    if rounds.config.tokenizer_engine == "reference":
+        return reference("tokenizer_engine=reference asks for it")
     work = Folder(job.work)
-    records = {part.index: work.record(part_name(part.index)) for part in plan.parts}
-    missing = [part for part in plan.parts if records[part.index] is None]
-    log.info("round 1: %d of %d parts to pack", len(missing), len(plan.parts))
-    results = run_tasks(
+    if work.exists(ENGINE):
+        return json.loads(work.read_bytes(ENGINE))
+    order = {"parts": [asdict(part) for part in spaced(plan.parts, SAMPLE_PARTS)]}
+    [found] = rounds.run("check", partial(_engine_step, job), [order])
+    return found
+
+
+def _engine_step(job: Job, order: dict[str, Any]) -> dict[str, Any]:
+    return choose_engine(job, [_part_of(part) for part in order["parts"]])
+
+
+def _find_repeated(rounds: _Rounds, job: Job, plan: Plan) -> None:
+    """Hash every part, then merge every range of hashes."""
+    work = Folder(job.work)
+    merged = _committed(work, map(drops_name, range(job.num_ranges)))
+    numbers = [number for number in range(job.num_ranges) if drops_name(number) not in merged]
+    if not numbers:
+        return
+    hashed = _committed(work, (hashes_name(part.index) for part in plan.parts))
+    missing = [part for part in plan.parts if hashes_name(part.index) not in hashed]
+    rounds.run("hash", partial(_hash_step, job), [asdict(part) for part in missing])
+    rounds.run("merge", partial(_merge_step, job), [{"number": number} for number in numbers])
+
+
+def _hash_step(job: Job, order: dict[str, Any]) -> dict[str, Any]:
+    return asdict(hash_part(job, _part_of(order)))
+
+
+def _merge_step(job: Job, order: dict[str, Any]) -> dict[str, Any]:
+    return asdict(merge_hashes(job, order["number"]))
+
+
+def _pack_all(rounds: _Rounds, job: Job, plan: Plan) -> list[Record]:
+    """The record of every part, in order."""
+    records = _committed(Folder(job.work), (part_name(part.index) for part in plan.parts))
+    listed = _committed(Folder(job.output), (documents_name(part.index) for part in plan.parts))
+    done = {
+        part.index: records[part_name(part.index)]
+        for part in plan.parts
+        if part_name(part.index) in records and documents_name(part.index) in listed
+    }
+    missing = [part for part in plan.parts if part.index not in done]
+    results = rounds.run(
+        "pack",
         partial(_pack_step, job),
         [asdict(part) for part in missing],
-        runner=config.runner,
-        num_workers=config.num_workers,
+        lambda result: sum(each["tokens"] for each in result["facts"]["splits"].values()),
     )
-    made = {part.index: Record(**r) for part, r in zip(missing, results, strict=True)}
-    return [records[part.index] or made[part.index] for part in plan.parts]
+    done |= {part.index: Record(**r) for part, r in zip(missing, results, strict=True)}
+    return [done[part.index] for part in plan.parts]
+
+
+def _committed(folder: Folder, names: Iterable[str]) -> dict[str, Record]:
+    """The records of those units that are there; the folder is listed once, as most are not."""
+    listed = set(folder.list())
+    there = [name for name in names if name + RECORD_SUFFIX in listed]
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = zip(there, pool.map(folder.record, there), strict=True)
+        return {name: record for name, record in found if record is not None}
 
 
 def _pack_step(job: Job, order: dict[str, Any]) -> dict[str, Any]:
-    pieces = tuple(Piece(**piece) for piece in order["pieces"])
-    return asdict(pack_part(job, Part(index=order["index"], pieces=pieces)))
+    return asdict(pack_part(job, _part_of(order)))
 
 
-def _mask_orders(packed: list[Record]) -> Iterator[MaskOrder]:
-    """Number the sequences of each split over all parts."""
-    rows = [{s: record.facts["splits"][s]["rows"] for s in SPLITS} for record in packed]
-    totals = {split: sum(each[split] for each in rows) for split in SPLITS}
-    firsts = dict.fromkeys(SPLITS, 0)
-    for index, record in enumerate(packed):
-        yield MaskOrder(index=index, packed=record, firsts=dict(firsts), totals=totals)
-        firsts = {split: firsts[split] + rows[index][split] for split in SPLITS}
+def _part_of(order: dict[str, Any]) -> Part:
+    return Part(**{**order, "pieces": tuple(Piece(**piece) for piece in order["pieces"])})
 
 
 def _mask_all(
-    config: PrepareConfig, job: Job, orders: list[MaskOrder]
+    rounds: _Rounds, job: Job, orders: Sequence[MaskOrder]
 ) -> dict[str, list[ShardEntry]]:
-    """Round 2: the shards of every split, in order."""
-    output = Folder(job.output)
+    """The shards of every split, in order."""
     names = {
-        (order.index, split): shard_name(split, order.index)
+        order.index: [
+            shard_name(split, order.index)
+            for split in SPLITS
+            if order.packed.facts["splits"][split]["rows"]
+        ]
         for order in orders
-        for split in SPLITS
-        if order.packed.facts["splits"][split]["rows"]
     }
-    records = {key: output.record(name) for key, name in names.items()}
-    missing = [o for o in orders if any(records.get((o.index, s), o) is None for s in SPLITS)]
-    log.info("round 2: %d of %d parts to mask", len(missing), len(orders))
-    results = run_tasks(
+    records = _committed(Folder(job.output), chain.from_iterable(names.values()))
+    missing = [order for order in orders if not records.keys() >= set(names[order.index])]
+    results = rounds.run(
+        "mask",
         partial(_mask_step, job),
         [asdict(order) for order in missing],
-        runner=config.runner,
-        num_workers=config.num_workers,
+        lambda result: sum(record["facts"]["tokens"] for record in result.values()),
     )
-    for order, result in zip(missing, results, strict=True):
-        records |= {(order.index, split): Record(**values) for split, values in result.items()}
-    entries: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
-    for (_, split), record in records.items():
-        assert record is not None
-        entries[split].append(_entry(record))
-    return entries
+    for result in results:
+        made = (Record(**values) for values in result.values())
+        records |= {record.name: record for record in made}
+    return {
+        split: [
+            entry_of(records[name])
+            for order in orders
+            if (name := shard_name(split, order.index)) in names[order.index]
+        ]
+        for split in SPLITS
+    }
 
 
 def _mask_step(job: Job, order: dict[str, Any]) -> dict[str, Any]:
     made = mask_part(job, MaskOrder(**{**order, "packed": Record(**order["packed"])}))
     return {split: asdict(record) for split, record in made.items()}
-
-
-def _entry(record: Record) -> ShardEntry:
-    return ShardEntry(
-        name=record.name,
-        object=record.object,
-        bytes=record.bytes,
-        sha256=record.sha256,
-        **record.facts,
-    )
-
-
-def _split_entry(split: str, packed: list[Record], shards: list[ShardEntry]) -> SplitEntry:
-    facts = [record.facts["splits"][split] for record in packed]
-    return SplitEntry(
-        num_sequences=sum(each["rows"] for each in facts),
-        num_tokens=sum(each["tokens"] for each in facts),
-        num_bytes=sum(each["bytes"] for each in facts),
-        num_documents=sum(each["documents"] for each in facts),
-        shards=tuple(shards),
-    )
-
-
-def _counts(packed: list[Record]) -> dict[str, Any]:
-    """Sums over all parts; in = out + dropped + dead."""
-    dropped, dead, sums = Counter(), Counter(), Counter()
-    for record in packed:
-        dropped.update(record.facts["dropped"])
-        dead.update(record.facts["dead"])
-        sums["documents_in"] += record.facts["documents_in"]
-        for each in record.facts["splits"].values():
-            sums.update(each)
-    if sums["documents_in"] != sums["documents"] + dropped.total() + dead.total():
-        raise RuntimeError("a document was lost or doubled")
-    return {
-        "documents_in": sums["documents_in"],
-        "documents": sums["documents"],
-        "dropped": dict(sorted(dropped.items())),
-        "dead": dict(sorted(dead.items())),
-        "characters": sums["characters"],
-        "bytes": sums["bytes"],
-        "tokens": sums["tokens"],
-        "sequences": sums["rows"],
-    }
-
-
-def _require_sound(counts: dict[str, Any], packed: list[Record], config: PrepareConfig) -> None:
-    """Refuse a corpus that is too broken (`Unfinished`), empty, or leaves nothing to train on."""
-    dead, total = sum(counts["dead"].values()), counts["documents_in"]
-    if dead > config.max_dead_rate * total:
-        first = next(r.facts["first_dead"] for r in packed if r.facts["first_dead"])
-        sentence = (
-            f"{dead} of {total} documents cannot be read ({counts['dead']}, the first in "
-            f"{first['path']} at {first['where']}), more than max_dead_rate={config.max_dead_rate} "
-            "allows; mend the source, set source.text_column, or raise max_dead_rate"
-        )
-        if not counts["documents"]:
-            raise InputError(sentence)
-        raise Unfinished(
-            f"{sentence}, which goes on from here: the packed parts stay in {config.output}, and "
-            "dead_letter-*.jsonl there lists what cannot be read"
-        )
-    paths = list(config.source.paths)
-    if not counts["documents"]:
-        raise InputError(
-            f"source.paths={paths} holds no document with text in it; give files with documents"
-        )
-    if not any(record.facts["splits"]["train"]["rows"] for record in packed):
-        raise InputError(
-            f"held_out_rate={config.held_out_rate} keeps all {counts['documents']} documents from "
-            "training; lower it or give more documents"
-        )

@@ -9,17 +9,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cascade_model.errors import InputError
-from pipelines.documents import (
-    BYTE_ORDER_MARK,
-    EXCERPT,
-    Dead,
-    cells,
-    compression_of,
-    is_sound,
-    json_object,
-    open_source,
-    whole,
-)
+from pipelines.documents import BYTE_ORDER_MARK, json_object
+from pipelines.pieces import EXCERPT, Dead, compression_of, is_sound, open_source, whole
+from pipelines.tables import cells
 
 _PROBED = 100
 """Rows at the head of a JSONL file in which one of the columns must be."""

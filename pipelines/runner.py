@@ -5,7 +5,6 @@ exception, so that Ray neither retries it nor wraps it in a traceback.
 """
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, cast
@@ -14,7 +13,6 @@ from cascade_model.errors import InputError
 from pipelines.cluster import quiet_ray_data, start_ray
 
 Step = Callable[[dict[str, Any]], dict[str, Any]]
-log = logging.getLogger(__name__)
 
 
 def run_tasks(
@@ -23,8 +21,12 @@ def run_tasks(
     *,
     runner: Literal["ray", "local"],
     num_workers: int,
+    on_result: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> list[dict[str, Any]]:
-    """The results in the order of `orders`; raises the first task's `InputError` as it was."""
+    """The results in the order of `orders`; raises the first task's `InputError` as it was.
+
+    `on_result` is called with each result as soon as it is there, in any order.
+    """
     lines = [json.dumps(order) for order in orders]
     if not lines:
         return []
@@ -35,7 +37,7 @@ def run_tasks(
         if "error" in result:
             raise InputError.from_data(result["error"])
         results[index] = result
-        log.info("%d of %d parts done", len(results), len(lines))
+        on_result(result)
     return [results[index] for index in range(len(lines))]
 
 

@@ -1,36 +1,29 @@
 """Text sources as an ordered plan of parts.
 
 The plan depends on the files and `part_bytes` alone, never on workers, as packing does not cross a
-part. Small files share a part; a large JSONL file is cut at bytes, Parquet at row groups, a Hugging
-Face dataset folder at record batches.
+part. Small files share a part; a large JSONL file is cut at bytes, Parquet at row groups, Arrow
+(and with it a Hugging Face dataset folder) at record batches. Sources follow each other, and a part
+holds one source only.
 """
 
 import json
 import posixpath
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from cascade_model.commit import sha256_of
 from cascade_model.errors import InputError
-from pipelines.config import SourceConfig
-from pipelines.documents import (
-    Part,
-    Piece,
-    compression_of,
-    open_arrow_stream,
-    open_source,
-    require_column,
-    whole,
-)
+from pipelines.config import ONLY_SOURCE, SourceConfig
+from pipelines.pieces import Part, Piece, compression_of, open_source
+from pipelines.tables import Range, arrow_kind, file_batches, row_groups, stream_batches
 
 STDLIB = "stdlib:"
 """Stands for the folder of the running Python's standard library (PSF licence)."""
@@ -38,8 +31,10 @@ _STDLIB_EXCLUDE = ("site-packages", "dist-packages", "__pycache__")
 _SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst"),
     "parquet": (".parquet",),
+    "arrow": (".arrow", ".arrows", ".ipc", ".feather"),
     "text": (".txt", ".md", ".rst", ".py"),
 }
+_BATCHES = {"parquet": row_groups, "arrow_file": file_batches, "arrow_stream": stream_batches}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +48,7 @@ class SourceFile:
     format: str
     bytes: int
     sha256: str = ""
+    source: str = ONLY_SOURCE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,46 +58,68 @@ class Plan:
     files: tuple[SourceFile, ...]
     parts: tuple[Part, ...]
 
+    @property
+    def bytes(self) -> int:
+        """Size of all parts in the plan's arithmetic."""
+        return sum(piece.bytes for part in self.parts for piece in part.pieces)
 
-def make_plan(source: SourceConfig, part_bytes: int) -> Plan:
+
+def plan_sources(sources: Mapping[str, SourceConfig], part_bytes: int) -> Plan:
+    """The plan of several sources, one after the other; part numbers go on from one to the next."""
+    files: list[SourceFile] = []
+    parts: list[Part] = []
+    for name, source in sources.items():
+        plan = make_plan(source, part_bytes, name)
+        files += plan.files
+        parts += [replace(part, index=len(parts) + part.index) for part in plan.parts]
+    return Plan(files=tuple(files), parts=tuple(parts))
+
+
+def make_plan(source: SourceConfig, part_bytes: int, name: str = ONLY_SOURCE) -> Plan:
     """List, hash and cut the files; `InputError` when something is missing or empty."""
-    files = [file for path in source.paths for file in _list_files(source, path)]
+    label = label_of(name)
+    files = [file for path in source.paths for file in _list_files(source, path, label)]
     with ThreadPoolExecutor(8) as pool:
-        files = list(pool.map(_hashed, files))
-    pieces = [piece for file in files for piece in _pieces(file, source, part_bytes)]
+        files = [replace(file, source=name) for file in pool.map(_hashed, files)]
+    pieces = [piece for file in files for piece in _pieces(file, source, part_bytes, label)]
     if not pieces:
         raise InputError(
-            f"source.paths={list(source.paths)} holds no text at all; give files with documents"
+            f"{label}.paths={list(source.paths)} holds no text at all; give files with documents"
         )
-    return Plan(files=tuple(files), parts=tuple(_group(pieces, part_bytes)))
+    return Plan(files=tuple(files), parts=tuple(_group(pieces, part_bytes, name)))
 
 
-def _group(pieces: list[Piece], part_bytes: int) -> Iterator[Part]:
+def label_of(name: str) -> str:
+    """The setting that describes a source."""
+    return "source" if name == ONLY_SOURCE else f"mixture.{name}"
+
+
+def _group(pieces: list[Piece], part_bytes: int, source: str) -> Iterator[Part]:
     """Fill parts in order; a piece larger than part_bytes stands alone."""
     index, held, size = 0, [], 0
     for piece in pieces:
         if held and size + piece.bytes > part_bytes:
-            yield Part(index=index, pieces=tuple(held))
+            yield Part(index=index, pieces=tuple(held), source=source)
             index, held, size = index + 1, [], 0
         held.append(piece)
         size += piece.bytes
-    yield Part(index=index, pieces=tuple(held))
+    yield Part(index=index, pieces=tuple(held), source=source)
 
 
-def _list_files(source: SourceConfig, given: str) -> list[SourceFile]:
-    """The files behind one of source.paths, sorted by path."""
+def _list_files(source: SourceConfig, given: str, label: str) -> list[SourceFile]:
+    """The files behind one of a source's paths, sorted by path."""
     is_stdlib = given == STDLIB
     url = sysconfig.get_paths()["stdlib"] if is_stdlib else given
     try:
         fs, root = fsspec.core.url_to_fs(url)
         info = fs.info(root)
     except FileNotFoundError:
-        raise InputError(f"source.paths names {given}, which does not exist; check the path") from (
-            None
-        )
+        raise InputError(
+            f"{label}.paths names {given}, which does not exist; check the path"
+        ) from None
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
-            f"source.paths names {given}, which cannot be read ({error}); check path and rights"
+            f"{label}.paths names {given}, which cannot be read ({error}); check path and rights"
         ) from None
     if info["type"] != "directory":
         kind = source.format if source.format != "auto" else _format_of(str(root)) or "text"
@@ -109,15 +127,15 @@ def _list_files(source: SourceConfig, given: str) -> list[SourceFile]:
     if source.format == "hf" or (source.format == "auto" and _is_dataset(fs, str(root))):
         return [
             _file(fs, posixpath.join(given, name), posixpath.join(str(root), name), "hf")
-            for name in _dataset_files(fs, str(root), given)
+            for name in _dataset_files(fs, str(root), given, label)
         ]
     exclude = source.exclude + (_STDLIB_EXCLUDE if is_stdlib else ())
     names = sorted(_walk(fs, str(root), exclude))
     kinds = {name: kind for name in names if (kind := _chosen(source, name, is_stdlib))}
     if not kinds:
         raise InputError(
-            f"source.paths names {given}, which holds no file that source.format={source.format} "
-            f"and source.pattern={source.pattern} take; set source.format and source.pattern"
+            f"{label}.paths names {given}, which holds no file that {label}.format={source.format} "
+            f"and {label}.pattern={source.pattern} take; set {label}.format and {label}.pattern"
         )
     prefix = given if is_stdlib else given.rstrip("/") + "/"
     return [_file(fs, prefix + n, posixpath.join(str(root), n), k) for n, k in kinds.items()]
@@ -157,7 +175,7 @@ def _is_dataset(fs: Any, root: str) -> bool:
     return any(fs.exists(posixpath.join(root, n)) for n in ("state.json", "dataset_dict.json"))
 
 
-def _dataset_files(fs: Any, root: str, given: str) -> list[str]:
+def _dataset_files(fs: Any, root: str, given: str, label: str) -> list[str]:
     """Arrow files of a folder written by save_to_disk, a DatasetDict's splits in their order."""
     try:
         if fs.exists(posixpath.join(root, "dataset_dict.json")):
@@ -165,14 +183,14 @@ def _dataset_files(fs: Any, root: str, given: str) -> list[str]:
             return [
                 f"{split}/{name}"
                 for split in splits
-                for name in _dataset_files(fs, posixpath.join(root, split), given)
+                for name in _dataset_files(fs, posixpath.join(root, split), given, label)
             ]
         state = json.loads(fs.cat_file(posixpath.join(root, "state.json")))
         return [entry["filename"] for entry in state["_data_files"]]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise InputError(
-            f"source.paths names {given}, which is no dataset folder (no sound state.json); write "
-            "it with datasets' save_to_disk or set source.format"
+            f"{label}.paths names {given}, which is no dataset folder (no sound state.json); write "
+            f"it with datasets' save_to_disk or set {label}.format"
         ) from None
 
 
@@ -187,42 +205,32 @@ def _hashed(file: SourceFile) -> SourceFile:
         return replace(file, sha256=sha256_of(stream))
 
 
-def _pieces(file: SourceFile, source: SourceConfig, part_bytes: int) -> Iterator[Piece]:
+def _pieces(file: SourceFile, source: SourceConfig, part_bytes: int, label: str) -> Iterator[Piece]:
     """Cut a file at most every part_bytes, where its format allows it."""
-    if file.format == "parquet":
-        ranges = _row_groups(file, source.text_column)
-    elif file.format == "hf":
-        ranges = _record_batches(file, source.text_column)
-    elif file.format == "jsonl" and not compression_of(file.url):
-        stops = [*range(part_bytes, file.bytes, part_bytes), file.bytes]
-        ranges = [
-            (start, stop, stop - start) for start, stop in zip([0, *stops], stops, strict=False)
-        ]
-    else:
-        ranges = [(0, file.bytes, file.bytes)]
-    for start, stop, size in ranges:
+    kind = arrow_kind(file.url) if file.format in ("arrow", "hf") else file.format
+    if kind == "text" and source.messages_column:
+        raise InputError(
+            f"{label}.messages_column={source.messages_column} needs records but {file.path} is "
+            f"plain text; set {label}.format or {label}.exclude"
+        )
+    for start, stop, size in _ranges(file, kind, source, part_bytes, label):
         if size:
             yield Piece(
-                path=file.path,
-                url=file.url,
-                format=file.format,
-                start=start,
-                stop=stop,
-                bytes=size,
+                path=file.path, url=file.url, format=kind, start=start, stop=stop, bytes=size
             )
 
 
-def _row_groups(file: SourceFile, column: str) -> list[tuple[int, int, int]]:
-    with open_source(file.url) as stream, whole(file.url, "Parquet file"):
-        parquet = pq.ParquetFile(stream)
-        require_column(parquet.schema_arrow, column, file.url)
-        meta = parquet.metadata
-        sizes = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
-    return [(i, i + 1, size) for i, size in enumerate(sizes)]
-
-
-def _record_batches(file: SourceFile, column: str) -> list[tuple[int, int, int]]:
-    with whole(file.url, "Arrow stream"), open_arrow_stream(file.url) as reader:
-        require_column(reader.schema, column, file.url)
-        sizes = [batch.nbytes for batch in reader]
-    return [(i, i + 1, size) for i, size in enumerate(sizes)]
+def _ranges(
+    file: SourceFile, kind: str, source: SourceConfig, part_bytes: int, label: str
+) -> list[Range]:
+    if kind in _BATCHES:
+        columns = {
+            f"{label}.text_column": None if source.messages_column else source.text_column,
+            f"{label}.messages_column": source.messages_column,
+            f"{label}.id_column": source.id_column,
+        }
+        return _BATCHES[kind](file.url, columns)
+    if kind == "jsonl" and not compression_of(file.url):
+        stops = [*range(part_bytes, file.bytes, part_bytes), file.bytes]
+        return [(a, b, b - a) for a, b in zip([0, *stops[:-1]], stops, strict=True)]
+    return [(0, file.bytes, file.bytes)]

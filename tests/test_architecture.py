@@ -14,12 +14,21 @@ SOURCES = sorted(
 )
 TORCH_FREE = [
     "cascade_model.errors", "cascade_model.config", "cascade_model.schema", "cascade_model.noise",
-    "cascade_model.commit",
-    "cascade_model.tokenizer", "cascade_model.shards", "cascade_model.corpus",
+    "cascade_model.commit", "cascade_model.mixing", "cascade_model.open_shards",
+    "cascade_model.shard_cache", "cascade_model.stored", "cascade_model.provenance",
+    "cascade_model.prefetch", "cascade_model.draws", "cascade_model.verification",
+    "cascade_model.sequences",
+    "cascade_model.tokenizer", "cascade_model.token_sizes",
+    "cascade_model.byte_pairs", "cascade_model.pre_tokens", "cascade_model.tiktoken_engine",
+    "cascade_model.fast_tokenizer", "cascade_model.jinja_chat", "cascade_model.chat_template",
+    "cascade_model.shards", "cascade_model.corpus",
     "cascade_model.sampling", "cascade_model.requests", "cascade_model.text_stream",
     "pipelines.config", "pipelines.cluster", "pipelines.sources", "pipelines.documents",
     "pipelines.packing", "pipelines.parts", "pipelines.runner", "pipelines.prepare",
-    "pipelines.prompts",
+    "pipelines.prompts", "pipelines.pieces", "pipelines.tables", "pipelines.cleaning",
+    "pipelines.dedup", "pipelines.encoding", "pipelines.held_out", "pipelines.intake",
+    "pipelines.isolation", "pipelines.sampling", "pipelines.spool", "pipelines.totals",
+    "pipelines.admission", "pipelines.progress", "pipelines.claim",
 ]  # fmt: skip
 
 

@@ -1,8 +1,10 @@
 """Nothing half-written is ever read: locally, in memory, and on an S3 server on loopback."""
 
 import os
+import resource
 import threading
 import uuid
+from contextlib import contextmanager
 
 import pytest
 
@@ -14,7 +16,7 @@ from cascade_model.commit import (
     replace_file,
     require_writable,
 )
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, Unfinished
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -204,3 +206,45 @@ def test_a_draft_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         pass
     assert (tmp_path / "a.json").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_replaced_file_is_whole_and_new(folder):
+    for data in (b"first", b"second and longer", b"3"):
+        folder.replace("report.json", data)
+        assert folder.read_bytes("report.json") == data
+    assert folder.list() == ["report.json"]
+
+
+@contextmanager
+def largest_file(size):
+    """A limit on the size of files, which writing past meets as it meets a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("way", ["commit", "publish", "replace"])
+def test_a_full_disk_is_one_sentence_and_what_was_committed_stays(tmp_path, way):
+    folder = Folder(tmp_path)
+    folder.commit("a.bin", b"hello")
+    before = folder.list()
+    with (
+        largest_file(1000),
+        pytest.raises(Unfinished, match=r"b\.bin cannot be written \(File too large\); free some"),
+    ):
+        getattr(folder, way)("b.bin", b"x" * 4000)
+    assert sorted(os.listdir(tmp_path)) == before
+    getattr(folder, way)("b.bin", b"x" * 4000)
+    assert folder.read_bytes("b.bin") == b"x" * 4000
+
+
+def test_another_fault_of_the_disk_is_not_called_full(tmp_path):
+    def write(file):
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output") as caught:
+        Folder(tmp_path).commit("a.bin", write)
+    assert not isinstance(caught.value, InputError)

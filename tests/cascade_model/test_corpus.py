@@ -1,6 +1,7 @@
 """A sample depends on its number and the recipe alone, never on ranks or batches."""
 
 import dataclasses
+import hashlib
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ from cascade_model import noise as mask_noise
 from cascade_model.config import TrainingNoise
 from cascade_model.corpus import Batch, Corpus
 from cascade_model.errors import CorpusMismatch, InputError
+from tests.cascade_model.corpus_making import NOISE, make_corpus
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,11 @@ def same(left: Batch, right: Batch) -> bool:
     )
 
 
+def joined(parts: list[Batch]) -> Batch:
+    names = [f.name for f in dataclasses.fields(Batch)]
+    return Batch(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+
+
 def test_a_batch_has_the_shapes_and_types_of_the_contract(corpus):
     batch = corpus.batch(0, 4, corpus.manifest.noise)
     length, blocks = corpus.sequence_length, corpus.sequence_length // corpus.block_size
@@ -33,11 +40,11 @@ def test_a_batch_has_the_shapes_and_types_of_the_contract(corpus):
     }
     assert found == {
         "sequence_ids": ("uint64", (4,)),
-        "clean_tokens": ("int64", (4, length)),
+        "clean_tokens": ("uint16", (4, length)),
         "is_masked": ("bool", (4, length)),
         "is_maskable": ("bool", (4, length)),
         "thresholds": ("uint32", (4, blocks)),
-        "positions": ("int64", (4, length)),
+        "positions": ("int32", (4, length)),
         "segments": ("int32", (4, length)),
     }
 
@@ -57,9 +64,7 @@ def test_ranks_together_see_the_global_batch(corpus, world_size):
     first = corpus.num_sequences - 7  # the batch crosses into the next draw
     whole = corpus.batch(first, 16, noise)
     parts = [corpus.batch(first, 16, noise, rank, world_size) for rank in range(world_size)]
-    names = [f.name for f in dataclasses.fields(Batch)]
-    joined = Batch(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
-    assert same(whole, joined)
+    assert same(whole, joined(parts))
 
 
 def test_the_stored_draw_equals_the_recomputed_one(corpus, monkeypatch):
@@ -148,7 +153,7 @@ def test_a_cut_and_a_foreign_shard_are_refused_when_first_touched(tiny_corpus, t
     with pytest.raises(CorpusMismatch, match=r"shard-train-00000\.arrow has \d+ bytes"):
         Corpus.open(str(copy)).batch(0, 1, Corpus.open(str(copy)).manifest.noise)
     shutil.copy(copy / "shard-held_out-00000.arrow", shard)
-    with pytest.raises(CorpusMismatch, match=r"shard-train-00000\.arrow has"):
+    with pytest.raises(CorpusMismatch, match=r"shard-train-00000\.arrow has \d+ bytes"):
         Corpus.open(str(copy)).rows(np.array([0], np.uint64))
 
 
@@ -208,9 +213,7 @@ def test_ranks_together_see_the_global_batch_of_pairs(corpus, world_size):
     first = 2 * corpus.num_sequences - 8  # the batch crosses into the next draw
     whole = corpus.batch(first, 16, noise)
     parts = [corpus.batch(first, 16, noise, rank, world_size) for rank in range(world_size)]
-    names = [f.name for f in dataclasses.fields(Batch)]
-    joined = Batch(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
-    assert same(whole, joined)
+    assert same(whole, joined(parts))
     assert np.array_equal(
         whole.is_masked[8::2], corpus.batch(corpus.num_sequences, 4, noise.recipe).is_masked
     )
@@ -263,3 +266,171 @@ def test_a_rate_per_sequence_lets_a_batch_end_anywhere(corpus):
     odd = [b for b in batches if b.clean_tokens.shape[1] % corpus.block_size]
     assert odd
     assert all(batch.thresholds.shape == (1, 1) for batch in odd)
+
+
+def fields_of(batch: Batch) -> list:
+    return [getattr(batch, f.name) for f in dataclasses.fields(Batch)]
+
+
+def fingerprint(batch: Batch) -> str:
+    """SHA-256 of a batch's arrays in the types that they had in format one."""
+    types = ("uint64", "int64", "bool", "bool", "uint32", "int64", "int32")
+    arrays = [
+        np.ascontiguousarray(a).astype(t) for a, t in zip(fields_of(batch), types, strict=True)
+    ]
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()[:16]
+
+
+def pseudo_texts(count: int = 200) -> list[str]:
+    """Lines of numbers, the same ones everywhere."""
+    words = [[f"w{(i * j * j + 7 * j) % 97}" for j in range(5 + i % 60)] for i in range(count)]
+    return [f"line {i}: " + " ".join(each) for i, each in enumerate(words)]
+
+
+def is_kept(text: str) -> bool:
+    """What a held-out share of 0.1 left in training."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 >= 0.1
+
+
+def test_with_one_source_every_sample_is_bit_for_bit_what_it_was_in_format_one(tmp_path):
+    """The literals were taken from the reader and the packer before this format."""
+    texts = [text for text in pseudo_texts() if is_kept(text)]
+    corpus = Corpus.open(make_corpus(tmp_path, {"all": texts}))
+    size, noise = corpus.num_sequences, corpus.manifest.noise
+    pairs = training_noise(corpus, complement=True, sequences_per_batch=16)
+    found = [
+        corpus.batch(0, size, noise),
+        corpus.batch(size - 5, 12, noise),
+        corpus.batch(5 * size + 3, 7, noise),
+        corpus.batch(2 * size - 8, 16, pairs),
+        corpus.batch(40, 9, training_noise(corpus, padding="eos")),
+        corpus.batch(size - 5, 12, dataclasses.replace(noise, per="sequence", block_size=2)),
+    ]
+    assert size == 399
+    assert [fingerprint(batch) for batch in found] == [
+        "783b4c6c2938ffdf",
+        "80c36ee29c2ddeb3",
+        "27927a0953cc7614",
+        "1851bc2d9df97281",
+        "6437a4cb55523311",
+        "3421a2c03bedd478",
+    ]
+
+
+SOURCES = {"web": pseudo_texts(150), "code": [t[::-1] for t in pseudo_texts(40)], "one": ["only"]}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Corpus:
+    """Three sources, the last of one sequence, in two shards each where there is enough."""
+    folder = tmp_path_factory.mktemp("mixed") / "corpus"
+    return Corpus.open(make_corpus(folder, SOURCES, weights=[6, 3, 1]))
+
+
+@pytest.mark.parametrize("per", ["block", "sequence"])
+@pytest.mark.parametrize("block_size", [4, 32, 64])
+def test_stored_bits_are_the_recomputed_ones_however_thresholds_are_kept(
+    tmp_path, per, block_size, monkeypatch
+):
+    recipe = dataclasses.replace(NOISE, per=per, block_size=block_size)
+    corpus = Corpus.open(make_corpus(tmp_path, SOURCES, noise=recipe, weights=[6, 3, 1]))
+    stored = corpus.batch(0, 900, recipe)
+    other = dataclasses.replace(corpus.manifest, noise=dataclasses.replace(recipe, seed=99))
+    monkeypatch.setattr(corpus, "manifest", other)
+    assert same(stored, corpus.batch(0, 900, recipe))
+
+
+def test_a_rank_without_a_sample_gets_an_empty_batch(mixed):
+    noise = mixed.manifest.noise
+    empty, whole = (mixed.batch(7, 1, noise, rank, 2) for rank in range(2))
+    assert [len(empty), len(whole)] == [0, 1]
+    assert [a.shape[1:] for a in fields_of(empty)] == [a.shape[1:] for a in fields_of(whole)]
+    assert [a.dtype for a in fields_of(empty)] == [a.dtype for a in fields_of(whole)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_together_see_the_global_batch_of_a_mixture(mixed, world_size):
+    noise = training_noise(mixed, complement=True, sequences_per_batch=42)
+    for first in (0, 420, 42 * 10**6):
+        whole = mixed.batch(first, 42, noise)
+        parts = [mixed.batch(first, 42, noise, rank, world_size) for rank in range(world_size)]
+        assert same(whole, joined(parts))
+        one, two = slice(0, None, 2), slice(1, None, 2)
+        assert np.array_equal(whole.sequence_ids[one], whole.sequence_ids[two])
+        assert np.array_equal(whole.is_masked[one] ^ whole.is_masked[two], whole.is_maskable[one])
+
+
+def test_a_mixture_gives_each_source_its_share_of_the_samples(mixed):
+    ids = mixed.batch(0, 1024, mixed.manifest.noise).sequence_ids
+    for source in mixed.manifest.splits["train"].sources:
+        mine = (ids >= source.first_sequence) & (ids < source.first_sequence + source.num_sequences)
+        assert mine.sum() == source.share
+
+
+@pytest.mark.parametrize("kind", ["corpus", "mixed"])
+def test_no_sequence_is_lost_or_doubled_when_the_world_changes_within_a_draw(kind, request):
+    """1, 2, 3 and 1 workers in turn, each from where the others stopped, and one all alone."""
+    corpus: Corpus = request.getfixturevalue(kind)
+    noise, batch_size, step = corpus.manifest.noise, 6, 0
+    total = -(-2 * corpus.num_sequences // batch_size)
+    seen = []
+    for part, world_size in enumerate((1, 2, 3, 1)):
+        until = total * (part + 1) // 4
+        while step < until:
+            first = step * batch_size
+            ranks = range(world_size)
+            seen += [corpus.batch(first, batch_size, noise, r, world_size) for r in ranks]
+            step += 1
+    alone = corpus.batch(0, total * batch_size, noise)
+    assert same(alone, joined(seen))
+    if kind == "corpus":
+        once = alone.sequence_ids[: corpus.num_sequences]
+        assert sorted(once.tolist()) == list(range(corpus.num_sequences))
+
+
+def test_the_documents_of_a_sample_are_told_to_the_byte(mixed):
+    noise = mixed.manifest.noise
+    batch, eos = mixed.batch(500, 40, noise), mixed.manifest.eos_id
+    texts = {
+        (f"part-{part}.jsonl", f"line {row + 1}"): text.encode()
+        for part, docs in enumerate(SOURCES.values())
+        for row, text in enumerate(docs)
+    }
+    seen = mixed.documents_of(500, 40)
+    assert [piece.sample for piece in seen] == sorted(piece.sample for piece in seen)
+    for sample in range(40):
+        mine = [piece for piece in seen if piece.sample == 500 + sample]
+        assert {piece.sequence_id for piece in mine} == {int(batch.sequence_ids[sample])}
+        assert len(mine) == batch.segments[sample].max() + 1
+        for number, piece in enumerate(mine):
+            inside = (batch.segments[sample] == number) & batch.is_maskable[sample]
+            tokens = batch.clean_tokens[sample][inside]
+            data = bytes(tokens[tokens != eos].astype(np.uint8))
+            assert texts[piece.path, piece.where][slice(*piece.span)] == data
+
+
+def test_documents_follow_the_order_of_the_run(mixed):
+    noise = training_noise(mixed, complement=True, sequences_per_batch=4, seed=5)
+    batch = mixed.batch(8, 4, noise)
+    found = [piece.sequence_id for piece in mixed.documents_of(8, 4, noise)]
+    assert list(dict.fromkeys(found)) == list(dict.fromkeys(batch.sequence_ids.tolist()))
+
+
+def test_batches_are_those_of_batch_in_order(mixed):
+    noise = mixed.manifest.noise
+    spans = [(3, 4), (7, 4), (0, 2), (2000, 5)]
+    ahead = mixed.batches(iter(spans), noise)
+    assert all(
+        same(batch, mixed.batch(*span, noise)) for batch, span in zip(ahead, spans, strict=True)
+    )
+
+
+def test_a_fault_while_reading_ahead_comes_at_its_turn(tmp_path):
+    copy = make_corpus(tmp_path, {"all": pseudo_texts()})
+    corpus = Corpus.open(copy)
+    noise = corpus.manifest.noise
+    (tmp_path / "shard-train-00000.arrow").unlink()
+    batches = corpus.batches(iter([(0, 1), (1, 1)]), noise)
+    with pytest.raises(CorpusMismatch, match=r"shard-train-00000\.arrow cannot be read"):
+        next(batches)

@@ -10,18 +10,25 @@ import pytest
 from cascade_model.config import NoiseConfig
 from cascade_model.errors import CorpusMismatch
 from cascade_model.schema import (
+    DocumentsEntry,
     Geometry,
     Manifest,
     Packed,
     Rows,
     ShardEntry,
+    SourceEntry,
     SplitEntry,
+    batch_rows,
+    documents_schema,
+    draw_columns,
+    draw_schema,
+    rates_per_row,
     rows_columns,
     rows_of,
     shard_schema,
 )
 
-GEOMETRY = Geometry(sequence_length=12, block_size=4, vocab_size=300)
+GEOMETRY = Geometry(sequence_length=12, block_size=4, vocab_size=300, rates_per_row=3)
 
 
 def rows(count: int = 5) -> Rows:
@@ -32,6 +39,8 @@ def rows(count: int = 5) -> Rows:
         start_offsets=np.arange(0, 2 * count + 1, 2, dtype=np.int32),
         document_starts=np.tile(np.array([0, 8], np.uint32), count),
         document_ids=np.arange(2 * count, dtype=np.uint64),
+        span_starts=np.tile(np.array([7, 0], np.uint32), count),
+        span_stops=np.tile(np.array([19, 4], np.uint32), count),
         is_maskable=is_maskable,
         sequence_ids=np.arange(count, dtype=np.uint64),
         thresholds=rng.integers(0, 2**32, (count, 3)).astype(np.uint32),
@@ -41,10 +50,18 @@ def rows(count: int = 5) -> Rows:
 
 def manifest() -> Manifest:
     shard = ShardEntry(
-        name="a", object="a", rows=1, tokens=9, bytes=3, sha256="00", first_sequence=0
-    )
+        name="a", object="a", rows=1, tokens=9, bytes=3, sha256="00", batches_sha256="11",
+        first_sequence=0,
+    )  # fmt: skip
+    source = SourceEntry(name="s", first_sequence=0, num_sequences=1, num_tokens=9, share=1024)
+    table = DocumentsEntry(name="d", object="d", bytes=2, sha256="22", rows=1)
     split = SplitEntry(
-        num_sequences=1, num_tokens=9, num_bytes=20, num_documents=1, shards=(shard,)
+        num_sequences=1,
+        num_tokens=9,
+        num_bytes=20,
+        num_documents=1,
+        shards=(shard,),
+        sources=(source,),
     )
     return Manifest(
         sequence_length=12,
@@ -59,6 +76,7 @@ def manifest() -> Manifest:
         sources=({"path": "é", "bytes": 1, "sha256": "cd"},),
         counts={"documents": 1},
         splits={"train": split},
+        documents=(table,),
     )
 
 
@@ -97,6 +115,9 @@ def test_the_digest_does_not_depend_on_an_attempts_own_object_names():
     other = Manifest.from_json(data.replace(b'"object": "a"', b'"object": "a~1"'), "here")
     assert other != manifest()
     assert other.digest == manifest().digest
+    other = Manifest.from_json(data.replace(b'"object": "d"', b'"object": "d~1"'), "here")
+    assert other != manifest()
+    assert other.digest == manifest().digest
 
 
 def test_an_edited_manifest_is_refused():
@@ -105,14 +126,59 @@ def test_an_edited_manifest_is_refused():
 
 
 def test_a_manifest_of_another_format_names_both_versions():
-    data = manifest().to_json().replace(b'"format_version": 1', b'"format_version": 9')
-    with pytest.raises(CorpusMismatch, match="version 9 but this program reads 1"):
+    data = manifest().to_json().replace(b'"format_version": 2', b'"format_version": 1')
+    with pytest.raises(CorpusMismatch, match="version 1 but this program reads 2"):
         Manifest.from_json(data, "here")
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"[]", b"{}", b'{"digest": 1, "format_version": 1}', b"\xff"]
+    "data", [b"", b"[]", b"{}", b'{"digest": 1, "format_version": 2}', b"\xff"]
 )
 def test_a_broken_manifest_is_one_sentence(data):
     with pytest.raises(CorpusMismatch, match="damaged"):
         Manifest.from_json(data, "here")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"per": "sequence", "block_size": 4}, 1),
+        ({"per": "sequence", "block_size": 64}, 1),
+        ({"per": "block", "block_size": 16}, 0),
+        ({"per": "block", "block_size": 32}, 8),
+        ({"per": "block", "block_size": 256}, 1),
+    ],
+)
+def test_thresholds_are_stored_where_they_take_no_more_room_than_the_bitmap(settings, expected):
+    noise = NoiseConfig(**settings)
+    assert rates_per_row(noise, 256) == expected
+    if noise.per == "block":
+        assert (4 * 256 // noise.block_size <= 256 // 8) == (expected > 0)
+
+
+@pytest.mark.parametrize("rates", [0, 1])
+def test_rows_with_few_or_no_thresholds_come_back_too(rates):
+    geometry = dataclasses.replace(GEOMETRY, rates_per_row=rates)
+    original = dataclasses.replace(rows(), thresholds=rows().thresholds[:, :rates])
+    schema = shard_schema(geometry)
+    assert ("thresholds" in schema.names) == bool(rates)
+    batch = pa.RecordBatch.from_arrays(rows_columns(original), schema=schema)
+    assert np.array_equal(rows_of(batch, geometry).thresholds, original.thresholds)
+
+
+def test_a_further_draw_has_the_ids_and_bitmaps_of_its_shard():
+    original = rows()
+    columns = draw_columns(original.sequence_ids, original.is_masked)
+    batch = pa.RecordBatch.from_arrays(columns, schema=draw_schema(GEOMETRY))
+    shard = pa.RecordBatch.from_arrays(rows_columns(original), schema=shard_schema(GEOMETRY))
+    assert batch.column("is_masked").equals(shard.column("is_masked"))
+    assert batch.column("sequence_id").equals(shard.column("sequence_id"))
+
+
+def test_the_documents_table_has_no_empty_cells():
+    assert not any(field.nullable for field in documents_schema())
+
+
+def test_record_batches_are_bounded_in_tokens():
+    assert batch_rows(Geometry(sequence_length=4096, block_size=8, vocab_size=300)) == 16
+    assert batch_rows(Geometry(sequence_length=2**20, block_size=8, vocab_size=300)) == 1

@@ -1,234 +1,252 @@
-"""A shard is read whole and true, or refused by name."""
+"""A record batch is read true, or refused by name before its bytes are used."""
 
 import dataclasses
-import tracemalloc
+import hashlib
+import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from cascade_model.commit import Folder
+from cascade_model.config import digest
 from cascade_model.errors import CorpusMismatch
-from cascade_model.schema import Geometry, Rows, ShardEntry, rows_columns, rows_of, shard_schema
-from cascade_model.shards import Shard, arrow_writer, batch_rows, read_arrow
+from cascade_model.schema import ShardEntry, rows_columns, rows_of, shard_schema
+from cascade_model.shard_cache import CacheConfig, ShardCache
+from cascade_model.shards import BatchFile, read_arrow, write_shard
+from tests.cascade_model.shard_making import FIRST, GEOMETRY, rows, write
 
-GEOMETRY = Geometry(sequence_length=8, block_size=4, vocab_size=300)
-
-
-def rows(count=6, first=10) -> Rows:
-    rng = np.random.default_rng(1)
-    is_maskable = np.ones((count, 8), dtype=bool)
-    return Rows(
-        tokens=rng.integers(0, 300, (count, 8)).astype(np.uint16),
-        start_offsets=np.arange(0, 2 * count + 1, 2, dtype=np.int32),
-        document_starts=np.tile(np.array([0, 4], np.uint32), count),
-        document_ids=np.arange(2 * count, dtype=np.uint64),
-        is_maskable=is_maskable,
-        sequence_ids=np.arange(first, first + count, dtype=np.uint64),
-        thresholds=rng.integers(0, 2**32, (count, 2)).astype(np.uint32),
-        is_masked=rng.random((count, 8)) < 0.5,
-    )
+SCHEMA = shard_schema(GEOMETRY)
 
 
-def write(folder: Folder, each: Rows, split_at=4, schema=None) -> ShardEntry:
-    """Commit a shard of two record batches, with a record that is true for its bytes."""
-    columns = rows_columns(each)
-    cuts = [[c[:split_at] for c in columns], [c[split_at:] for c in columns]]
-    record = folder.commit("a.arrow", arrow_writer(schema or shard_schema(GEOMETRY), cuts))
-    return ShardEntry(
-        name="a.arrow",
-        object=record.object,
-        rows=len(each),
-        tokens=1,
-        bytes=record.bytes,
-        sha256=record.sha256,
-        first_sequence=10,
-    )
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    return Folder(tmp_path / "corpus")
 
 
-def gathered(shard: Shard, places):
-    count = len(places)
-    into = {
-        "tokens": np.zeros((count, 8), np.int64),
-        "is_maskable": np.zeros((count, 8), bool),
-        "thresholds": np.zeros((count, 2), np.uint32),
-        "is_masked": np.zeros((count, 8), bool),
-        "is_start": np.zeros((count, 8), bool),
-    }
-    shard.gather(np.array(places), into, np.arange(count))
-    return into
+def with_list(folder: Folder, entry: ShardEntry, batches) -> ShardEntry:
+    """Another list of record batches in the record, and an entry that vouches for it."""
+    name = Path(folder.path(entry.name + ".record.json"))
+    record = json.loads(name.read_text())
+    record["facts"]["batches"] = batches
+    name.write_text(json.dumps(record))
+    return dataclasses.replace(entry, batches_sha256=digest(batches))
 
 
-@pytest.mark.parametrize("url", ["local", "memory://shards/a"])
-def test_rows_are_gathered_across_record_batches(tmp_path, url):
-    folder, original = Folder(tmp_path if url == "local" else url), rows()
-    into = gathered(Shard(folder, write(folder, original), GEOMETRY), [0, 3, 4, 4, 5])
-    assert np.array_equal(into["tokens"], original.tokens[[0, 3, 4, 4, 5]])
-    assert np.array_equal(into["is_masked"], original.is_masked[[0, 3, 4, 4, 5]])
-    assert into["is_start"].sum(axis=0).tolist() == [5, 0, 0, 0, 5, 0, 0, 0]
+def listed(folder: Folder, entry: ShardEntry) -> list:
+    record = folder.record(entry.name)
+    assert record is not None
+    return record.facts["batches"]
 
 
-def test_a_shard_cut_in_the_middle_is_refused(tmp_path):
-    folder = Folder(tmp_path)
+@pytest.mark.parametrize("kind", ["mapped", "cached", "store", "store without a cache"])
+def test_each_record_batch_comes_back_alone(tmp_path, kind):
+    folder = Folder("memory://shards/a" if "store" in kind else tmp_path / "corpus")
+    cache = ShardCache(CacheConfig()) if kind in ("cached", "store") else None
+    original = rows(10)
+    file = BatchFile(folder, write(folder, original), SCHEMA, cache)
+    assert len(file) == 3
+    for index in (2, 0, 1, 1):
+        found = rows_of(file.read(index), GEOMETRY)
+        part = slice(4 * index, 4 * index + 4)
+        assert np.array_equal(found.tokens, original.tokens[part])
+        assert np.array_equal(found.is_masked, original.is_masked[part])
+
+
+def test_the_list_says_where_each_record_batch_lies_and_its_hash(folder):
+    entry = write(folder, rows(10))
+    data = folder.read_bytes(entry.object)
+    reader = read_arrow(folder, entry.object, entry.bytes, entry.sha256)
+    assert reader.num_record_batches == 3
+    for number, (offset, length, sha256) in enumerate(listed(folder, entry)):
+        part = data[offset : offset + length]
+        assert hashlib.sha256(part).hexdigest() == sha256
+        found = pa.ipc.read_record_batch(pa.ipc.read_message(part), SCHEMA)
+        assert found.equals(reader.get_batch(number))
+
+
+def test_the_record_names_columns_rows_tokens_and_ids(folder):
+    each = rows(6)
+    write(folder, each)
+    facts = json.loads(folder.read_bytes("a.arrow.record.json"))["facts"]
+    assert facts["schema"][0] == "sequence_id: uint64"
+    assert facts["first_sequence"] == FIRST
+    assert facts["rows"] == 6
+    assert facts["tokens"] == each.is_maskable.sum()
+
+
+def test_a_shard_written_twice_has_the_same_record(tmp_path):
+    one, two = Folder(tmp_path / "one"), Folder(tmp_path / "two")
+    assert write(one, rows()) == write(two, rows())
+    assert one.record("a.arrow") == two.record("a.arrow")
+    assert write(one, rows()) == write(two, rows())
+
+
+def test_a_shard_cut_in_the_middle_is_refused(folder):
     entry = write(folder, rows())
-    path = tmp_path / "a.arrow"
-    path.write_bytes(path.read_bytes()[: entry.bytes // 2])
+    path = Path(folder.path("a.arrow"))
+    data = path.read_bytes()
+    path.write_bytes(data[: entry.bytes // 2])
     with pytest.raises(CorpusMismatch, match=rf"a\.arrow has {entry.bytes // 2} bytes but its"):
-        Shard(folder, entry, GEOMETRY)
+        BatchFile(folder, entry, SCHEMA)
+    with pytest.raises(CorpusMismatch, match=rf"a\.arrow has {entry.bytes // 2} bytes but its"):
+        read_arrow(folder, entry.object, entry.bytes, entry.sha256)
+    cached = BatchFile(folder, entry, SCHEMA, ShardCache(CacheConfig()))
+    with pytest.raises(CorpusMismatch, match="was cut, damaged or exchanged"):
+        cached.read(1)
 
 
-def test_a_shard_with_one_flipped_bit_is_refused_wherever_the_bit_is(tmp_path):
-    folder = Folder(tmp_path)
+def test_one_flipped_bit_is_refused_wherever_a_record_batch_has_it(folder):
     entry = write(folder, rows())
-    path = tmp_path / "a.arrow"
+    path = Path(folder.path("a.arrow"))
     original = path.read_bytes()
-    for place in range(0, len(original), 97):
-        path.write_bytes(original[:place] + bytes([original[place] ^ 1]) + original[place + 1 :])
-        with pytest.raises(CorpusMismatch, match=r"a\.arrow has sha256"):
-            Shard(folder, entry, GEOMETRY)
+    for index, (offset, length, _) in enumerate(listed(folder, entry)):
+        for place in range(offset, offset + length, 41):
+            flipped = bytearray(original)
+            flipped[place] ^= 1
+            path.write_bytes(flipped)
+            file = BatchFile(folder, entry, SCHEMA)
+            with pytest.raises(CorpusMismatch, match=rf"a\.arrow has sha256 .* at bytes {offset}"):
+                file.read(index)
+            file.read(1 - index)  # the other record batch is as it was
+    with pytest.raises(CorpusMismatch, match=r"a\.arrow has sha256"):
+        read_arrow(folder, entry.object, entry.bytes, entry.sha256)
 
 
-def test_a_missing_shard_is_named(tmp_path):
-    folder = Folder(tmp_path)
+def test_a_shard_or_a_record_that_is_missing_is_named(folder):
     entry = write(folder, rows())
-    (tmp_path / "a.arrow").unlink()
-    with pytest.raises(CorpusMismatch, match=r"a\.arrow cannot be read"):
-        Shard(folder, entry, GEOMETRY)
+    folder.remove("a.arrow")
+    with pytest.raises(CorpusMismatch, match=r"a\.arrow cannot be read \(FileNotFoundError\)"):
+        BatchFile(folder, entry, SCHEMA)
+    folder.remove("a.arrow.record.json")
+    with pytest.raises(CorpusMismatch, match=r"a\.arrow has a record that cannot be read"):
+        BatchFile(folder, entry, SCHEMA)
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    "text",
     [
-        ({"tokens": np.full((6, 8), 300, np.uint16)}, "outside the vocabulary of 300"),
-        ({"sequence_ids": np.arange(6, dtype=np.uint64)}, "other sequence ids"),
-        ({"is_maskable": np.zeros((6, 8), bool)}, "masks places that must stay"),
-        ({"document_starts": np.tile(np.array([0, 3], np.uint32), 6)}, "off the block grid"),
-        ({"document_starts": np.tile(np.array([4, 0], np.uint32), 6)}, "off the block grid"),
-        ({"document_starts": np.tile(np.array([0, 8], np.uint32), 6)}, "off the block grid"),
+        "",
+        "[]",
+        '{"facts": {}}',
+        '{"facts": {"batches": 3}}',
+        "\x00",
+        "[" * 10**5,
+        '{"facts": {"batches": [[1e999, 8, "a"]]}}',
     ],
 )
-def test_a_shard_that_is_wrong_only_in_meaning_is_refused(tmp_path, change, sentence):
-    folder = Folder(tmp_path)
-    entry = write(folder, dataclasses.replace(rows(), **change))
-    with pytest.raises(CorpusMismatch, match=sentence):
-        Shard(folder, entry, GEOMETRY)
-
-
-def test_a_shard_of_another_geometry_or_row_count_is_refused(tmp_path):
-    folder = Folder(tmp_path)
+def test_a_broken_record_is_refused(folder, text):
     entry = write(folder, rows())
-    with pytest.raises(CorpusMismatch, match="other columns"):
-        Shard(folder, entry, dataclasses.replace(GEOMETRY, block_size=8))
-    with pytest.raises(CorpusMismatch, match="has 6 rows, the manifest 7"):
-        Shard(folder, dataclasses.replace(entry, rows=7), GEOMETRY)
+    Path(folder.path("a.arrow.record.json")).write_text(text)
+    with pytest.raises(CorpusMismatch, match=r"a\.arrow has a (damaged record|record that is not)"):
+        BatchFile(folder, entry, SCHEMA)
 
 
-def test_a_file_that_is_no_arrow_file_is_refused(tmp_path):
-    folder = Folder(tmp_path)
-    record = folder.commit("a.arrow", b"not arrow at all")
-    entry = dataclasses.replace(
-        write(Folder(tmp_path / "other"), rows()), bytes=record.bytes, sha256=record.sha256
-    )
+def test_a_record_of_other_bytes_is_not_the_manifests(folder):
+    entry = write(folder, rows())
+    folder.remove("a.arrow.record.json")
+    other = write(folder, rows(seed=2))
+    for cache in (None, ShardCache(CacheConfig())):
+        with pytest.raises(CorpusMismatch, match="not the one the manifest vouches for"):
+            BatchFile(folder, dataclasses.replace(entry, bytes=other.bytes), SCHEMA, cache)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda listed, size: [[-8, *listed[0][1:]], listed[1]],
+        lambda listed, size: [listed[0], [listed[1][0], size, listed[1][2]]],
+        lambda listed, size: [listed[1], listed[0]],
+        lambda listed, size: [[2**70, 8, "a"]],
+        lambda listed, size: [[listed[0][0], -(2**40), "a"], listed[1]],
+        lambda listed, size: [listed[0], listed[0]],
+        lambda listed, size: [[0, *listed[0][1:]], listed[1]],
+    ],
+)
+def test_a_list_that_points_outside_of_the_file_is_refused(folder, change):
+    entry = write(folder, rows())
+    entry = with_list(folder, entry, change(listed(folder, entry), entry.bytes))
+    with pytest.raises(CorpusMismatch, match="outside of the file"):
+        BatchFile(folder, entry, SCHEMA)
+
+
+def test_ranges_that_hold_no_record_batch_are_refused(folder):
+    entry = write(folder, rows(8))
+    data = folder.read_bytes("a.arrow")
+    (offset, length, _), (_, _, second) = listed(folder, entry)
+
+    def item(start, size):
+        return [start, size, hashlib.sha256(data[start : start + size]).hexdigest()]
+
+    for bad in (item(offset, length - 64), item(offset + 8, length - 8), item(offset, 8)):
+        rest = [offset + length, length, second]
+        found = with_list(folder, entry, [bad, rest])
+        with pytest.raises(CorpusMismatch, match=r"Arrow"):
+            BatchFile(folder, found, SCHEMA).read(0)
+
+
+def test_a_file_of_other_columns_or_of_none_is_refused(folder, tmp_path):
+    each = rows()
+    names = [*SCHEMA.names]
+    names[-1], names[-3] = names[-3], names[-1]  # the two bitmaps, which have one type
+    exchanged = pa.schema([SCHEMA.field(i).with_name(name) for i, name in enumerate(names)])
+    entry = write(folder, each, schema=exchanged)
+    with pytest.raises(CorpusMismatch, match=r"a\.arrow has other columns"):
+        BatchFile(folder, entry, SCHEMA)
+    path = Path(folder.path("a.arrow"))
+    path.write_bytes(b"not arrow at all".ljust(entry.bytes, b"."))
+    with pytest.raises(CorpusMismatch, match="cannot be read as an Arrow file"):
+        BatchFile(folder, entry, SCHEMA)
+    record = folder.commit("b.arrow", b"not arrow at all")
     with pytest.raises(CorpusMismatch, match="is no Arrow file"):
-        Shard(folder, entry, GEOMETRY)
+        read_arrow(folder, "b.arrow", record.bytes, record.sha256)
 
 
-def test_bad_offsets_inside_a_valid_file_are_refused_before_use(tmp_path):
-    each, schema = rows(), shard_schema(GEOMETRY)
+def test_bad_offsets_inside_a_valid_file_are_refused_before_use(folder):
+    each = rows(4)
     columns = rows_columns(each)
-    offsets = pa.array(np.array([0, 2, 10**6, 6, 8, 10, 12], np.int32)).buffers()[1]
-    starts = columns[2]
-    columns[2] = pa.Array.from_buffers(starts.type, 6, [None, offsets], children=[starts.values])
-    folder = Folder(tmp_path)
-    record = folder.commit("a.arrow", arrow_writer(schema, [columns]))
-    entry = ShardEntry(
-        name="a.arrow",
-        object="a.arrow",
-        rows=6,
-        tokens=1,
-        bytes=record.bytes,
-        sha256=record.sha256,
-        first_sequence=10,
-    )
-    with pytest.raises(CorpusMismatch, match=r"a\.arrow holds arrays"):
-        Shard(folder, entry, GEOMETRY)
+    for wrong in ([0, 2, 10**6, 6, 8], [0, 2, -4, 6, 8], [0, 6, 4, 6, 8]):
+        for index in (2, 3, 4, 5):
+            offsets = pa.array(np.array(wrong, np.int32)).buffers()[1]
+            kind, values = columns[index].type, columns[index].values
+            damaged = [*columns]
+            damaged[index] = pa.Array.from_buffers(kind, 4, [None, offsets], children=[values])
+            folder.remove("a.arrow.record.json")
+            entry = write(folder, each, columns=damaged)
+            with pytest.raises(CorpusMismatch, match=r"a\.arrow holds arrays that Arrow refuses"):
+                BatchFile(folder, entry, SCHEMA).read(0)
 
 
-def test_record_batches_are_bounded_in_tokens():
-    assert batch_rows(Geometry(sequence_length=4096, block_size=8, vocab_size=300)) == 64
-    assert batch_rows(Geometry(sequence_length=2**20, block_size=8, vocab_size=300)) == 1
-
-
-def wide_rows(geometry: Geometry, count: int) -> Rows:
-    """Sequences of one document each, with random bitmaps."""
-    rng = np.random.default_rng(2)
-    shape = (count, geometry.sequence_length)
-    is_maskable = rng.random(shape) < 0.8
-    return Rows(
-        tokens=rng.integers(0, 300, shape).astype(np.uint16),
-        start_offsets=np.arange(count + 1, dtype=np.int32),
-        document_starts=np.zeros(count, np.uint32),
-        document_ids=np.arange(count, dtype=np.uint64),
-        is_maskable=is_maskable,
-        sequence_ids=np.arange(10, 10 + count, dtype=np.uint64),
-        thresholds=rng.integers(0, 2**32, (count, geometry.num_blocks)).astype(np.uint32),
-        is_masked=is_maskable & (rng.random(shape) < 0.5),
-    )
-
-
-def write_wide(folder: Folder, each: Rows, geometry: Geometry) -> ShardEntry:
+def test_empty_cells_are_refused(folder):
+    each = rows(4)
     columns = rows_columns(each)
-    record = folder.commit("a.arrow", arrow_writer(shard_schema(geometry), [columns]))
-    return ShardEntry(
-        name="a.arrow",
-        object=record.object,
-        rows=len(each),
-        tokens=1,
-        bytes=record.bytes,
-        sha256=record.sha256,
-        first_sequence=10,
-    )
+    valid = pa.py_buffer(b"\x0e")
+    tokens = columns[1]
+    columns[1] = pa.Array.from_buffers(tokens.type, 4, [valid], children=[tokens.values])
+    entry = write(folder, each, columns=columns)
+    with pytest.raises(CorpusMismatch, match="holds empty cells"):
+        BatchFile(folder, entry, SCHEMA).read(0)
 
 
-def test_bitmaps_come_out_right_where_the_length_is_no_multiple_of_eight(tmp_path):
-    geometry = Geometry(sequence_length=12, block_size=4, vocab_size=300)
-    folder, original = Folder(tmp_path), wide_rows(geometry, 9)
-    shard = Shard(folder, write_wide(folder, original, geometry), geometry)
-    places = [0, 2, 2, 8]
-    into = {
-        "tokens": np.zeros((4, 12), np.int64),
-        "is_maskable": np.zeros((4, 12), bool),
-        "thresholds": np.zeros((4, 3), np.uint32),
-        "is_masked": np.zeros((4, 12), bool),
-        "is_start": np.zeros((4, 12), bool),
-    }
-    shard.gather(np.array(places), into, np.array([3, 0, 1, 2]))
-    for name in ("tokens", "is_maskable", "thresholds", "is_masked"):
-        assert np.array_equal(into[name][[3, 0, 1, 2]], getattr(original, name)[places])
+def test_a_damaged_copy_in_the_cache_is_fetched_again(folder, tmp_path):
+    entry, original = write(folder, rows()), rows()
+    kept = tmp_path / "cache"
+    cache = ShardCache(CacheConfig(folder=str(kept)))
+    BatchFile(folder, entry, SCHEMA, cache).read(0)
+    copies = [path for path in kept.glob("??/*") if path.stat().st_size > 500]
+    for path in copies:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    found = BatchFile(folder, entry, SCHEMA, cache).read(0)
+    assert np.array_equal(rows_of(found, GEOMETRY).tokens, original.tokens[:4])
+    folder.remove("a.arrow")
+    # The mended copy serves now; only the header is read of the file itself.
+    with pytest.raises(CorpusMismatch, match="cannot be read as an Arrow file"):
+        BatchFile(folder, entry, SCHEMA, cache)
 
 
-def kept_bytes(make) -> int:
-    """Bytes that a result holds on to."""
-    tracemalloc.start()
-    try:
-        kept = make()
-        size = tracemalloc.get_traced_memory()[0]
-        del kept
-        return size
-    finally:
-        tracemalloc.stop()
-
-
-def test_an_open_shard_keeps_no_copy_of_its_tokens_or_bitmaps(tmp_path):
-    geometry = Geometry(sequence_length=256, block_size=8, vocab_size=300)
-    folder, original = Folder(tmp_path), wide_rows(geometry, 1000)
-    entry = write_wide(folder, original, geometry)
-    tokens = original.tokens.size
-    assert kept_bytes(lambda: Shard(folder, entry, geometry)) < 0.1 * tokens
-
-    def unpacked_rows():
-        reader = read_arrow(folder, entry.object, entry.bytes, entry.sha256)
-        return rows_of(reader.get_batch(0), geometry)
-
-    # The control: a byte for each bit of two bitmaps is what keeping them unpacked costs.
-    assert kept_bytes(unpacked_rows) > 2 * tokens
+def test_a_shard_whose_batches_are_not_full_is_not_written(folder):
+    columns = rows_columns(rows(6))
+    uneven = [[c[:2] for c in columns], [c[2:] for c in columns]]
+    with pytest.raises(ValueError, match="record batch"):
+        write_shard(folder, "a.arrow", SCHEMA, uneven, {})

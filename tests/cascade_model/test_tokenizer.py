@@ -92,7 +92,19 @@ def test_a_vocabulary_below_all_bytes_is_refused():
         train_tokenizer(TEXTS, 100)
 
 
-def test_chat_messages_become_a_prompt():
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}]
+def test_special_tokens_are_themselves_only_in_a_template():
     tokenizer = byte_tokenizer()
-    assert tokenizer.apply_chat_template(messages) == "System: Be brief.\n\nUser: Hi\n\nAssistant:"
+    assert tokenizer.special_tokens == {"<|endoftext|>": 256, "<|pad|>": 257, "<|mask|>": 258}
+    encoded = tokenizer.encode_with_special("a<|endoftext|>é")
+    assert encoded.tokens.tolist() == [97, 256, 195, 169]
+    assert encoded.sizes.tolist() == [1, 13, 2, 0]
+
+
+def test_texts_of_arrays_can_be_exchanged():
+    tokenizer = byte_tokenizer()
+    encoded = tokenizer.encode_arrays(["ab", "", "cd"])
+    changed = encoded.replaced([1, 2], tokenizer.encode_arrays(["xyz", "é"]))
+    assert changed.tokens.tobytes() == tokenizer.encode_arrays(["ab", "xyz", "é"]).tokens.tobytes()
+    assert changed.lengths.tolist() == [2, 3, 2]
+    assert encoded.replaced([], tokenizer.encode_arrays([])) is encoded
+    assert tokenizer.encode_arrays([]).split() == ([], [])

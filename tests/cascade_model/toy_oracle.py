@@ -18,12 +18,15 @@ import numpy as np
 import torch
 
 from cascade_model.batch import TrainBatch
+from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig, Normaliser, TrainingNoise, Weight
-from cascade_model.corpus import Corpus, SequenceRows
+from cascade_model.corpus import Corpus
 from cascade_model.likelihood import Estimate, monte_carlo
 from cascade_model.loss import diffusion_loss, row_losses
+from cascade_model.mixing import UNITS
 from cascade_model.objective import loss_parts, weights_of
-from cascade_model.schema import Manifest, SplitEntry
+from cascade_model.schema import Manifest, SourceEntry, SplitEntry
+from cascade_model.sequences import SequenceRows
 from tests.tiny_models import lively_model
 
 VOCABULARY, MASK, PAD, EOS, LENGTH = 8, 7, 6, 5, 4
@@ -44,15 +47,19 @@ class ToyCorpus(Corpus):
 
     def __init__(self, tokens=TOKENS, maskable=EVERYWHERE, count: int = SAMPLES) -> None:
         self._tokens, self._maskable = tokens, maskable
-        split = SplitEntry(
-            num_sequences=count, num_tokens=1, num_bytes=1, num_documents=1, shards=()
+        source = SourceEntry(
+            name="toy", first_sequence=0, num_sequences=count, num_tokens=1, share=UNITS
         )
-        self.manifest = Manifest(
+        split = SplitEntry(
+            num_sequences=count, num_tokens=1, num_bytes=1, num_documents=1, shards=(),
+            sources=(source,),
+        )  # fmt: skip
+        manifest = Manifest(
             sequence_length=LENGTH, block_size=2, vocab_size=VOCABULARY, mask_id=MASK, pad_id=PAD,
             eos_id=EOS, tokenizer_sha256="", noise=NoiseConfig(seed=99), prepare={}, sources=(),
             counts={}, splits={"train": split},
         )  # fmt: skip
-        self._entry = split
+        super().__init__(Folder("memory://toy"), manifest, "train")
 
     def rows(self, sequence_ids: np.ndarray) -> SequenceRows:
         count = len(sequence_ids)

@@ -1,6 +1,7 @@
 """The console command: a list of stages, each handed its own arguments."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ def test_no_stage_and_a_wrong_stage_end_with_code_2(capsys):
 
 def test_every_stage_is_a_job_and_every_job_with_a_main_a_stage():
     jobs = Path(cascade.__file__).parent
-    mains = {p.stem for p in jobs.glob("*.py") if "\nmain = command(" in p.read_text()}
+    is_main = re.compile(r"^main = (command|actions)\(", re.MULTILINE)
+    mains = {p.stem for p in jobs.glob("*.py") if is_main.search(p.read_text())}
     assert mains == set(cascade.STAGES)
     assert all(callable(importlib.import_module(f"jobs.{stage}").main) for stage in mains)
 

@@ -23,6 +23,7 @@ class ToyConfig:
     name: str | None = None
     quick: bool = False
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    recipes: dict[str, NoiseConfig] = field(default_factory=dict)
 
 
 def write(folder, text, name="a.yaml"):
@@ -77,6 +78,20 @@ def test_defaults_of_a_group_that_its_owner_chose_stay(tmp_path):
     assert build(Owner, {"noise": {"seed": 1}}, "args") == parse(Owner, ["--config", file])
 
 
+def test_groups_by_name_come_from_files_and_can_be_corrected_by_flags(tmp_path):
+    first = write(tmp_path, "output: a\nrecipes: {x: {seed: 4, block_size: 3}, y: {}}\n")
+    second = write(tmp_path, "recipes: {x: {seed: 5}}\n", "b.yaml")
+    flags = ["--config", first, "--config", second, "--recipes.x.block-size", "8"]
+    config = parse(ToyConfig, flags)
+    assert config.recipes == {"x": NoiseConfig(seed=5, block_size=8), "y": NoiseConfig()}
+    assert list(config.recipes) == ["x", "y"]
+    assert parse(ToyConfig, ["--config", write(tmp_path, dump(config), "c.yaml")]) == config
+    with pytest.raises(InputError, match=r"noise.block_size=3"):
+        parse(ToyConfig, ["--config", first])
+    built = build(ToyConfig, {"output": "a", "recipes": {"y": {"seed": 1}}}, "args")
+    assert built.recipes == {"y": NoiseConfig(seed=1)}
+
+
 def test_help_shows_the_defaults_of_the_files(tmp_path, capsys):
     file = write(tmp_path, "num_steps: 4711\n")
     with pytest.raises(SystemExit):
@@ -99,6 +114,10 @@ def test_the_resolved_config_parses_back_to_an_equal_object(tmp_path):
         ("output: a\nrate: [1]", "`rate` is .*must be a number"),
         ("output: a\nnoise: 3", "`noise` is a group of settings"),
         ("output: a\nnoise: {per: word}", "one of block, sequence"),
+        ("output: a\nrecipes: [a]", "`recipes` is .* groups of settings, each below its name"),
+        ("output: a\nrecipes: {x: 3}", "`recipes` is .* groups of settings, each below its name"),
+        ("output: a\nrecipes: {x: {sede: 1}}", "`recipes.x.sede`; did you mean `recipes.x.seed`"),
+        ("output: a\nrecipes: {x.y: {seed: 1}}", "`recipes` has the name 'x.y'"),
         ("- a", "holds no mapping"),
         ("output: [", "not valid YAML"),
     ],

@@ -33,6 +33,10 @@ def test_the_table_names_what_was_prepared(documents_jsonl, tmp_path, capsys):
     assert code == 0
     assert Corpus.open(str(output)).digest in shown
     assert "tokens_per_second" in shown
+    [note] = [line for line in shown.splitlines() if line.startswith("tokenizer_engine")]
+    assert "engine" in note.partition(" ")[2]
+    [report] = [line.split()[1] for line in shown.splitlines() if line.startswith("report ")]
+    assert Path(report).is_file()
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,8 @@ def test_the_table_names_what_was_prepared(documents_jsonl, tmp_path, capsys):
         (["--sequence-length", "100"], "sequence_length=100 is not a multiple"),
         (["--tokenizer", "none.json"], "tokenizer=none.json cannot be read"),
         (["--source.paths", "none.jsonl"], "which does not exist"),
+        (["--source.paths"], "source.paths is empty"),
+        (["--filters.min-letter-share", "2"], "filters.min_letter_share=2.0 must be in 0..1"),
     ],
 )
 def test_a_mistake_is_one_box_and_exit_code_2(documents_jsonl, tmp_path, capsys, more, sentence):

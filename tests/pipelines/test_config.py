@@ -6,7 +6,8 @@ import pytest
 
 from cascade_model.config import NoiseConfig
 from cascade_model.errors import InputError
-from pipelines.config import PrepareConfig, SourceConfig
+from jobs.cli import parse
+from pipelines.config import FilterConfig, PrepareConfig, SourceConfig
 
 GOOD = {
     "output": "out",
@@ -26,6 +27,10 @@ GOOD = {
         ({"max_dead_rate": -0.1}, "max_dead_rate=-0.1"),
         ({"num_workers": 0}, "num_workers=0"),
         ({"sample_bytes": 0}, "sample_bytes=0"),
+        ({"max_document_bytes": 3}, "max_document_bytes=3"),
+        ({"source": SourceConfig()}, "source.paths is empty"),
+        ({"mixture": {"web": SourceConfig(paths=("b",))}}, "mixture=['web'] are both given"),
+        ({"source": SourceConfig(), "mixture": {"web": SourceConfig()}}, "mixture.web.paths is"),
     ],
 )
 def test_settings_that_cannot_work_are_named(changes, sentence):
@@ -41,9 +46,34 @@ def test_the_cure_for_a_length_is_a_length_that_works(length, cure):
     assert PrepareConfig(**GOOD | {"sequence_length": cure}).sequence_length == cure
 
 
-def test_a_source_names_at_least_one_path():
-    with pytest.raises(InputError, match=r"source\.paths is empty"):
-        SourceConfig(paths=())
+@pytest.mark.parametrize(
+    ("kind", "changes", "sentence"),
+    [
+        (SourceConfig, {"weight": 0.0}, "weight=0.0"),
+        (SourceConfig, {"messages_column": "m", "text_column": "t"}, "contradict each other"),
+        (SourceConfig, {"messages_column": "m", "format": "text"}, "needs records"),
+        (FilterConfig, {"min_letter_share": 1.5}, "filters.min_letter_share=1.5"),
+        (FilterConfig, {"min_bytes": -1}, "filters.min_bytes=-1"),
+        (FilterConfig, {"banned_phrases": ("",)}, "filters.banned_phrases"),
+    ],
+)
+def test_groups_that_cannot_work_are_named(kind, changes, sentence):
+    with pytest.raises(InputError) as caught:
+        kind(**changes)
+    assert sentence in str(caught.value)
+
+
+def test_one_source_or_a_mixture_by_name_in_the_order_of_the_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("output: out\nmixture:\n  web: {paths: [w], weight: 3}\n  code: {paths: [c]}\n")
+    config = parse(PrepareConfig, ["--config", str(file), "--mixture.code.weight", "2"])
+    assert list(config.sources) == ["web", "code"]
+    assert [source.weight for source in config.sources.values()] == [3.0, 2.0]
+    alone = PrepareConfig(**GOOD)
+    assert alone.sources == {"source": alone.source}
+    assert not alone.has_chats
+    chats = SourceConfig(paths=("a",), messages_column="messages")
+    assert PrepareConfig(**GOOD | {"source": chats}).has_chats
 
 
 def test_a_config_can_be_replaced_field_by_field_and_is_checked_again():

@@ -1,23 +1,19 @@
 """A range owns the lines that begin in it; a broken record costs itself alone."""
 
 import errno
+import gzip
 import json
+import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from cascade_model.errors import InputError, Unfinished
-from pipelines.documents import (
-    EXCERPT,
-    Part,
-    Piece,
-    cells,
-    is_sound,
-    open_source,
-    read_documents,
-    whole,
-)
+from pipelines.documents import read_documents
+from pipelines.pieces import EXCERPT, Part, Piece, is_sound, open_source, whole
+from pipelines.tables import cells
 
 LINES = [b'{"text": "one"}', b"", '{"text": "zwölf 十二"}'.encode(), b"   ", b'{"text": "x"}\r']
 
@@ -30,8 +26,8 @@ def piece(path, format, start=0, stop=None, size=None) -> Piece:
     )
 
 
-def read(*pieces):
-    return list(read_documents(Part(index=0, pieces=pieces), "text"))
+def read(*pieces, **columns):
+    return list(read_documents(Part(index=0, pieces=pieces), "text", **columns))
 
 
 def jsonl(tmp_path, *lines: bytes):
@@ -129,3 +125,86 @@ def test_a_damaged_file_stays_damaged(error):
         raise error
     assert not isinstance(caught.value, Unfinished)
     assert "bytes" not in str(caught.value)
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+def test_conversations_are_read_from_lines_and_tables(tmp_path):
+    path = jsonl(tmp_path, json.dumps({"chat": [{**CHAT[0], "name": "x"}, CHAT[1]]}).encode())
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"chat": [CHAT]}), table)
+    for found in (
+        read(piece(path, "jsonl"), messages_column="chat"),
+        read(piece(table, "parquet", 0, 1), messages_column="chat"),
+    ):
+        assert [document.messages for document in found] == [CHAT]
+        assert found[0].text == "hi\n\nyo"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("null", "missing_messages"),
+        ('"hi"', "broken_messages"),
+        ("[]", "broken_messages"),
+        ('["hi"]', "broken_messages"),
+        ('[{"role": "user"}]', "broken_messages"),
+        ('[{"role": "user", "content": 3}]', "broken_messages"),
+        ('[{"role": "user", "content": "\\ud800"}]', "lone_surrogate"),
+    ],
+)
+def test_a_broken_conversation_is_set_aside_with_a_reason(tmp_path, value, reason):
+    path = jsonl(tmp_path, f'{{"messages": {value}}}'.encode())
+    [document] = read(piece(path, "jsonl"), messages_column="messages")
+    assert (document.text, document.messages, document.reason) == (None, None, reason)
+    assert document.excerpt
+
+
+def test_a_records_own_id_stands_in_its_place(tmp_path):
+    path = jsonl(tmp_path, b'{"text": "a", "n": 7}', b'{"text": 3, "n": "x"}', b'{"text": "b"}')
+    found = read(piece(path, "jsonl"), id_column="n")
+    assert [document.where for document in found] == [
+        "byte 0, id 7",
+        "byte 22, id x",
+        "byte 44",
+    ]
+    hard = jsonl(tmp_path, b'{"text": "a", "n": "\\ud800"}')
+    assert read(piece(hard, "jsonl"), id_column="n")[0].where == r"byte 0, id '\ud800'"
+
+
+def compressed(tmp_path, suffix, lines) -> Path:
+    path = tmp_path / f"a.jsonl.{suffix}"
+    codec = {"gz": "gzip", "zst": "zstd"}[suffix]
+    with pa.CompressedOutputStream(str(path), codec) as file:
+        for line in lines:
+            file.write(line + b"\n")
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_compressed_file_is_unpacked_as_a_stream(tmp_path, suffix):
+    """A hundred megabytes that pack to little: the first record is there before the last one is
+    unpacked, and memory stays small."""
+    line = json.dumps({"text": "x" * 100_000}).encode()
+    path = compressed(tmp_path, suffix, (line for _ in range(1000)))
+    assert path.stat().st_size < 2_000_000
+    part = Part(index=0, pieces=(piece(path, "jsonl"),))
+    tracemalloc.start()
+    try:
+        assert sum(len(d.text or "") for d in read_documents(part, "text")) == 10**8
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_where_is_the_byte_of_the_unpacked_text_too(tmp_path, suffix):
+    path = compressed(tmp_path, suffix, [b'{"text": "a"}', b"", b'{"text": "b"}'])
+    assert [document.where for document in read(piece(path, "jsonl"))] == ["byte 0", "byte 15"]
+
+
+def test_gzip_members_one_after_the_other_are_one_file(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n') + gzip.compress(b'{"text": "b"}\n'))
+    assert [document.text for document in read(piece(path, "jsonl"))] == ["a", "b"]

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cascade_model.chat_template import ChatTemplate
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.tokenizer import byte_tokenizer
 from pipelines import prompts as reader
@@ -38,7 +39,7 @@ BROKEN = [
 
 
 def chat(messages):
-    return byte_tokenizer().apply_chat_template(messages)
+    return ChatTemplate.of("plain", byte_tokenizer()).prompt(messages)
 
 
 def rows_of(parts, columns=None) -> list[Prompt | DeadRow]:

@@ -30,6 +30,12 @@ def test_results_come_in_the_order_of_the_orders():
     assert run_tasks(double, [], runner="local", num_workers=1) == []
 
 
+def test_each_result_is_told_as_it_comes():
+    told = []
+    run_tasks(double, ORDERS, runner="local", num_workers=1, on_result=told.append)
+    assert [result["twice"] for result in told] == [0, 2, 4, 6, 8]
+
+
 def test_a_mistake_keeps_its_class_and_so_its_exit_code():
     with pytest.raises(CorpusMismatch, match=r"a\.arrow was cut") as caught:
         run_tasks(refuse, ORDERS, runner="local", num_workers=1)
@@ -54,7 +60,10 @@ def test_on_ray_too(ray_local):
     module = sys.modules[__name__]
     cloudpickle.register_pickle_by_value(module)  # workers cannot import a test file
     try:
-        assert run_tasks(double, ORDERS, runner="ray", num_workers=2)[4] == {"twice": 8}
+        told = []
+        found = run_tasks(double, ORDERS, runner="ray", num_workers=2, on_result=told.append)
+        assert found[4] == {"twice": 8}
+        assert sorted(result["twice"] for result in told) == [0, 2, 4, 6, 8]
         with pytest.raises(CorpusMismatch, match=r"a\.arrow was cut"):
             run_tasks(refuse, ORDERS, runner="ray", num_workers=2)
     finally:

@@ -10,7 +10,7 @@ import pytest
 from cascade_model.errors import InputError
 from pipelines.config import SourceConfig
 from pipelines.documents import read_documents
-from pipelines.sources import make_plan
+from pipelines.sources import make_plan, plan_sources
 
 TEXTS = [f"document {i}: " + "naïve 中文 " * (i % 7) for i in range(40)]
 
@@ -74,6 +74,98 @@ def test_a_hugging_face_dataset_folder_is_read(tmp_path):
     )
     assert flat(read(tmp_path / "one")) == TEXTS
     assert flat(read(tmp_path / "two")) == [*TEXTS, TEXTS[3]]
+
+
+def write_arrow(path, kind, table, rows=7):
+    new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string()])
+def test_arrow_is_cut_at_record_batches(tmp_path, kind, text):
+    table = pa.table({"id": range(40), "text": pa.array(TEXTS, text)})
+    path = write_arrow(tmp_path / "a.arrow", kind, table)
+    parts = read(path, part_bytes=1)
+    assert [len(part) for part in parts] == [7, 7, 7, 7, 7, 5]
+    assert flat(parts) == TEXTS
+    assert [len(part) for part in read(path, part_bytes=10**6)] == [40]
+
+
+def test_a_stream_with_dictionaries_is_one_piece(tmp_path):
+    kinds = pa.array(["a", "b"] * 20).dictionary_encode()
+    path = write_arrow(tmp_path / "a.arrows", "stream", pa.table({"kind": kinds, "text": TEXTS}))
+    parts = read(path, part_bytes=1)
+    assert [len(part) for part in parts] == [40]
+    assert flat(parts) == TEXTS
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_a_cut_arrow_file_is_one_sentence(tmp_path, kind):
+    path = write_arrow(tmp_path / "a.arrow", kind, pa.table({"text": TEXTS}))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match=f"damaged Arrow {kind}"):
+        read(path)
+
+
+def test_a_remote_file_is_read_by_ranges_not_whole(monkeypatch):
+    """Of ten record batches of half a megabyte, a part that holds one reads about one."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    table = pa.table({"text": [str(i % 10) * 1000 for i in range(5000)]})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=500)
+    memory.pipe_file("/ranges/a.arrows", sink.getvalue().to_pybytes())
+    source = SourceConfig(paths=("memory://ranges/a.arrows",))
+    plan = make_plan(source, 1)
+    assert len(plan.parts) == 10
+    taken = []
+    opened = memory.store["/ranges/a.arrows"]
+    kind = type(opened)
+    monkeypatch.setattr(
+        kind, "read", lambda self, n=-1: taken.append(n) or super(kind, self).read(n)
+    )
+    texts = [document.text for document in read_documents(plan.parts[7], "text")]
+    assert len(texts) == 500
+    assert 500_000 < sum(taken) < 600_000
+
+
+def test_sources_follow_each_other_and_a_part_holds_one_of_them(tmp_path):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{name}{i}" for i in range(5)])
+    sources = {name: SourceConfig(paths=(str(tmp_path / f"{name}.jsonl"),)) for name in "ba"}
+    plan = plan_sources(sources, 40)
+    assert [part.index for part in plan.parts] == list(range(len(plan.parts)))
+    names = [part.source for part in plan.parts]
+    assert names == sorted(names, reverse=True)
+    assert [file.source for file in plan.files] == ["b", "a"]
+    texts = [d.text for part in plan.parts for d in read_documents(part, "text")]
+    assert texts == [f"{name}{i}" for name in "ba" for i in range(5)]
+    assert plan.bytes == sum(file.bytes for file in plan.files)
+
+
+def test_a_mistake_in_a_mixture_names_its_source(tmp_path):
+    with pytest.raises(InputError, match=r"mixture\.web\.paths names /none"):
+        plan_sources({"web": SourceConfig(paths=("/none",))}, 1)
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
+    source = SourceConfig(paths=(str(tmp_path),))
+    with pytest.raises(InputError, match=r"mixture\.web\.text_column=text is not in"):
+        plan_sources({"web": source}, 1)
+
+
+def test_a_column_of_conversations_is_checked(tmp_path):
+    chat = [{"role": "user", "content": "hi"}]
+    pq.write_table(pa.table({"m": [chat], "text": ["a"]}), tmp_path / "a.parquet")
+    assert len(make_plan(SourceConfig(paths=(str(tmp_path),), messages_column="m"), 1).parts) == 1
+    with pytest.raises(InputError, match="not a list of role and content"):
+        make_plan(SourceConfig(paths=(str(tmp_path),), messages_column="text"), 1)
+    (tmp_path / "b.txt").write_text("plain")
+    with pytest.raises(InputError, match=r"source\.messages_column=m needs records but .*b\.txt"):
+        make_plan(SourceConfig(paths=(str(tmp_path),), messages_column="m"), 1)
 
 
 def test_text_files_are_documents_in_the_order_of_their_paths_and_share_parts(tmp_path):

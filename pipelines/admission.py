@@ -1,0 +1,60 @@
+"""The tokenizer engine of a corpus: a fast one, once it has shown on a sample that it is right."""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import tokenizers
+
+from cascade_model.commit import Folder
+from cascade_model.fast_tokenizer import REFERENCE, admit
+from pipelines.cleaning import cleaned
+from pipelines.encoding import tokenizer_of
+from pipelines.isolation import attempt
+from pipelines.parts import Job
+from pipelines.pieces import Part
+from pipelines.sampling import sampled
+
+ENGINE = "engine.json"
+"""In the work folder: which engine encodes the corpus."""
+SAMPLE_BYTES = 1 << 20
+"""Text on which a fast engine must give the reference engine's tokens, in characters."""
+SAMPLE_PARTS = 8
+"""Parts that the sample is taken from, at most: they are read whole."""
+
+
+def choose_engine(job: Job, parts: Sequence[Part]) -> dict[str, Any]:
+    """What the manifest says of the engine that encodes the corpus, settled once for a job.
+
+    Where an earlier check killed its process, the reference engine is taken without one.
+    """
+    work = Folder(job.work)
+    if not work.exists(ENGINE):
+        with attempt(work, ENGINE) as deaths:
+            found = (
+                reference("the check of a fast engine killed its process")
+                if deaths
+                else _checked(job, parts)
+            )
+        work.publish(ENGINE, json.dumps(found).encode())
+    return json.loads(work.read_bytes(ENGINE))
+
+
+def reference(note: str) -> dict[str, Any]:
+    """The reference engine, without a check."""
+    return {
+        "name": REFERENCE,
+        "version": tokenizers.__version__,
+        "note": f"{note}; the reference engine is used",
+        "sample_texts": 0,
+        "sample_bytes": 0,
+    }
+
+
+def _checked(job: Job, parts: Sequence[Part]) -> dict[str, Any]:
+    clean = partial(cleaned, cleaning=job.cleaning)
+    sample = sampled(parts, job.documents, clean, job.held_out_rate, SAMPLE_BYTES, "engine sample:")
+    found = admit(tokenizer_of(job.output, job.tokenizer_sha256), sample)
+    names = ("name", "version", "note", "sample_texts", "sample_bytes")
+    return {name: getattr(found, name) for name in names}
