@@ -140,10 +140,13 @@ class _Starts:
 
     def take(self, stored: Stored, row: Rows, at: Rows) -> None:
         """Row `at` of the result, or several, is the record batch's `row`."""
-        for one, place in zip(_listed(row), _listed(at), strict=True):
-            low, high = stored.bounds[one], stored.bounds[one + 1]
+        if not (isinstance(row, int) and isinstance(at, int)):
+            for one, place in zip(_listed(row), _listed(at), strict=True):
+                self.take(stored, one, place)
+        else:
+            low, high = stored.bounds[row], stored.bounds[row + 1]
             self._values.append(stored.document_starts[low:high])
-            self._rows.append(place)
+            self._rows.append(at)
             self._counts.append(high - low)
 
     def marks(self, count: int) -> np.ndarray:
