@@ -282,8 +282,14 @@ def offsets_of(batch: pa.RecordBatch, name: str) -> np.ndarray:
 
 
 def flat_of(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    """All values of a list column, one row after the other: a view."""
-    return batch.column(name).flatten().to_numpy(zero_copy_only=True)
+    """All values of a list column without empty cells, one row after the other: a view."""
+    column = batch.column(name)
+    values = column.values.to_numpy(zero_copy_only=True)
+    if pa.types.is_fixed_size_list(column.type):
+        width = column.type.list_size
+        return values[column.offset * width : (column.offset + len(column)) * width]
+    offsets = column.offsets
+    return values[offsets[0].as_py() : offsets[-1].as_py()]
 
 
 def bitmap_of(batch: pa.RecordBatch, name: str, geometry: Geometry) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Sequences by id, gathered from the shards: what was written, and nothing computed."""
 
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,8 @@ class Sequences:
         self, folder: Folder, manifest: Manifest, split: str, cache: ShardCache | None
     ) -> None:
         self._manifest, self._split, self._geometry = manifest, split, manifest.geometry
+        self._firsts = [shard.first_sequence for shard in manifest.splits[split].shards]
+        self._compared: set[int] = set()
         self._num_sequences = manifest.splits[split].num_sequences
         self._shards = OpenShards(
             folder,
@@ -103,15 +106,15 @@ class Sequences:
     ) -> Stored | str:
         """A record batch as arrays, or what is wrong with it.
 
-        Of the masks the first and the last row are computed again, which tells another recipe or
-        another order; `verification` does it for all.
+        Of each shard's masks, the first and the last row of the first record batch that is touched
+        are computed again, which tells another recipe or order; `verification` does it for all.
         """
         geometry, mask_id = self._geometry, self._manifest.mask_id
         fault = None if is_checked else fault_of(batch, geometry, mask_id, first, count)
         if fault:
             return fault
-        stored = stored_of(batch, geometry)
-        if is_checked:
+        stored, shard = stored_of(batch, geometry), bisect.bisect_right(self._firsts, first)
+        if shard in self._compared:
             return stored
         ends = [0, count - 1]
         ids = np.array([first, first + count - 1], dtype=np.uint64)
@@ -122,6 +125,7 @@ class Sequences:
             and np.array_equal(stored.thresholds[ends], rates[:, : geometry.rates_per_row])
         ):
             return "has another mask than its recipe"
+        self._compared.add(shard)
         return stored
 
 
@@ -136,10 +140,13 @@ class _Starts:
 
     def take(self, stored: Stored, row: Rows, at: Rows) -> None:
         """Row `at` of the result, or several, is the record batch's `row`."""
-        for one, place in zip(_listed(row), _listed(at), strict=True):
-            low, high = stored.bounds[one], stored.bounds[one + 1]
+        if not (isinstance(row, int) and isinstance(at, int)):
+            for one, place in zip(_listed(row), _listed(at), strict=True):
+                self.take(stored, one, place)
+        else:
+            low, high = stored.bounds[row], stored.bounds[row + 1]
             self._values.append(stored.document_starts[low:high])
-            self._rows.append(place)
+            self._rows.append(at)
             self._counts.append(high - low)
 
     def marks(self, count: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 from cascade_model.corpus import Corpus
 from jobs import shards
 from tests.cascade_model.corpus_making import make_corpus
+from tests.cascade_model.damage import Target
 
 TEXTS = {
     "web": [f"page {i} of the web, " * (3 + i % 9) for i in range(80)],
@@ -135,6 +136,21 @@ def test_show_in_color_keeps_the_text_whole(corpus_url, capsys):
             mine = (batch.segments[row] == number) & batch.is_maskable[row]
             text = corpus.tokenizer().decode(batch.clean_tokens[row][mine], skip_special=False)
             assert text in plain
+
+
+def test_show_has_prompts_too_which_are_never_masked(copy, capsys):
+    mine = Target(copy, 0, np.random.default_rng(0), copy, copy)
+    each = mine.rows()
+    maskable = each.is_maskable.copy()
+    maskable[:, :10] = False
+    mine.change(is_maskable=maskable, is_masked=each.is_masked & maskable)
+    corpus = Corpus.open(str(copy))
+    batch = corpus.batch(0, 40, corpus.manifest.noise)
+    out = shown(capsys, str(copy), "--num-samples", "40")
+    assert out.count("[MASK]") == batch.is_masked.sum()
+    prompts = batch.clean_tokens[~batch.is_maskable[:, 0], :10]
+    assert len(prompts) > 3
+    assert all(corpus.tokenizer().decode(prompt) in out for prompt in prompts)
 
 
 def test_stats_are_those_of_manifest_and_masks(corpus_url, capsys):
