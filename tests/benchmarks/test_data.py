@@ -34,19 +34,27 @@ def test_salted_copies_are_all_different(tmp_path):
 
 
 ARM = """
-import json, subprocess, sys, time
+import json, pathlib, subprocess, sys, time
 
 def burn(seconds):
     until = time.process_time() + seconds
     while time.process_time() < until: pass
 
+def child():
+    burn(0.8)
+    pathlib.Path(sys.argv[2]).touch()
+    time.sleep(60)
+
+if sys.argv[1] == 'child': child()
 burn(0.5)  # imports
 before = time.process_time()
-inner = 'import time\\nwhile time.process_time() < 0.8: pass'
-child = subprocess.Popen([sys.executable, '-c', inner])
+flag = pathlib.Path(json.loads(sys.argv[2])['flag'])
+other = subprocess.Popen([sys.executable, __file__, 'child', str(flag)])
 burn(0.4)
-if sys.argv[1] == 'waits': child.wait()
-else: time.sleep(1.5)
+while not flag.exists(): time.sleep(0.01)
+time.sleep(0.5)  # long enough to be looked at
+other.kill()
+if sys.argv[1] == 'waits': other.wait()
 print('noise')
 print(json.dumps({'tokens': 7, 'seconds': 1.5, 'before': before}))
 if sys.argv[1] == 'fails': sys.exit(3)
@@ -56,7 +64,7 @@ if sys.argv[1] == 'fails': sys.exit(3)
 @pytest.mark.parametrize("arm", ["waits", "leaves"])
 def test_children_count_and_imports_do_not(arm, tmp_path):
     (tmp_path / "burner.py").write_text(ARM)
-    found = spent("burner", arm, {}, {"PYTHONPATH": str(tmp_path)})
+    found = spent("burner", arm, {"flag": str(tmp_path / "flag")}, {"PYTHONPATH": str(tmp_path)})
     assert 1.0 < found.cpu < 1.6
     assert (found.tokens, found.wall) == (7, 1.5)
     assert found.peak > 1
@@ -65,4 +73,4 @@ def test_children_count_and_imports_do_not(arm, tmp_path):
 def test_an_arm_that_fails_stops_the_benchmark(tmp_path):
     (tmp_path / "burner.py").write_text(ARM)
     with pytest.raises(SystemExit, match="fails failed with 3"):
-        spent("burner", "fails", {}, {"PYTHONPATH": str(tmp_path)})
+        spent("burner", "fails", {"flag": str(tmp_path / "flag")}, {"PYTHONPATH": str(tmp_path)})
