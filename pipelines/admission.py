@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import tokenizers
-
 from cascade_model.commit import Folder
 from cascade_model.fast_tokenizer import REFERENCE, admit
 from pipelines.cleaning import cleaned
-from pipelines.encoding import tokenizer_of
+from pipelines.encoding import engine_version, tokenizer_of
 from pipelines.isolation import attempt
 from pipelines.parts import Job
 from pipelines.pieces import Part
@@ -45,7 +43,7 @@ def reference(note: str) -> dict[str, Any]:
     """The reference engine, without a check."""
     return {
         "name": REFERENCE,
-        "version": tokenizers.__version__,
+        "version": engine_version(REFERENCE),
         "note": f"{note}; the reference engine is used",
         "sample_texts": 0,
         "sample_bytes": 0,
