@@ -33,8 +33,8 @@ class Stored:
     """uint8 [n, bitmap_bytes] of draw 0."""
     start_offsets: np.ndarray
     """int32 [n + 1]: where each row's entries begin in the four arrays below."""
-    bounds: list[int]
-    """The same numbers, for those who look up one row at a time."""
+    bounds: memoryview
+    """The same numbers as Python has them, for those who look up one row at a time."""
     document_starts: np.ndarray
     """uint32."""
     document_ids: np.ndarray
@@ -57,7 +57,7 @@ def stored_of(batch: pa.RecordBatch, geometry: Geometry) -> Stored:
         is_maskable=bitmap_of(batch, "is_maskable", geometry),
         is_masked=bitmap_of(batch, "is_masked", geometry),
         start_offsets=offsets,
-        bounds=offsets.tolist(),
+        bounds=offsets.data,
         **{name: flat_of(batch, name) for name in RAGGED},
     )
 

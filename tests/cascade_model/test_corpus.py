@@ -11,6 +11,7 @@ from cascade_model import noise as mask_noise
 from cascade_model.config import TrainingNoise
 from cascade_model.corpus import Batch, Corpus
 from cascade_model.errors import CorpusMismatch, InputError
+from cascade_model.shard_cache import CacheConfig
 from tests.cascade_model.corpus_making import NOISE, make_corpus
 
 
@@ -424,6 +425,15 @@ def test_batches_are_those_of_batch_in_order(mixed):
     assert all(
         same(batch, mixed.batch(*span, noise)) for batch, span in zip(ahead, spans, strict=True)
     )
+
+
+def test_a_local_corpus_goes_through_a_cache_that_is_named(mixed, tmp_path):
+    folder = tmp_path / "cache"
+    url = mixed._folder.url
+    cached = Corpus.open(url, cache=CacheConfig(folder=str(folder)))
+    noise = mixed.manifest.noise
+    assert same(cached.batch(0, 50, noise), mixed.batch(0, 50, noise))
+    assert list(folder.glob("??/*"))
 
 
 def test_a_fault_while_reading_ahead_comes_at_its_turn(tmp_path):
