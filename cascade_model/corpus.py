@@ -11,27 +11,18 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-import pyarrow as pa
 
 from cascade_model import noise as mask_noise
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig, TrainingNoise
-from cascade_model.draws import Draws, draw_manifest_name, masked_in
+from cascade_model.draws import Draws, draw_manifest_name
 from cascade_model.errors import CorpusMismatch, InputError
 from cascade_model.mixing import mixture_of
-from cascade_model.open_shards import OpenShards, Rows
 from cascade_model.prefetch import ahead
 from cascade_model.provenance import DocumentTables, Seen
-from cascade_model.schema import (
-    MANIFEST,
-    TOKENIZER,
-    Manifest,
-    batch_rows,
-    shard_schema,
-    unpacked,
-)
+from cascade_model.schema import MANIFEST, TOKENIZER, Manifest
+from cascade_model.sequences import SequenceRows, Sequences
 from cascade_model.shard_cache import CacheConfig, ShardCache
-from cascade_model.stored import Stored, fault_of, stored_of
 from cascade_model.tokenizer import Tokenizer
 
 WINDOW = 1024
@@ -62,24 +53,6 @@ class Batch:
         return len(self.sequence_ids)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SequenceRows:
-    """Sequences as they lie in the shards, bitmaps unpacked (draw 0 of the corpus's recipe)."""
-
-    sequence_ids: np.ndarray
-    """uint64 [n]."""
-    tokens: np.ndarray
-    """uint16 or uint32 [n, L]."""
-    is_maskable: np.ndarray
-    """bool [n, L]."""
-    thresholds: np.ndarray
-    """uint32 [n, rates_per_row] of draw 0."""
-    is_masked: np.ndarray
-    """bool [n, L] of draw 0."""
-    is_start: np.ndarray
-    """bool [n, L]: a document starts or goes on here; the first place is always one."""
-
-
 class Corpus:
     """One split of a prepared corpus; its record batches are checked when first touched."""
 
@@ -89,17 +62,10 @@ class Corpus:
         self._folder, self.manifest, self.split = folder, manifest, split
         self._entry = manifest.splits[split]
         self.documents = DocumentTables(folder, manifest)
-        self._mixture = mixture_of(self._entry)
+        self._mixture = mixture_of(self._entry.sources, self._entry.num_sequences)
         self._window = lru_cache(maxsize=16)(self._placed)
         self._draws = Draws(folder, manifest, split, cache)
-        self._shards = OpenShards(
-            folder,
-            self._entry.shards,
-            shard_schema(manifest.geometry),
-            batch_rows(manifest.geometry),
-            self._stored,
-            cache,
-        )
+        self._sequences = Sequences(folder, manifest, split, cache)
 
     @classmethod
     def open(cls, url: str, split: str = "train", cache: CacheConfig = CacheConfig()) -> "Corpus":
@@ -176,59 +142,7 @@ class Corpus:
 
     def rows(self, sequence_ids: np.ndarray) -> SequenceRows:
         """Sequences by id, in the order asked for; `IndexError` outside the split."""
-        ids = np.asarray(sequence_ids, dtype=np.uint64)
-        if ids.size and int(ids.max()) >= self.num_sequences:
-            raise IndexError(f"sequence {int(ids.max())} of {self.num_sequences}")
-        geometry, count = self.manifest.geometry, len(ids)
-        length = geometry.sequence_length
-        tokens = np.empty((count, length), dtype=geometry.token_dtype)
-        thresholds = np.empty((count, geometry.rates_per_row), dtype=np.uint32)
-        maskable, masked = (np.empty((count, geometry.bitmap_bytes), np.uint8) for _ in range(2))
-        starts = _Starts(length)
-
-        def take(stored: Stored, row: Rows, at: Rows) -> None:
-            tokens[at] = stored.tokens[row]
-            maskable[at] = stored.is_maskable[row]
-            masked[at] = stored.is_masked[row]
-            if geometry.rates_per_row:
-                thresholds[at] = stored.thresholds[row]
-            starts.take(stored, row, at)
-
-        self._shards.visit(ids, take)
-        return SequenceRows(
-            sequence_ids=ids,
-            tokens=tokens,
-            is_maskable=unpacked(maskable, geometry),
-            thresholds=thresholds,
-            is_masked=unpacked(masked, geometry),
-            is_start=starts.marks(count),
-        )
-
-    def _stored(
-        self, batch: pa.RecordBatch, first: int, count: int, is_checked: bool
-    ) -> Stored | str:
-        """A record batch as arrays, or what is wrong with it.
-
-        Of the masks the first and the last row are computed again, which tells another recipe or
-        another order; `verification` does it for all.
-        """
-        geometry, mask_id = self.manifest.geometry, self.manifest.mask_id
-        fault = None if is_checked else fault_of(batch, geometry, mask_id, first, count)
-        if fault:
-            return fault
-        stored = stored_of(batch, geometry)
-        if is_checked:
-            return stored
-        ends = [0, count - 1]
-        ids = np.array([first, first + count - 1], dtype=np.uint64)
-        maskable = unpacked(stored.is_maskable[ends], geometry)
-        rates, masked = masked_in(self.manifest, self.split, 0, ids, maskable)
-        if not (
-            np.array_equal(unpacked(stored.is_masked[ends], geometry), masked)
-            and np.array_equal(stored.thresholds[ends], rates[:, : geometry.rates_per_row])
-        ):
-            return "has another mask than its recipe"
-        return stored
+        return self._sequences.rows(sequence_ids)
 
     def batch(
         self,
@@ -271,21 +185,10 @@ class Corpus:
         samples = np.arange(first_sample, first_sample + num_samples, dtype=np.uint64)
         copies = np.uint64(2 if isinstance(noise, TrainingNoise) and noise.complement else 1)
         ids, _, _ = self._places(samples // copies, _settings_of(noise)[1])
-        pieces: dict[int, tuple[np.ndarray, ...]] = {}
-
-        def take(stored: Stored, rows: Rows, at: Rows) -> None:
-            for row, place in zip(np.atleast_1d(rows), np.atleast_1d(at), strict=True):
-                mine = slice(*stored.start_offsets[row : row + 2])
-                pieces[int(place)] = tuple(
-                    getattr(stored, name)[mine]
-                    for name in ("document_ids", "span_starts", "span_stops")
-                )
-
-        self._shards.visit(ids, take)
         flat = [
-            (place, document, (int(start), int(stop)))
-            for place in range(num_samples)
-            for document, start, stop in zip(*pieces[place], strict=True)
+            (place, document, span)
+            for place, pieces in enumerate(self._sequences.pieces(ids))
+            for document, span in pieces
         ]
         documents = np.array([document for _, document, _ in flat], dtype=np.uint64)
         return [
@@ -434,32 +337,6 @@ class Corpus:
             for name in ("clean_tokens", "is_masked", "is_maskable", "positions", "segments")
         }
         return replace(batch, thresholds=batch.thresholds[:, :blocks], **cut)
-
-
-class _Starts:
-    """Where documents start in the sequences that are gathered."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-        self._values: list[np.ndarray] = [np.empty(0, np.uint32)]
-        self._rows: list[int] = []
-        self._counts: list[int] = []
-
-    def take(self, stored: Stored, row: Rows, at: Rows) -> None:
-        """Row `at` of the result, or several, is the record batch's `row`."""
-        rows, places = ([row], [at]) if isinstance(row, int) else (row.tolist(), at.tolist())
-        for one, place in zip(rows, places, strict=True):
-            low, high = stored.bounds[one], stored.bounds[one + 1]
-            self._values.append(stored.document_starts[low:high])
-            self._rows.append(place)
-            self._counts.append(high - low)
-
-    def marks(self, count: int) -> np.ndarray:
-        """bool [count, L]: true at each start."""
-        is_start = np.zeros((count, self._length), dtype=bool)
-        places = np.concatenate(self._values)
-        is_start[np.repeat(np.array(self._rows, dtype=np.int64), self._counts), places] = True
-        return is_start
 
 
 @lru_cache(maxsize=16)

@@ -51,7 +51,9 @@ def masked_in(
     Returns thresholds, uint32 [n, L / B], and masked places, bool [n, L], of `is_maskable` alike.
     """
     geometry, noise = manifest.geometry, manifest.noise
-    ranks = mixture_of(manifest.splits[split]).ranks_of(sequence_ids, noise, draw)
+    entry = manifest.splits[split]
+    mixture = mixture_of(entry.sources, entry.num_sequences)
+    ranks = mixture.ranks_of(sequence_ids, noise, draw)
     rates = mask_noise.thresholds(noise, draw, ranks, geometry.num_blocks)
     bits = mask_noise.mask_bits(noise, draw, sequence_ids, rates, geometry.sequence_length)
     return rates, bits & is_maskable

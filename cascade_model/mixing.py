@@ -21,7 +21,7 @@ import numpy as np
 from cascade_model.config import NoiseConfig, check
 from cascade_model.errors import CorpusMismatch
 from cascade_model.noise import rank_of, sequence_at
-from cascade_model.schema import SourceEntry, SplitEntry
+from cascade_model.schema import SourceEntry
 
 UNITS = 1024
 """Samples of a period, which the shares of all sources add up to."""
@@ -135,6 +135,6 @@ class Mixture:
 
 
 @lru_cache(maxsize=16)
-def mixture_of(split: SplitEntry) -> Mixture:
-    """The order in which a split is read; `CorpusMismatch` as `Mixture`."""
-    return Mixture(split.sources, split.num_sequences)
+def mixture_of(sources: tuple[SourceEntry, ...], num_sequences: int) -> Mixture:
+    """`Mixture`, whose tables are made once."""
+    return Mixture(sources, num_sequences)

@@ -88,7 +88,7 @@ def random_words(
         rows = (ids[part] & _LOW, high[part], draws[part])
         words = [np.repeat(word, len(quads)) for word in rows]
         _philox_rounds([np.tile(quads, len(rows[0])), *words], key, mine)
-    return result.reshape(len(ids), -1)[:, :count]
+    return result.reshape(len(ids), 4 * len(quads))[:, :count]
 
 
 def permute(
@@ -172,23 +172,24 @@ def permute_rows(
     """
     half = _half_bits(size)
     found, rows = np.unique(tweaks, return_inverse=True)
-    keyed = _keyed(key, found, purpose)
-    mask, every = np.uint64((1 << half) - 1), np.arange(1 << half, dtype=np.uint64)
-    tables = [
-        (_mix(_mix(every + _turn(number)) ^ keyed[:, None]) & mask).astype(np.intp).ravel()
-        for number in range(6)
-    ]
-    value = index.astype(np.intp).ravel()
+    mask, every = (1 << half) - 1, np.arange(1 << half, dtype=np.uint64)
+    turns = np.array([_turn(number) for number in range(6)], dtype=np.uint64)
+    keyed = _mix(every + turns[:, None])[:, None] ^ _keyed(key, found, purpose)[:, None]
+    tables = (_mix(keyed) & np.uint64(mask)).astype(np.intp).reshape(6, -1)
     base = np.repeat(rows.astype(np.intp) << half, index.shape[1])
-    outside = np.arange(value.size)
-    while outside.size:
-        left, right = value[outside] >> half, value[outside] & int(mask)
-        mine = base[outside]
+    value = index.astype(np.intp).ravel()
+    result, places = np.empty_like(value), np.arange(value.size)
+    while value.size:
+        left, right = value >> half, value & mask
         for table in tables:
-            left, right = right, left ^ table[mine + right]
-        value[outside] = left << half | right
-        outside = outside[value[outside] >= size]
-    return value.astype(np.uint64).reshape(index.shape)
+            np.add(base, right, out=value)
+            left ^= table.take(value, mode="clip", out=value)
+            left, right = right, left
+        value = left << half | right
+        result[places] = value
+        outside = np.flatnonzero(value >= size)
+        value, base, places = value[outside], base[outside], places[outside]
+    return result.astype(np.uint64).reshape(index.shape)
 
 
 def sequence_at(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_model.config import check
+from cascade_model.errors import InputError
 
 _KEPT = 7 / 8
 """Share of the bound that stays when files have to go, so that this is not for each new one."""
@@ -58,7 +59,7 @@ class ShardCache:
     """The folder; `get` is all there is to it."""
 
     def __init__(self, config: CacheConfig) -> None:
-        """Make the folder; a temporary one goes with this object."""
+        """Make the folder, or raise `InputError`; a temporary one goes with this object."""
         self._max_bytes = config.max_bytes
         if config.folder is None:
             temporary = tempfile.TemporaryDirectory(prefix="cascade-cache-")
@@ -66,7 +67,13 @@ class ShardCache:
             self._gone = weakref.finalize(self, temporary.cleanup)
         else:
             self._folder = Path(config.folder)
-            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"cache.folder={config.folder} cannot be made ({error.strerror}); choose "
+                    "another folder"
+                ) from None
 
     def get(self, sha256: str, fetch: Callable[[], bytes]) -> bytes:
         """Bytes with this SHA-256 (hex), of the folder or of `fetch`, whose result is then kept.

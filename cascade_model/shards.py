@@ -173,7 +173,7 @@ class BatchFile:
             listed = [(int(start), int(size), str(sha)) for start, size, sha in json.loads(data)]
         except OSError as error:
             refuse(self.where, f"has a record that cannot be read ({type(error).__name__})")
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
             refuse(self.where, "has a damaged record")
         if hashlib.sha256(data).hexdigest() != self._entry.batches_sha256:
             refuse(self.where, "has a record that is not the one the manifest vouches for")

@@ -50,11 +50,8 @@ class TiktokenEngine:
             raise NotConvertibleError("its pre-tokenizer is not one pattern over bytes")
         try:
             ranks, ids = merge_ranks(model)
-            doubts = doubtful(pattern, members)
         except ValueError as error:
             raise NotConvertibleError(f"its {error}") from None
-        if any(step["type"] == "Digits" for step in steps):
-            doubts += other_digits()
         if model.get("ignore_merges"):
             words = whole_words(model, ranks)
             if words is None:
@@ -66,8 +63,18 @@ class TiktokenEngine:
         known = np.array(ids) != NO_ID
         self._ids = np.where(known, ids, 0).astype(np.uint32)
         self._sizes = np.where(known, [len(token) for token in ranks], 0).astype(np.uint32)
-        self._engine = _encoding(pattern, ranks)
-        self._doubt = _doubt(description, doubts)
+        try:
+            doubts = doubtful(pattern, members)
+            self._engine = _encoding(pattern, ranks)
+        except ValueError:
+            raise NotConvertibleError("its pattern is not one that both engines read") from None
+        if any(step["type"] == "Digits" for step in steps):
+            doubts += other_digits()
+        if any(character.isascii() for character in doubts):
+            raise NotConvertibleError("its pattern means something else to tiktoken")
+        added = description.get("added_tokens", ())
+        self._cut_out = [token["content"] for token in added if not token["special"]]
+        self._odd = re.compile(f"[{re.escape(doubts)}]") if doubts else None
 
     def encode_arrays(self, texts: Sequence[str]) -> Encoded:
         """As `Tokenizer.encode_arrays`: the same tokens, lengths and sizes."""
@@ -81,14 +88,18 @@ class TiktokenEngine:
 
     def _ranks_of(self, text: str) -> np.ndarray:
         """Ranks of a text's tokens, or nothing where the reference engine must answer."""
-        if (self._doubt and self._doubt.search(text)) or not self._reference.keeps(text):
+        if self._is_doubtful(text) or not self._reference.keeps(text):
             return _NO_TOKENS
         try:
             return self._engine.encode_to_numpy(text, disallowed_special=())
-        except BaseException as error:  # a panic of the engine is no Exception
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
+        except ValueError:  # a stretch of white space too long for the pattern's stack
             return _NO_TOKENS
+
+    def _is_doubtful(self, text: str) -> bool:
+        """Whether the text holds what the two engines may cut in other places."""
+        if any(name in text for name in self._cut_out):
+            return True
+        return bool(self._odd) and not text.isascii() and bool(self._odd.search(text))
 
 
 def _require_byte_pairs(model: dict[str, Any]) -> None:
@@ -111,15 +122,6 @@ def _encoding(pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
     return tiktoken.Encoding(
         "cascade", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
     )
-
-
-def _doubt(description: dict[str, Any], characters: str) -> re.Pattern[str] | None:
-    """What a text must not hold for tiktoken to encode it."""
-    added = [t["content"] for t in description.get("added_tokens", ()) if not t["special"]]
-    doubts = [re.escape(content) for content in added]
-    if characters:
-        doubts.append(f"[{re.escape(characters)}]")
-    return re.compile("|".join(doubts)) if doubts else None
 
 
 @cache

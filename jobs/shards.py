@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,8 +15,10 @@ from jobs.cli import actions, command
 if TYPE_CHECKING:
     import numpy as np
 
+    from cascade_model.commit import Folder
     from cascade_model.corpus import Corpus
     from cascade_model.schema import Manifest, ShardEntry
+    from cascade_model.verification import Verifier
 
 Split = Literal["train", "held_out"]
 _MARK, _PLAIN = "\x1b[7m", "\x1b[0m"
@@ -111,13 +113,8 @@ class MaterialiseConfig:
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
     """Check the whole corpus; `CorpusMismatch` when anything in it is bad."""
-    from cascade_model.commit import Folder
-    from cascade_model.corpus import read_manifest
-    from cascade_model.verification import corpus_faults, draws_of
-
-    folder = Folder(config.corpus)
-    manifest = read_manifest(folder)
-    faults = corpus_faults(folder, manifest)
+    verifier = _verifier(config.corpus)
+    manifest, faults = verifier.manifest, verifier.corpus()
     for fault in faults:
         print(f"BAD   {fault}")
     work, units, bad = partial(_verify_shard, config.corpus), _units(manifest), 0
@@ -126,24 +123,32 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         print("\n".join(f"BAD   {fault}" for fault in found) or f"ok    {entry.name}")
         bad += bool(found)
         faults += found
-    draws = 1 + len(draws_of(folder))
     if faults:
         raise CorpusMismatch(
             f"corpus={config.corpus} has {bad} bad shards of {len(units)} and {len(faults)} faults "
             f"in all, the first: {faults[0]}"
         )
+    draws = 1 + len(verifier.draws)
     print(f"{len(units)} shards, {draws} draws: all as the manifest {manifest.digest[:12]} says")
     return {"shards": len(units), "draws": draws, "digest": manifest.digest}
 
 
-def _verify_shard(url: str, split: str, index: int) -> list[str]:
-    """What is wrong with a shard; in a process of its own."""
+def _verifier(url: str) -> "Verifier":
     from cascade_model.commit import Folder
     from cascade_model.corpus import read_manifest
-    from cascade_model.verification import shard_faults
+    from cascade_model.verification import Verifier
 
     folder = Folder(url)
-    return shard_faults(folder, read_manifest(folder), split, index)
+    return Verifier(folder, read_manifest(folder))
+
+
+_kept_verifier = lru_cache(maxsize=1)(_verifier)
+"""Of a process that looks at many shards of one corpus."""
+
+
+def _verify_shard(url: str, split: str, index: int) -> list[str]:
+    """What is wrong with a shard."""
+    return _kept_verifier(url).shard(split, index)
 
 
 def show(config: ShowConfig) -> None:
@@ -155,13 +160,14 @@ def show(config: ShowConfig) -> None:
     batch = corpus.batch(config.first_sample, config.num_samples, corpus.manifest.noise)
     is_terminal = config.color == "auto" and sys.stdout.isatty()
     in_color = config.color == "always" or is_terminal
+    is_text = batch.clean_tokens != corpus.manifest.pad_id
     for row, sequence in enumerate(batch.sequence_ids.tolist()):
         maskable = batch.is_maskable[row]
         masked = batch.is_masked[row]
         share = masked.sum() / max(maskable.sum(), 1)
         print(f"--- sample {config.first_sample + row}, sequence {sequence}: {share:.1%} masked")
         for number in range(int(batch.segments[row].max()) + 1):
-            mine = (batch.segments[row] == number) & maskable
+            mine = (batch.segments[row] == number) & (maskable | is_text[row])
             print(marked_text(batch.clean_tokens[row][mine], masked[mine], tokenizer, in_color))
 
 
@@ -204,7 +210,7 @@ def stats(config: StatsConfig) -> dict[str, Any]:
             "documents": entry.num_documents,
             "bytes": entry.num_bytes,
             "bytes_per_token": entry.num_bytes / entry.num_tokens,
-            "padding": 1 - entry.num_tokens / places,
+            "not_maskable": 1 - entry.num_tokens / places,
             **mask_rates(Corpus.open(config.corpus, split), config.max_sequences),
         }
         found[split] = values
@@ -297,13 +303,20 @@ def materialise(config: MaterialiseConfig) -> dict[str, Any]:
 
 
 def _write_shard(url: str, draw: int, split: str, index: int) -> "ShardEntry":
-    """A further draw of a shard; in a process of its own."""
-    from cascade_model.commit import Folder
-    from cascade_model.corpus import read_manifest
+    """A further draw of a shard."""
     from cascade_model.draws import write_draw
 
+    return write_draw(*_kept_manifest(url), split, index, draw)
+
+
+@lru_cache(maxsize=1)
+def _kept_manifest(url: str) -> "tuple[Folder, Manifest]":
+    """Of a process that works on many shards of one corpus."""
+    from cascade_model.commit import Folder
+    from cascade_model.corpus import read_manifest
+
     folder = Folder(url)
-    return write_draw(folder, read_manifest(folder), split, index, draw)
+    return folder, read_manifest(folder)
 
 
 def _units(manifest: "Manifest") -> list[tuple[str, int]]:

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import tokenizers
-
 from cascade_model.commit import Folder
 from cascade_model.fast_tokenizer import REFERENCE, admit
 from pipelines.cleaning import cleaned
-from pipelines.encoding import tokenizer_of
+from pipelines.encoding import engine_version, tokenizer_of
 from pipelines.isolation import attempt
 from pipelines.parts import Job
 from pipelines.pieces import Part
@@ -20,6 +18,8 @@ ENGINE = "engine.json"
 """In the work folder: which engine encodes the corpus."""
 SAMPLE_BYTES = 1 << 20
 """Text on which a fast engine must give the reference engine's tokens, in characters."""
+SAMPLE_PARTS = 8
+"""Parts that the sample is taken from, at most: they are read whole."""
 
 
 def choose_engine(job: Job, parts: Sequence[Part]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def reference(note: str) -> dict[str, Any]:
     """The reference engine, without a check."""
     return {
         "name": REFERENCE,
-        "version": tokenizers.__version__,
+        "version": engine_version(REFERENCE),
         "note": f"{note}; the reference engine is used",
         "sample_texts": 0,
         "sample_bytes": 0,

@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from pipelines.config import FilterConfig
@@ -57,7 +58,9 @@ def cleaned_document(document: Document, cleaning: Cleaning) -> Document | Drop:
         ]
         document = replace(document, messages=messages)
     text = cleaned(document.text or "", cleaning)
-    return text if isinstance(text, Drop) else replace(document, text=text)
+    if isinstance(text, Drop):
+        return text
+    return document if text == document.text else replace(document, text=text)
 
 
 def normalised(text: str, how: Literal["none", "nfc"]) -> str:
@@ -110,17 +113,21 @@ def _cut(data: bytes, start: int, max_bytes: int) -> int:
 
 def failed_filters(text: str, filters: FilterConfig) -> Iterator[str]:
     """Names of the rules that a text breaks, in their order; what is off is not computed."""
-    for name, measure in _MEASURES.items():
-        threshold = getattr(filters, name)
-        if threshold is None:
-            continue
-        value = measure(text)
+    for name, threshold in _set_rules(filters):
+        value = _MEASURES[name](text)
         if value < threshold if name.startswith("min_") else value > threshold:
             yield name
     if filters.banned_phrases:
         folded = text.casefold()
         if any(phrase.casefold() in folded for phrase in filters.banned_phrases):
             yield "banned_phrases"
+
+
+@lru_cache(maxsize=4)
+def _set_rules(filters: FilterConfig) -> tuple[tuple[str, float], ...]:
+    """The rules with a threshold, in their order."""
+    rules = ((name, getattr(filters, name)) for name in _MEASURES)
+    return tuple((name, threshold) for name, threshold in rules if threshold is not None)
 
 
 def _share(part: int, whole: int) -> float:

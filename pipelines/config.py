@@ -106,7 +106,8 @@ class PrepareConfig:
     """UTF-8 bytes of a document above which long_documents applies."""
     long_documents: Literal["cut", "drop"] = "cut"
     """cut: into pieces at a line or sentence end that are tokenised apart, then joined again;
-    drop: left out. Some tokenizers take hours for one text of many megabytes."""
+    drop: left out. Some tokenizers take hours for one text of many megabytes. Conversations are
+    not cut."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Which documents are dropped for their quality."""
     dedup: Literal["none", "exact"] = "exact"

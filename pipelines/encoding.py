@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import tokenizers
 
+from cascade_model import tiktoken_engine
 from cascade_model.chat_template import ChatTemplate
 from cascade_model.commit import Folder
-from cascade_model.errors import InputError
-from cascade_model.fast_tokenizer import Encoder, engine_of
+from cascade_model.errors import InputError, Unfinished
+from cascade_model.fast_tokenizer import REFERENCE, Encoder, engine_of
 from cascade_model.schema import TOKENIZER
 from cascade_model.tokenizer import Encoded, Tokenizer
 from pipelines.cleaning import pieces
@@ -84,11 +86,28 @@ def tokenizer_of(output: str, sha256: str) -> Tokenizer:
     return tokenizer
 
 
+def engine_version(engine: str) -> str:
+    """The version of an engine's library in this process."""
+    return tokenizers.__version__ if engine == REFERENCE else tiktoken_engine.VERSION
+
+
 @lru_cache(maxsize=2)
 def encoder_of(
-    output: str, sha256: str, engine: str, template: str | None, max_piece_bytes: int
+    output: str,
+    sha256: str,
+    engine: str,
+    version: str,
+    template: str | None,
+    max_piece_bytes: int,
 ) -> DocumentEncoder:
-    """A job's encoder, made once per process."""
+    """A job's encoder, made once per process; `Unfinished` where the engine is another version
+    than the job's, as its tokens might be others."""
+    here = engine_version(engine)
+    if here != version:
+        raise Unfinished(
+            f"output={output} was begun with {engine} {version} but this process has {here}; "
+            "install the same version everywhere and run the same command again"
+        )
     tokenizer = tokenizer_of(output, sha256)
     return DocumentEncoder(
         tokenizer,

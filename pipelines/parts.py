@@ -61,6 +61,7 @@ class Job:
     tokenizer_sha256: str
     engine: str
     """Name of the tokenizer engine that was admitted."""
+    engine_version: str
     chat_template: str | None
 
     @property
@@ -85,6 +86,7 @@ class Job:
             self.output,
             self.tokenizer_sha256,
             self.engine,
+            self.engine_version,
             self.chat_template,
             self.cleaning.max_document_bytes,
         )

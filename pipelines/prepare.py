@@ -33,12 +33,13 @@ from cascade_model.schema import (
 )
 from cascade_model.shards import entry_of
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
-from pipelines.admission import ENGINE, choose_engine, reference
+from pipelines.admission import ENGINE, SAMPLE_PARTS, choose_engine, reference
 from pipelines.claim import WORK, begin, finished, take_back
 from pipelines.cleaning import Cleaning, cleaned
 from pipelines.config import PrepareConfig
 from pipelines.dedup import drops_name, hashes_name, num_ranges
 from pipelines.documents import Document
+from pipelines.encoding import engine_version
 from pipelines.parts import (
     Job,
     MaskOrder,
@@ -117,7 +118,7 @@ def _run(
     tokenizer = _tokenizer(config, folder, plan, given)
     job = _job(config, folder, plan, tokenizer)
     engine = _engine(rounds, job, plan)
-    job = replace(job, engine=engine["name"])
+    job = replace(job, engine=engine["name"], engine_version=engine["version"])
     if job.num_ranges:
         _find_repeated(rounds, job, plan)
     packed = _pack_all(rounds, job, plan)
@@ -211,6 +212,7 @@ def _job(config: PrepareConfig, folder: Folder, plan: Plan, tokenizer: Tokenizer
         noise=config.noise,
         tokenizer_sha256=tokenizer.sha256,
         engine=REFERENCE,
+        engine_version=engine_version(REFERENCE),
         chat_template=template,
     )
 
@@ -260,12 +262,14 @@ def _sample(config: PrepareConfig, plan: Plan) -> Iterator[str]:
 
 def _engine(rounds: _Rounds, job: Job, plan: Plan) -> dict[str, Any]:
     """The tokenizer engine as the manifest names it."""
-    if rounds.config.tokenizer_engine == "reference":
-        return reference("tokenizer_engine=reference asks for it")
     work = Folder(job.work)
     if work.exists(ENGINE):
         return json.loads(work.read_bytes(ENGINE))
-    order = {"parts": [asdict(part) for part in spaced(plan.parts)]}
+    if rounds.config.tokenizer_engine == "reference":
+        found = reference("tokenizer_engine=reference asks for it")
+        work.publish(ENGINE, json.dumps(found).encode())
+        return found
+    order = {"parts": [asdict(part) for part in spaced(plan.parts, SAMPLE_PARTS)]}
     [found] = rounds.run("check", partial(_engine_step, job), [order])
     return found
 

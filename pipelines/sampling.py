@@ -12,7 +12,7 @@ from pipelines.held_out import is_held_out, text_hash
 from pipelines.pieces import Part
 from pipelines.sources import make_plan
 
-_PARTS = 32
+MOST_PARTS = 32
 _CHARACTERS = 1 << 16
 """Of one document, at most."""
 
@@ -36,9 +36,9 @@ def read_source(part: Part, source: SourceConfig) -> Iterator[Document]:
     return read_documents(part, source.text_column, source.messages_column, source.id_column)
 
 
-def spaced(parts: Sequence[Part]) -> Sequence[Part]:
+def spaced(parts: Sequence[Part], most: int = MOST_PARTS) -> Sequence[Part]:
     """A few of the parts, evenly spaced."""
-    return parts[:: -(-len(parts) // _PARTS)]
+    return parts[:: -(-len(parts) // most)]
 
 
 def sampled(

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from cascade_model.errors import InputError
 from pipelines.pieces import Piece, no_utf8, open_arrow, open_source, whole
 
-_ROWS = 256
-"""Rows that are turned into Python objects together."""
+_BATCH_BYTES = 4 << 20
+"""Of a row group or record batch that are turned into Python objects together."""
 _FILE_MAGIC = b"ARROW1"
 
 Range = tuple[int, int, int]
@@ -90,8 +90,9 @@ def _parquet(piece: Piece, names: list[str]) -> Iterator[tuple[str, int, pa.Reco
     with open_source(piece.url) as file, whole(piece.url, "Parquet file"):
         parquet = pq.ParquetFile(file)
         for group in range(piece.start, piece.stop):
-            row = 0
-            batches = parquet.iter_batches(_ROWS, row_groups=[group], columns=names)
+            row, meta = 0, parquet.metadata.row_group(group)
+            rows = _rows(meta.total_byte_size, meta.num_rows)
+            batches = parquet.iter_batches(rows, row_groups=[group], columns=names)
             for batch in batches:
                 yield f"row group {group}", row, batch
                 row += batch.num_rows
@@ -118,8 +119,14 @@ def _stream(piece: Piece, names: list[str]) -> Iterator[tuple[str, int, pa.Recor
 
 
 def _sliced(place: str, batch: pa.RecordBatch) -> Iterator[tuple[str, int, pa.RecordBatch]]:
-    for row in range(0, batch.num_rows, _ROWS):
-        yield place, row, batch.slice(row, _ROWS)
+    rows = _rows(batch.nbytes, batch.num_rows)
+    for row in range(0, batch.num_rows, rows):
+        yield place, row, batch.slice(row, rows)
+
+
+def _rows(size: int, count: int) -> int:
+    """How many of `count` rows, which have `size` bytes together, to read at a time."""
+    return max(1, min(count, _BATCH_BYTES * count // max(size, 1)))
 
 
 def cells(column: "pa.ChunkedArray | pa.Array") -> Iterator[Any]:

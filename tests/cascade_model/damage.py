@@ -34,6 +34,7 @@ from cascade_model.schema import (
     rows_of,
     shard_schema,
 )
+from cascade_model.sequences import Sequences
 from cascade_model.shards import entry_of, read_arrow, write_shard
 from cascade_model.stored import stored_of
 
@@ -280,7 +281,7 @@ def _sha256(data: bytes) -> str:
 def switch_checks_off() -> None:
     """The control: a reader that believes what it reads."""
     shards.require_hash = lambda data, sha256: None
-    Corpus._stored = lambda self, batch, *_: stored_of(batch, self.manifest.geometry)
+    Sequences._stored = lambda self, batch, *_: stored_of(batch, self._geometry)
 
 
 def read(folder: str) -> dict[str, str]:

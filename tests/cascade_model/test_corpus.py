@@ -341,6 +341,14 @@ def test_stored_bits_are_the_recomputed_ones_however_thresholds_are_kept(
     assert same(stored, corpus.batch(0, 900, recipe))
 
 
+def test_a_rank_without_a_sample_gets_an_empty_batch(mixed):
+    noise = mixed.manifest.noise
+    empty, whole = (mixed.batch(7, 1, noise, rank, 2) for rank in range(2))
+    assert [len(empty), len(whole)] == [0, 1]
+    assert [a.shape[1:] for a in fields_of(empty)] == [a.shape[1:] for a in fields_of(whole)]
+    assert [a.dtype for a in fields_of(empty)] == [a.dtype for a in fields_of(whole)]
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_ranks_together_see_the_global_batch_of_a_mixture(mixed, world_size):
     noise = training_noise(mixed, complement=True, sequences_per_batch=42)

@@ -9,10 +9,13 @@ from cascade_model.config import NoiseConfig, TrainingNoise, digest, to_dict
 from cascade_model.errors import InputError
 from cascade_model.noise import (
     FULL,
+    STRATUM,
     complement,
     counters,
     cut_length,
     mask_bits,
+    permute,
+    permute_rows,
     philox4x32,
     rank_of,
     sequence_at,
@@ -193,3 +196,118 @@ def test_bad_recipes_are_refused_by_name(values, named):
 def test_bad_settings_of_a_run_are_refused_by_name(values, named):
     with pytest.raises(InputError, match=named):
         TrainingNoise(**values)
+
+
+BLOCK_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 384, 512, 1024, 2048)
+"""Blocks of a sequence in use: lengths 64 to 4096 by blocks of 1 to 64, and some odd ones."""
+
+
+@pytest.mark.parametrize("size", [2, 5, 32, 96, 1000, 8192])
+def test_permuting_row_by_row_is_permuting(size):
+    tweaks = np.array([7, 3, 7, 2**32 - 1], dtype=np.uint64)
+    index = np.random.default_rng(size).integers(0, size, (4, 40)).astype(np.uint64)
+    found = permute_rows(index, size, (5, 9), tweaks, STRATUM)
+    expected = permute(index, size, (5, 9), np.repeat(tweaks[:, None], 40, axis=1), STRATUM)
+    assert np.array_equal(found, expected)
+    assert found.dtype == np.uint64
+
+
+def test_a_draw_for_each_sequence_is_each_draw_alone():
+    draws = np.array([0, 3, 3, 70000], dtype=np.uint64)
+    ranks = np.array([5, 5, 40, 2**33], dtype=np.uint64)
+    table = thresholds(NOISE, draws, ranks, 12)
+    bits = mask_bits(NOISE, draws, ranks, table, 96)
+    for at, draw in enumerate(draws.tolist()):
+        mine = slice(at, at + 1)
+        assert np.array_equal(table[mine], thresholds(NOISE, draw, ranks[mine], 12))
+        assert np.array_equal(bits[mine], mask_bits(NOISE, draw, ranks[mine], table[mine], 96))
+
+
+@pytest.mark.parametrize("num_blocks", BLOCK_COUNTS)
+def test_no_block_count_aliases_with_the_strata(num_blocks):
+    """A low-discrepancy walk over blocks fails here: for some counts a block stays in one part.
+
+    Each block and each row must reach every eighth of the range as often as chance has it.
+    """
+    groups = max(8, 6144 // num_blocks)
+    table = thresholds(NOISE, 0, np.arange(groups * 32), num_blocks)
+    eighths = (table >> np.uint32(29)).reshape(groups, 32, num_blocks)
+    for cells in (np.moveaxis(eighths, 2, 0), np.moveaxis(eighths, 1, 0)):
+        flat = cells.reshape(len(cells), -1)
+        counts = np.stack([(flat == part).sum(axis=1) for part in range(8)], axis=1)
+        expected = flat.shape[1] / 8
+        assert np.abs(counts - expected).max() < 6 * (expected * 7 / 8) ** 0.5
+
+
+def test_the_control_for_aliasing_a_golden_ratio_walk_over_blocks_fails():
+    ratio, num_blocks = (5**0.5 - 1) / 2, 610  # a Fibonacci number: 610 ratio is nearly whole
+    walk = (np.arange(512 * num_blocks) * ratio) % 1
+    eighths = (walk.reshape(512, num_blocks) * 8).astype(int)
+    counts = np.stack([(eighths == part).sum(axis=0) for part in range(8)])
+    assert np.abs(counts - 64).max() > 6 * (64 * 7 / 8) ** 0.5
+
+
+@pytest.mark.parametrize(("per", "num_blocks"), [("block", 16), ("block", 3), ("sequence", 8)])
+def test_mask_rates_are_uniform(per, num_blocks):
+    """Kolmogorov's distance to the uniform law, which stratified rates undercut by far."""
+    noise = NoiseConfig(seed=5, per=per, min_rate=2**-32, max_rate=1.0)
+    table = thresholds(noise, 1, np.arange(6400), num_blocks)
+    rates = np.sort((table if per == "block" else table[:, 0]).ravel() / 2**32)
+    place = (np.arange(rates.size) + 0.5) / rates.size
+    assert np.abs(rates - place).max() < 1.63 / rates.size**0.5  # 1 % for independent draws
+    assert np.abs(rates - place).max() < 2 / 32
+    groups = np.sort((table if per == "block" else table[:, :1]).reshape(200, -1) / 2**32, axis=1)
+    cells = groups.shape[1]
+    assert np.abs(groups - (np.arange(cells) + 0.5) / cells).max() <= 0.5 / cells + 1e-9
+
+
+@pytest.mark.parametrize("draw", [0, 4])
+def test_mean_and_variance_of_the_masks_are_those_of_the_recipe(draw):
+    """A bit is 1 with a rate uniform on [low, 1]: mean m; the sum over a block is over-dispersed.
+
+    Of a block of B bits with one rate t: Var(sum) = B E[t(1 - t)] + B^2 Var(t).
+    """
+    low, size, blocks, count = 0.001, 8, 16, 6400
+    ids = np.arange(count, dtype=np.uint64)
+    table = thresholds(NOISE, draw, ids, blocks)
+    bits = mask_bits(NOISE, draw, ids, table, size * blocks).reshape(-1, size)
+    mean, spread = (1 + low) / 2, (1 - low) ** 2 / 12
+    inner = mean - (spread + mean**2)  # E[t(1 - t)]
+    sums = bits.sum(axis=1)
+    assert abs(bits.mean() - mean) < 4 * (inner / bits.size) ** 0.5
+    variance = size * inner + size**2 * spread
+    fourth = ((sums - sums.mean()) ** 4).mean()
+    error = ((fourth - variance**2) / len(sums)) ** 0.5
+    assert abs(sums.var() - variance) < 4 * error
+    # All the dispersion comes of the common rate: given it, bits are independent.
+    rates = table.reshape(-1) / 2**32
+    rest = ((sums - size * rates) ** 2).mean()
+    assert abs(rest - size * inner) < 4 * (sums.var() * 2 / len(sums)) ** 0.5
+
+
+def test_bits_are_independent_between_places_sequences_and_draws():
+    ids = np.arange(6000, dtype=np.uint64)
+    half = np.full((6000, 1), 2**31, dtype=np.uint32)
+    one = mask_bits(NOISE, 0, ids, half, 24).astype(float) - 0.5
+    other = mask_bits(NOISE, 1, ids, half, 24).astype(float) - 0.5
+    bound = 5.5 / 6000**0.5  # of 24 x 24 correlations
+    places = np.corrcoef(one.T) - np.eye(24)
+    between = one.T @ other / 6000 * 4
+    neighbours = one[1:].T @ one[:-1] / 5999 * 4
+    for table in (places, between, neighbours):
+        assert np.abs(table).max() < bound
+        assert abs(table.std() - 1 / 6000**0.5) < 0.2 / 6000**0.5
+
+
+@pytest.mark.parametrize("strata", [1, 32, 65536])
+def test_the_top_of_the_range_never_wraps_around(strata):
+    """2^32 itself does not fit: a rate of 1 is the largest threshold, not 0."""
+    for low in (1.0, 1 - 2**-33, 1 - 2**-31):
+        noise = NoiseConfig(min_rate=low, max_rate=1.0, strata=strata)
+        table = thresholds(noise, 0, np.arange(64), 4)
+        assert table.min() >= 2**32 - 4
+    whole = NoiseConfig(min_rate=2**-32, max_rate=1.0, strata=strata)
+    table = thresholds(whole, 0, np.arange(2 * min(strata, 4096)), 4).astype(np.uint64)
+    assert table.min() >= 1
+    assert table.max() <= FULL
+    assert complement(np.array([0, 1, FULL], dtype=np.uint32)).tolist() == [FULL, FULL, 1]

@@ -165,3 +165,9 @@ def test_threads_share_one_object(tmp_path):
 def test_a_bound_below_one_record_batch_is_refused():
     with pytest.raises(InputError, match=r"cache\.max_bytes=100 .*1048576"):
         CacheConfig(max_bytes=100)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cache\.folder=.*file/below cannot be made"):
+        cache_in(tmp_path / "file" / "below")

@@ -124,7 +124,18 @@ def test_a_shard_or_a_record_that_is_missing_is_named(folder):
         BatchFile(folder, entry, SCHEMA)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"facts": {}}', '{"facts": {"batches": 3}}', "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"facts": {}}',
+        '{"facts": {"batches": 3}}',
+        "\x00",
+        "[" * 10**5,
+        '{"facts": {"batches": [[1e999, 8, "a"]]}}',
+    ],
+)
 def test_a_broken_record_is_refused(folder, text):
     entry = write(folder, rows())
     Path(folder.path("a.arrow.record.json")).write_text(text)

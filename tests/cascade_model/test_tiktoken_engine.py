@@ -112,4 +112,16 @@ def test_a_pattern_that_drops_text_is_left_to_the_reference():
 
 
 def test_a_text_too_long_for_the_pattern_goes_to_the_reference():
-    require_equal("trained", ["x" + " " * 300_000 + "y"])
+    text = "x" + " " * 1_000_000 + "y"
+    with pytest.raises(ValueError, match="stack"):
+        engine("trained")._engine.encode_to_numpy(text, disallowed_special=())
+    require_equal("trained", [text, "short"])
+
+
+@pytest.mark.parametrize("pattern", [r"\h+|\H", r"\X", r"\p{Emoji}|(?>\R)"])
+def test_a_pattern_that_is_not_surely_read_alike_is_refused(pattern):
+    document = json.loads(kind("split").to_bytes())
+    document["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    tokenizer = Tokenizer(json.dumps(document).encode())
+    with pytest.raises(NotConvertibleError, match="its pattern"):
+        TiktokenEngine(tokenizer)

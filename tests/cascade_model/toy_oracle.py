@@ -20,12 +20,13 @@ import torch
 from cascade_model.batch import TrainBatch
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig, Normaliser, TrainingNoise, Weight
-from cascade_model.corpus import Corpus, SequenceRows
+from cascade_model.corpus import Corpus
 from cascade_model.likelihood import Estimate, monte_carlo
 from cascade_model.loss import diffusion_loss, row_losses
 from cascade_model.mixing import UNITS
 from cascade_model.objective import loss_parts, weights_of
 from cascade_model.schema import Manifest, SourceEntry, SplitEntry
+from cascade_model.sequences import SequenceRows
 from tests.tiny_models import lively_model
 
 VOCABULARY, MASK, PAD, EOS, LENGTH = 8, 7, 6, 5, 4

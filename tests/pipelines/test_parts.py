@@ -11,7 +11,8 @@ import pytest
 from cascade_model import noise as mask_noise
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig
-from cascade_model.errors import CorpusMismatch, InputError
+from cascade_model.errors import CorpusMismatch, InputError, Unfinished
+from cascade_model.fast_tokenizer import REFERENCE
 from cascade_model.schema import (
     SPLITS,
     TOKENIZER,
@@ -27,6 +28,7 @@ from cascade_model.tokenizer import Tokenizer, byte_tokenizer
 from pipelines import encoding, intake, parts
 from pipelines.cleaning import Cleaning
 from pipelines.config import FilterConfig, SourceConfig
+from pipelines.encoding import engine_version
 from pipelines.held_out import is_held_out, text_hash
 from pipelines.isolation import KILLED
 from pipelines.parts import (
@@ -64,7 +66,8 @@ def job_in(folder, tokenizer=None, **changes) -> Job:
         geometry=GEOMETRY,
         noise=NoiseConfig(block_size=4),
         tokenizer_sha256=tokenizer.sha256,
-        engine="tokenizers",
+        engine=REFERENCE,
+        engine_version=engine_version(REFERENCE),
         chat_template=None,
     )
     return dataclasses.replace(job, **changes)
@@ -223,6 +226,12 @@ def test_a_packed_part_that_was_damaged_is_not_masked(tmp_path, part):
 def test_a_tokenizer_other_than_the_jobs_is_refused(tmp_path, part):
     job = job_in(tmp_path / "out", tokenizer_sha256="0" * 64)
     with pytest.raises(InputError, match=r"holds a tokenizer with sha256 .* not the job's 00000"):
+        pack_part(job, part)
+
+
+def test_an_engine_of_another_version_than_the_jobs_stops_it_for_now(tmp_path, part):
+    job = job_in(tmp_path / "out", engine_version="0.0.1")
+    with pytest.raises(Unfinished, match=r"was begun with tokenizers 0\.0\.1 but this process has"):
         pack_part(job, part)
 
 
