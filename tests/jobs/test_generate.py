@@ -176,7 +176,8 @@ def test_workers_that_no_machine_can_hold_are_refused_and_leave_nothing(
 ):
     more = ["--threads-per-worker", "9"]
     assert generate.main([*arguments(model, prompts, tmp_path / "out"), *more]) == 2
-    assert "num_workers=2 with 9 threads each on cpu needs 18 CPUs and this Ray has 4" in said(capsys)
+    sentence = "num_workers=2 with 9 threads each on cpu needs 18 CPUs and this Ray has 4"
+    assert sentence in said(capsys)
     assert not (tmp_path / "out").exists()
 
 
