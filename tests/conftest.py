@@ -21,6 +21,11 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that fork come first: a fork beside Ray's threads may leave its RPC hanging."""
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
+
+
 @pytest.fixture(scope="session")
 def ray_local():
     """One local Ray of four logical CPUs for the whole run, in a private short folder."""

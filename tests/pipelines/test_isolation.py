@@ -10,6 +10,8 @@ from cascade_model.commit import Folder
 from cascade_model.errors import InputError
 from pipelines.isolation import DEATHS, attempt, died_at, killers
 
+pytestmark = pytest.mark.forks
+
 
 def deadly(*rows, while_reading=()):
     """A trial of ten rows, of which some kill the process that touches them."""

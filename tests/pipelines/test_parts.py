@@ -435,6 +435,7 @@ def packs_in_child(job, part) -> bool:
     return os.waitstatus_to_exitcode(status) == 0
 
 
+@pytest.mark.forks
 def test_a_record_that_kills_the_process_is_set_aside_at_the_third_attempt(tmp_path, deadly_engine):
     texts = ["one", f"{DEADLY}, once", "two", f"{DEADLY}, twice", "three"]
     part = part_of(tmp_path / "a.jsonl", lines_of(*texts))
@@ -447,6 +448,7 @@ def test_a_record_that_kills_the_process_is_set_aside_at_the_third_attempt(tmp_p
     assert [json.loads(line)["excerpt"] for line in letters] == [texts[1], texts[3]]
 
 
+@pytest.mark.forks
 def test_deaths_with_another_cause_change_no_byte(tmp_path, part):
     job = job_in(tmp_path / "out")
     for mark in ("part-00003.arrow.attempt-0", "part-00003.arrow.attempt-1"):
