@@ -611,9 +611,28 @@ def test_a_check_that_killed_its_process_is_not_tried_again(documents_jsonl, tmp
         "from pipelines import admission\n"
         "admission.admit = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    assert run_in_child(tmp_path, program, flags_of(config, tmp_path)) == -signal.SIGKILL
-    manifest = prepare(config)
+    codes = [run_in_child(tmp_path, program, flags_of(config, tmp_path)) for _ in range(3)]
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    manifest = read_manifest(Folder(config.output))
     assert "killed its process" in manifest.tokenizer_engine["note"]
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_check_that_died_of_something_else_changes_no_byte(documents_jsonl, tmp_path, deaths):
+    died, calm = (
+        config_for(tmp_path / name, documents_jsonl, tokenizer_engine="auto")
+        for name in ("died", "calm")
+    )
+    program = (
+        "import os, signal\n"
+        "from pipelines import admission\n"
+        "admission.admit = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for _ in range(deaths):
+        assert run_in_child(tmp_path, program, flags_of(died, tmp_path)) == -signal.SIGKILL
+    prepare(died)
+    assert prepare(calm).tokenizer_engine["name"] == "tiktoken"
+    assert contents(tmp_path / "died") == contents(tmp_path / "calm")
 
 
 def test_cleaning_settings_reach_the_corpus(tmp_path):
