@@ -182,16 +182,25 @@ def _dataset_files(fs: Any, root: str, given: str, label: str) -> list[str]:
             splits = json.loads(fs.cat_file(posixpath.join(root, "dataset_dict.json")))["splits"]
             return [
                 f"{split}/{name}"
-                for split in splits
+                for split in map(_own_name, splits)
                 for name in _dataset_files(fs, posixpath.join(root, split), given, label)
             ]
         state = json.loads(fs.cat_file(posixpath.join(root, "state.json")))
-        return [entry["filename"] for entry in state["_data_files"]]
+        if state.get("_indices_data_files") or state.get("_indices_files"):
+            raise ValueError("rows are chosen by a file of indices, which is not read")
+        return [_own_name(entry["filename"]) for entry in state["_data_files"]]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise InputError(
             f"{label}.paths names {given}, which is no dataset folder (no sound state.json); write "
             f"it with datasets' save_to_disk or set {label}.format"
         ) from None
+
+
+def _own_name(name: str) -> str:
+    """A name that leads to nowhere but into its folder; `ValueError` for another."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise ValueError(f"{name!r} leads out of the folder")
+    return name
 
 
 def _file(fs: Any, path: str, place: str, kind: str) -> SourceFile:

@@ -78,6 +78,13 @@ def test_a_broken_line_is_set_aside_with_a_reason_and_a_short_excerpt(tmp_path, 
     assert json.dumps(dead.excerpt, ensure_ascii=False).encode()
 
 
+def test_the_mark_of_the_byte_order_is_no_text(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_bytes(b"\xef\xbb\xbfone \xef\xbb\xbftwo")
+    [document] = read(piece(text, "text"))
+    assert document.text == "one \ufefftwo"
+
+
 def invalid_text(*values: bytes | None) -> pa.Array:
     """A text column that holds these very bytes."""
     raw = pa.array(values, pa.binary())
