@@ -649,6 +649,13 @@ def test_cleaning_settings_reach_the_corpus(tmp_path):
     assert corpus.tokenizer().decode(corpus.rows([0]).tokens[0]) == "a\nlonger text"
 
 
+def test_a_chat_template_that_is_no_text_is_one_sentence(mixed, tmp_path):
+    (tmp_path / "a.jinja").write_bytes(b"\xff\xfe{{")
+    config = mixture_config(tmp_path / "corpus", mixed, chat_template=str(tmp_path / "a.jinja"))
+    with pytest.raises(InputError, match="cannot be read"):
+        prepare(config)
+
+
 def test_a_chat_template_of_a_file_is_part_of_the_identity(mixed, tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
