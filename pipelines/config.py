@@ -148,6 +148,7 @@ class PrepareConfig:
     """ray: Ray Data tasks. local: in this process; the same bytes, sooner for small corpora."""
 
     def __post_init__(self) -> None:
+        check(bool(self.output), "output is empty; name a folder")
         self._check_sources()
         size, length = self.noise.block_size, self.sequence_length
         check(

@@ -74,7 +74,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     given = None
     if config.tokenizer not in ("train", "bytes"):
         given = Tokenizer.from_url(config.tokenizer).with_specials()
-    plan = plan_sources(config.sources, config.part_bytes)
+    plan = plan_sources(config.sources, config.part_bytes, folder.path("").rstrip("/"))
     identity = _identity(config, plan, given)
     done = finished(folder, identity)
     if done is not None:

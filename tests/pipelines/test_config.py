@@ -29,6 +29,7 @@ GOOD = {
         ({"num_workers": 0}, "num_workers=0"),
         ({"sample_bytes": 0}, "sample_bytes=0"),
         ({"max_document_bytes": 3}, "max_document_bytes=3"),
+        ({"output": ""}, "output is empty"),
         ({"source": SourceConfig()}, "source.paths is empty"),
         ({"mixture": {"web": SourceConfig(paths=("b",))}}, "mixture=['web'] are both given"),
         ({"source": SourceConfig(), "mixture": {"web": SourceConfig()}}, "mixture.web.paths is"),

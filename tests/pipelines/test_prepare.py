@@ -168,6 +168,14 @@ def test_a_killed_process_is_taken_up_again(undisturbed, documents_jsonl, tmp_pa
     assert contents(output) == contents(undisturbed)
 
 
+def test_a_corpus_below_its_own_source_is_no_part_of_it(documents_jsonl, tmp_path):
+    shutil.copy(documents_jsonl, tmp_path / "a.jsonl")
+    config = config_for(tmp_path / "corpus", tmp_path)
+    manifest = prepare(config)
+    assert [source["path"] for source in manifest.sources] == [f"{tmp_path}/a.jsonl"]
+    assert prepare(config).digest == manifest.digest
+
+
 def test_other_settings_into_the_same_folder_are_refused(undisturbed, documents_jsonl, tmp_path):
     with pytest.raises(InputError, match="made with sequence_length=64 but this run has 128"):
         prepare(config_for(undisturbed, documents_jsonl, sequence_length=128))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -261,3 +262,17 @@ def test_rows_that_a_dataset_chose_by_a_file_of_indices_are_not_all_taken(tmp_pa
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match="is no dataset folder"):
         read(tmp_path)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="text_column=text is there more than once"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_file_whose_name_is_no_text_is_refused_by_name(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("a")
+    with pytest.raises(InputError, match=r"udcff\.txt' is no UTF-8; rename or exclude it"):
+        read(tmp_path)
+    assert read(write_jsonl(tmp_path / "a.jsonl")) == [TEXTS]
