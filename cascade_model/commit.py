@@ -234,8 +234,11 @@ class Folder:
                 record = self._write_local(name, source, facts or {})
             else:
                 record = self._write_object(name, source, facts or {})
-            data = self._create(name + RECORD_SUFFIX, record.to_json())
-        winner = Record.from_json(data, self.path(name + RECORD_SUFFIX))
+            winner = self._put_record(record)
+            if winner.object != record.object and self.record(name) is None:
+                # What it names is gone or cut, so the unit is not committed.
+                self.remove(name + RECORD_SUFFIX)
+                winner = self._put_record(record)
         if winner.object != record.object:
             self.remove(record.object)
         if winner.sha256 != record.sha256:
@@ -244,6 +247,11 @@ class Folder:
                 f"made {record.sha256[:12]}; choose another folder or delete it"
             )
         return winner
+
+    def _put_record(self, record: Record) -> Record:
+        """The record that stands there after this one was put."""
+        name = record.name + RECORD_SUFFIX
+        return Record.from_json(self._create(name, record.to_json()), self.path(name))
 
     @contextmanager
     def _told_if_full(self, name: str) -> Iterator[None]:

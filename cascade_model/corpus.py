@@ -360,7 +360,8 @@ def _within_documents(is_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_manifest(folder: Folder) -> Manifest:
-    """The manifest of a finished corpus; `CorpusMismatch` when there is none."""
+    """The manifest of a finished corpus; `CorpusMismatch` when there is none, `InputError` when it
+    cannot be read."""
     try:
         data = folder.read_bytes(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -371,5 +372,9 @@ def read_manifest(folder: Folder) -> Manifest:
         raise CorpusMismatch(
             f"corpus={folder.url} has no {MANIFEST}, so it is unfinished; run its `cascade "
             "prepare` again to go on"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"corpus={folder.url} cannot be read ({type(error).__name__}); check path and rights"
         ) from None
     return Manifest.from_json(data, folder.path(MANIFEST))

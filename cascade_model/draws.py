@@ -6,6 +6,7 @@ a reader has the same ones with and without; a draw without its manifest is not 
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -31,6 +32,10 @@ from cascade_model.schema import (
 from cascade_model.shard_cache import ShardCache
 from cascade_model.shards import BatchFile, entry_of, write_shard
 from cascade_model.stored import stored_of
+
+_DRAWS, _FILES = 4, 128
+"""Draws at hand at most, and mapped files of each: with those of the corpus itself they stay below
+the usual 1024 open ones."""
 
 
 def draw_name(draw: int, shard: str) -> str:
@@ -132,12 +137,15 @@ class Draws:
         self, folder: Folder, manifest: Manifest, split: str, cache: ShardCache | None
     ) -> None:
         self._folder, self._manifest, self._split, self._cache = folder, manifest, split, cache
-        self._open: dict[int, OpenShards[np.ndarray] | None] = {}
+        self._open: OrderedDict[int, OpenShards[np.ndarray] | None] = OrderedDict()
 
     def masked(self, draw: int, sequence_ids: np.ndarray) -> np.ndarray | None:
         """Masked places of sequences, uint64 [n], in a draw: bool [n, L]; none if not written."""
         if draw not in self._open:
             self._open[draw] = self._opened(draw)
+        self._open.move_to_end(draw)
+        if len(self._open) > _DRAWS:
+            self._open.popitem(last=False)
         shards, geometry = self._open[draw], self._manifest.geometry
         if shards is None:
             return None
@@ -155,7 +163,7 @@ class Draws:
             return None
         geometry = self._manifest.geometry
         schema, rows = draw_schema(geometry), batch_rows(geometry)
-        return OpenShards(self._folder, entries, schema, rows, self._stored, self._cache)
+        return OpenShards(self._folder, entries, schema, rows, self._stored, self._cache, _FILES)
 
     def _stored(
         self, batch: pa.RecordBatch, first: int, count: int, is_checked: bool

@@ -25,6 +25,20 @@ class Unfinished(InputError):
     """An input that stops a job which can go on from what it has made; so that is kept."""
 
 
+def of_store(error: Exception) -> Unfinished | None:
+    """What a store's client raised, as a sentence; none for any other error.
+
+    The clients have errors of their own where no credentials are found or no server answers.
+    """
+    if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+        return None
+    reason = (str(error).splitlines() or [""])[0].rstrip(".")
+    return Unfinished(
+        f"the store cannot be used ({type(error).__name__}: {reason}); check credentials, endpoint "
+        "and network, then run the same command again"
+    )
+
+
 class CorpusMismatch(InputError):
     """A corpus that is damaged, unfinished or made for something else; both values are named."""
 

@@ -1,6 +1,7 @@
 """Jinja templates as Hugging Face publishes them, in a sandbox.
 
-They get what a conversation holds and nothing else: no tools, no date. Two are built in.
+They get what a conversation holds and Jinja's own functions, and nothing else: no tools, no date,
+nothing random. Two are built in.
 """
 
 from typing import Any
@@ -72,7 +73,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", _GenerationTag],
     )
-    environment.globals = {"raise_exception": _refuse}
+    kept = ("range", "namespace", "dict", "joiner", "cycler")  # Jinja's own; lipsum is random
+    own = {name: environment.globals[name] for name in kept}
+    environment.globals = {**own, "raise_exception": _refuse}
     return environment
 
 

@@ -124,8 +124,16 @@ class Mixture:
         return ids, ranks, draws
 
     def ranks_of(self, sequence_ids: np.ndarray, noise: NoiseConfig, draw: int) -> np.ndarray:
-        """The ranks that enter the noise, uint64 [n], of these sequences in a draw."""
+        """The ranks that enter the noise, uint64 [n], of these sequences in a draw.
+
+        `CorpusMismatch` for one that no source has.
+        """
         ids = np.asarray(sequence_ids, dtype=np.uint64)
+        if ids.size and int(ids.max()) >= sum(self._sizes):
+            raise CorpusMismatch(
+                f"sequence {int(ids.max())} is beyond the {sum(self._sizes)} of the manifest's "
+                "sources; prepare the corpus again"
+            )
         ranks = np.empty_like(ids)
         owners = np.searchsorted(self._firsts, ids, side="right") - 1
         for source in np.unique(owners):

@@ -101,6 +101,7 @@ def permute(
     """A keyed permutation of range(size) at the given indices (uint64, any shape).
 
     `tweak` (a scalar or an array like `index`) chooses one of 2^32 permutations of the same key.
+    `IndexError` for an index outside of range(size).
     """
     return _walk(index, size, key, tweak, purpose, forward=True)
 
@@ -117,8 +118,13 @@ def unpermute(
 
 
 def _walk(index, size, key, tweak, purpose, *, forward: bool) -> np.ndarray:
-    """Apply the Feistel network again to whatever still lies outside range(size)."""
+    """Apply the Feistel network again to whatever still lies outside range(size).
+
+    From an index outside, the walk might never come back: `IndexError`.
+    """
     value = np.array(index, dtype=np.uint64)
+    if value.size and int(value.max()) >= size:
+        raise IndexError(f"index {int(value.max())} of a permutation of {size}")
     keyed = np.broadcast_to(_keyed(key, np.asarray(tweak, np.uint64), purpose), value.shape)
     half = _half_bits(size)
     outside = np.ones(value.shape, dtype=bool)

@@ -46,8 +46,12 @@ class OpenShards(Generic[Part]):
         batch_rows: int,
         make: Callable[[pa.RecordBatch, int, int, bool], Part | str],
         cache: ShardCache | None,
+        max_mapped: int | None = None,
     ) -> None:
-        """`make(batch, first id, rows, is_checked)` gives the part, or says what is wrong."""
+        """`make(batch, first id, rows, is_checked)` gives the part, or says what is wrong.
+
+        `max_mapped`: files at hand at most, where they are mapped into memory; none: `MAPPED`.
+        """
         self._folder, self._entries, self._schema = folder, entries, schema
         self._batch_rows, self._make, self._cache = batch_rows, make, cache
         self._first = np.array([entry.first_sequence for entry in entries], dtype=np.uint64)
@@ -55,6 +59,8 @@ class OpenShards(Generic[Part]):
         self._parts: OrderedDict[int, Part] = OrderedDict()
         self._checked: dict[tuple[int, Any], bytearray] = {}
         self._max_files, self._max_parts = FETCHED if cache else MAPPED
+        if max_mapped and not cache:
+            self._max_files = max_mapped
         self._lock = threading.RLock()
 
     def visit(self, ids: np.ndarray, take: Callable[[Part, Rows, Rows], None]) -> None:

@@ -52,14 +52,21 @@ class DocumentTables:
     def sizes(self, document_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bytes, uint32 [n], and split, uint8 [n], of each document, uint64 [n].
 
+        The bytes are those that its tokens hold: none where a normaliser left no token, else all.
         `CorpusMismatch` when one is not listed.
         """
         sizes = np.empty(len(document_ids), dtype=np.uint32)
         splits = np.empty(len(document_ids), dtype=np.uint8)
         for table, mine, rows in self._found(document_ids):
-            sizes[mine] = table.column("bytes").to_numpy()[rows]
+            has_tokens = table.column("tokens").to_numpy() > 0
+            sizes[mine] = np.where(has_tokens, table.column("bytes").to_numpy(), 0)[rows]
             splits[mine] = table.column("split").to_numpy()[rows]
         return sizes, splits
+
+    def num_documents(self, parts: np.ndarray, split: int) -> int:
+        """Documents of a split (an index into SPLITS) that the tables of these parts list."""
+        tables = (self.table(int(part)) for part in parts)
+        return sum(int((table.column("split").to_numpy() == split).sum()) for table in tables)
 
     def _found(
         self, document_ids: np.ndarray

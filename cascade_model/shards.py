@@ -91,7 +91,10 @@ def entry_of(record: Record) -> ShardEntry:
 
 
 def read_arrow(folder: Folder, name: str, size: int, sha256: str) -> pa.ipc.RecordBatchFileReader:
-    """Open a whole IPC file after its size and hash agree; `CorpusMismatch` otherwise."""
+    """Open a whole IPC file after its size and hash agree; `CorpusMismatch` otherwise.
+
+    Of a store its record batches are fetched one by one, so that memory does not hold the file.
+    """
     where = folder.path(name)
     try:
         require_size(where, folder.size(name), size)
@@ -104,8 +107,9 @@ def read_arrow(folder: Folder, name: str, size: int, sha256: str) -> pa.ipc.Reco
             f"has sha256 {actual[:12]} but its record says {sha256[:12]}; it was damaged or "
             "exchanged",
         )
-    source = pa.memory_map(where) if folder.is_local else pa.BufferReader(folder.read_bytes(name))
     try:
+        is_local = folder.is_local
+        source = pa.memory_map(where) if is_local else pa.PythonFile(folder.open(name), mode="r")
         return pa.ipc.open_file(source)
     except (pa.ArrowException, OSError):
         refuse(where, "is no Arrow file")

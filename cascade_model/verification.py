@@ -45,6 +45,7 @@ class Verifier:
         return [
             *self._tokenizer(),
             *(fault for split in self.manifest.splits for fault in self._split(split)),
+            *self._documents(),
         ]
 
     def shard(self, split: str, index: int) -> list[str]:
@@ -103,6 +104,14 @@ class Verifier:
                 faults.append(f"split {name}: {key} is {said} but its shards sum to {counted}")
         return faults
 
+    def _documents(self) -> list[str]:
+        """The splits' documents against the tables, where the corpus has any."""
+        tables = self.manifest.documents
+        said = sum(split.num_documents for split in self.manifest.splits.values())
+        listed = sum(table.rows for table in tables)
+        same = said == listed or not tables
+        return [] if same else [f"the splits have {said} documents but the tables list {listed}"]
+
     def _recipe(self, split: str, first: int, rows: Stored) -> list[str]:
         """Thresholds and bitmap of draw 0 against the recipe."""
         geometry, faults = self.manifest.geometry, []
@@ -145,6 +154,10 @@ class Verifier:
             return ["has byte spans that leave a gap in a document or hold a byte twice"]
         if (stops[is_last] != sizes).any():
             return ["has byte spans that do not end where their documents do"]
+        # A part's documents of a split are in one shard.
+        listed = self._tables.num_documents(np.unique(ids >> np.uint64(32)), SPLITS.index(split))
+        if listed != int(is_first.sum()):
+            return [f"holds {int(is_first.sum())} of {listed} documents that its tables list"]
         return []
 
     def _draw(self, split: str, index: int, draw: int, stored: list[Stored]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, of_store
 
 Config = TypeVar("Config")
 
@@ -41,6 +41,12 @@ def command(
                 file=sys.stderr,
             )
             return 130
+        except Exception as error:
+            told = of_store(error)
+            if told is None:
+                raise
+            show_error(told)
+            return told.exit_code
         return 0
 
     return main

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Split = Literal["train", "held_out"]
 _MARK, _PLAIN = "\x1b[7m", "\x1b[0m"
 """Reverse video and back."""
+_SAMPLES = 1 << 62
+"""Sample numbers stay below this."""
 _BAR = 40
 """Characters of the longest bar of a histogram."""
 
@@ -54,7 +56,10 @@ class ShowConfig:
     """Masked text in reverse video instead of [MASK]; auto does so on a terminal."""
 
     def __post_init__(self) -> None:
-        check(self.first_sample >= 0, f"first_sample={self.first_sample} must be at least 0")
+        check(
+            0 <= self.first_sample < _SAMPLES,
+            f"first_sample={self.first_sample} must be at least 0 and below 2^62",
+        )
         check(self.num_samples >= 1, f"num_samples={self.num_samples} must be at least 1")
 
 
@@ -90,6 +95,10 @@ class DocumentsConfig:
     def __post_init__(self) -> None:
         check(self.step >= 1, f"step={self.step} must be at least 1, as steps are counted from 1")
         check(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
+        check(
+            self.step * self.batch_size < _SAMPLES,
+            f"step={self.step} of batch_size={self.batch_size} is beyond sample 2^62; check both",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,8 +198,19 @@ def marked_text(
 def _run_text(tokens: "np.ndarray", is_masked: bool, tokenizer: Any, in_color: bool) -> str:
     if is_masked and not in_color:
         return "[MASK]" * len(tokens)
-    text = tokenizer.decode(tokens.tolist(), skip_special=False)
+    text = printable(tokenizer.decode(tokens.tolist(), skip_special=False), kept="\n\t")
     return f"{_MARK}{text}{_PLAIN}" if is_masked else text
+
+
+def printable(text: str, kept: str = "") -> str:
+    """A text for a terminal or a table: what draws nothing, such as an escape, is spelt out, but
+    for the characters `kept`."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in kept else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 def stats(config: StatsConfig) -> dict[str, Any]:
@@ -246,7 +266,7 @@ def mask_rates(corpus: "Corpus", max_sequences: int) -> dict[str, Any]:
         masked += int(batch.is_masked.sum())
         maskable += int(batch.is_maskable.sum())
     return {
-        "masked": masked / maskable,
+        "masked": masked / max(maskable, 1),  # a few sequences may hold no response at all
         "mean_rate": rate_sum / blocks,
         "rates": [count / blocks for count in counts.tolist()],
     }
@@ -274,7 +294,8 @@ def documents(config: DocumentsConfig) -> None:
     print("sample\tsequence\tpath\twhere\tfirst_byte\tlast_byte")
     for piece in corpus.documents_of(first, config.batch_size, noise):
         start, stop = piece.span
-        place = f"{piece.path}\t{piece.where}\t{start}\t{stop - 1}"
+        path, where = printable(piece.path), printable(piece.where)
+        place = f"{path}\t{where}\t{start}\t{stop - 1}"
         print(f"{piece.sample}\t{piece.sequence_id}\t{place}")
 
 

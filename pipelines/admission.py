@@ -1,7 +1,7 @@
 """The tokenizer engine of a corpus: a fast one, once it has shown on a sample that it is right."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ from cascade_model.commit import Folder
 from cascade_model.fast_tokenizer import REFERENCE, admit
 from pipelines.cleaning import cleaned
 from pipelines.encoding import engine_version, tokenizer_of
-from pipelines.isolation import attempt
+from pipelines.isolation import DEATHS, attempt, died_at
 from pipelines.parts import Job
 from pipelines.pieces import Part
 from pipelines.sampling import sampled
@@ -25,14 +25,16 @@ SAMPLE_PARTS = 8
 def choose_engine(job: Job, parts: Sequence[Part]) -> dict[str, Any]:
     """What the manifest says of the engine that encodes the corpus, settled once for a job.
 
-    Where an earlier check killed its process, the reference engine is taken without one.
+    Where earlier checks died, it is tried in a child first: the reference engine is taken if that
+    dies too, while deaths with another cause change nothing.
     """
     work = Folder(job.work)
     if not work.exists(ENGINE):
         with attempt(work, ENGINE) as deaths:
+            kills = deaths == DEATHS and died_at(partial(_tried, job, parts), 0)[0] is not None
             found = (
                 reference("the check of a fast engine killed its process")
-                if deaths
+                if kills
                 else _checked(job, parts)
             )
         work.publish(ENGINE, json.dumps(found).encode())
@@ -48,6 +50,12 @@ def reference(note: str) -> dict[str, Any]:
         "sample_texts": 0,
         "sample_bytes": 0,
     }
+
+
+def _tried(job: Job, parts: Sequence[Part], start: int, tell: Callable[[int, bool], None]) -> None:
+    """The check as a trial of one step."""
+    tell(start, False)
+    _checked(job, parts)
 
 
 def _checked(job: Job, parts: Sequence[Part]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Settings of the prepare job (standard library only, so that `--help` stays fast)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,6 +8,8 @@ from cascade_model.config import NoiseConfig, check
 
 ONLY_SOURCE = "source"
 """Name of the source of a corpus that has one."""
+MAX_SOURCES = 1024
+"""Each has at least one sample of every 1024 (`cascade_model.mixing`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,10 @@ class SourceConfig:
     mixture."""
 
     def __post_init__(self) -> None:
-        check(self.weight > 0, f"weight={self.weight} must be above 0; leave the source out")
+        check(
+            0 < self.weight < math.inf,
+            f"weight={self.weight} must be a finite number above 0; leave the source out instead",
+        )
         check(
             self.messages_column is None or self.text_column == "text",
             f"messages_column={self.messages_column} and text_column={self.text_column} "
@@ -142,6 +148,7 @@ class PrepareConfig:
     """ray: Ray Data tasks. local: in this process; the same bytes, sooner for small corpora."""
 
     def __post_init__(self) -> None:
+        check(bool(self.output), "output is empty; name a folder")
         self._check_sources()
         size, length = self.noise.block_size, self.sequence_length
         check(
@@ -174,6 +181,11 @@ class PrepareConfig:
             not (self.source.paths and self.mixture),
             f"source.paths={list(self.source.paths)} and mixture={list(self.mixture)} are both "
             "given; move the source into the mixture",
+        )
+        check(
+            len(self.mixture) <= MAX_SOURCES,
+            f"mixture has {len(self.mixture)} sources, at most {MAX_SOURCES} can be mixed; join "
+            "some of them",
         )
         for name, source in self.mixture.items():
             check(

@@ -26,7 +26,7 @@ from pipelines.pieces import (
 from pipelines.tables import table_rows
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""May stand before the first line of a file, and is no part of it."""
+"""May stand at the beginning of a file, and is no part of its text."""
 
 Message = dict[str, str]
 """A turn of a conversation: role and content."""
@@ -120,7 +120,7 @@ def _records(
 
 def _text(piece: Piece) -> Iterator[tuple[str, dict[str, Any]]]:
     with open_source(piece.url) as file:
-        yield "whole file", {"text": decoded(file.read())}
+        yield "whole file", {"text": decoded(file.read().removeprefix(BYTE_ORDER_MARK))}
 
 
 def _jsonl(

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 
 from cascade_model import noise as mask_noise
-from cascade_model.commit import Folder, Record
+from cascade_model.commit import RECORD_SUFFIX, Folder, Record
 from cascade_model.config import NoiseConfig
-from cascade_model.errors import InputError
+from cascade_model.errors import CorpusMismatch, InputError, Unfinished
 from cascade_model.schema import (
     SPLITS,
     Geometry,
@@ -216,9 +217,7 @@ def _encode_alone(encoder: DocumentEncoder, document: Document) -> None:
 def mask_part(job: Job, order: MaskOrder) -> dict[str, Record]:
     """Sequence ids and draw 0 of the recipe; the final shards, by split."""
     output, made = Folder(job.output), {}
-    reader = read_arrow(
-        Folder(job.work), order.packed.object, order.packed.bytes, order.packed.sha256
-    )
+    reader = _packed_reader(Folder(job.work), order.packed)
     for number, split in enumerate(SPLITS):
         facts = order.packed.facts["splits"][split]
         if not facts["rows"]:
@@ -243,6 +242,19 @@ def mask_part(job: Job, order: MaskOrder) -> dict[str, Record]:
             )
         made[split] = record
     return made
+
+
+def _packed_reader(work: Folder, packed: Record) -> pa.ipc.RecordBatchFileReader:
+    """A part's packed sequences; `Unfinished` where they are damaged or out of reach, and then the
+    part is no longer committed: the same job packs it anew."""
+    try:
+        return read_arrow(work, packed.object, packed.bytes, packed.sha256)
+    except CorpusMismatch as error:
+        work.remove(packed.name + RECORD_SUFFIX)
+        what = str(error).partition(";")[0]
+        raise Unfinished(
+            f"{what}; run the same command again, which packs this part anew"
+        ) from None
 
 
 def _require_job(work: Folder) -> None:

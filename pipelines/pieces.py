@@ -105,7 +105,7 @@ def whole(url: str, kind: str) -> Iterator[None]:
     """Turn a reader's complaint about a damaged file into one sentence."""
     try:
         yield
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         # Arrow's own complaints have no number; those of a disk or a network do.
         if isinstance(error, OSError) and error.errno is not None:
             raise _unreadable(url, error) from None

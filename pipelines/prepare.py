@@ -74,7 +74,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     given = None
     if config.tokenizer not in ("train", "bytes"):
         given = Tokenizer.from_url(config.tokenizer).with_specials()
-    plan = plan_sources(config.sources, config.part_bytes)
+    plan = plan_sources(config.sources, config.part_bytes, folder.path("").rstrip("/"))
     identity = _identity(config, plan, given)
     done = finished(folder, identity)
     if done is not None:
@@ -222,8 +222,15 @@ def _template(config: PrepareConfig) -> str | None:
     if not config.has_chats:
         return None
     file = Path(config.chat_template)
-    is_file = len(config.chat_template) < 256 and file.is_file()
-    return file.read_text(encoding="utf-8") if is_file else config.chat_template
+    if len(config.chat_template) >= 256 or not file.is_file():
+        return config.chat_template
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"chat_template={file} cannot be read ({type(error).__name__}); give a Jinja template "
+            "in UTF-8"
+        ) from None
 
 
 def _cleaning(config: PrepareConfig) -> Cleaning:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, cast
 
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, of_store
 from pipelines.cluster import quiet_ray_data, start_ray
 
 Step = Callable[[dict[str, Any]], dict[str, Any]]
@@ -47,6 +47,11 @@ def _attempt(step: Step, line: str) -> str:
         return json.dumps(step(json.loads(line)))
     except InputError as error:
         return json.dumps({"error": error.to_data()})
+    except Exception as error:
+        told = of_store(error)
+        if told is None:
+            raise
+        return json.dumps({"error": told.to_data()})
 
 
 def _here(step: Step, lines: Iterable[str]) -> Iterator[tuple[int, str]]:

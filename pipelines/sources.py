@@ -20,9 +20,10 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from cascade_model.commit import sha256_of
+from cascade_model.config import check
 from cascade_model.errors import InputError
 from pipelines.config import ONLY_SOURCE, SourceConfig
-from pipelines.pieces import Part, Piece, compression_of, open_source
+from pipelines.pieces import Part, Piece, compression_of, is_sound, open_source
 from pipelines.tables import Range, arrow_kind, file_batches, row_groups, stream_batches
 
 STDLIB = "stdlib:"
@@ -64,21 +65,35 @@ class Plan:
         return sum(piece.bytes for part in self.parts for piece in part.pieces)
 
 
-def plan_sources(sources: Mapping[str, SourceConfig], part_bytes: int) -> Plan:
-    """The plan of several sources, one after the other; part numbers go on from one to the next."""
+def plan_sources(
+    sources: Mapping[str, SourceConfig], part_bytes: int, output: str | None = None
+) -> Plan:
+    """The plan of several sources, one after the other; part numbers go on from one to the next.
+
+    `output` is the job's own folder, as its file system spells it: what the job writes there is no
+    source of it, though it may lie below one.
+    """
     files: list[SourceFile] = []
     parts: list[Part] = []
     for name, source in sources.items():
-        plan = make_plan(source, part_bytes, name)
+        plan = make_plan(source, part_bytes, name, output)
         files += plan.files
         parts += [replace(part, index=len(parts) + part.index) for part in plan.parts]
     return Plan(files=tuple(files), parts=tuple(parts))
 
 
-def make_plan(source: SourceConfig, part_bytes: int, name: str = ONLY_SOURCE) -> Plan:
+def make_plan(
+    source: SourceConfig, part_bytes: int, name: str = ONLY_SOURCE, output: str | None = None
+) -> Plan:
     """List, hash and cut the files; `InputError` when something is missing or empty."""
     label = label_of(name)
-    files = [file for path in source.paths for file in _list_files(source, path, label)]
+    files = [file for path in source.paths for file in _list_files(source, path, label, output)]
+    for file in files:
+        check(
+            is_sound(file.path),
+            f"{label}.paths holds a file whose name {file.path!a} is no UTF-8; rename or exclude "
+            "it",
+        )
     with ThreadPoolExecutor(8) as pool:
         files = [replace(file, source=name) for file in pool.map(_hashed, files)]
     pieces = [piece for file in files for piece in _pieces(file, source, part_bytes, label)]
@@ -106,7 +121,9 @@ def _group(pieces: list[Piece], part_bytes: int, source: str) -> Iterator[Part]:
     yield Part(index=index, pieces=tuple(held), source=source)
 
 
-def _list_files(source: SourceConfig, given: str, label: str) -> list[SourceFile]:
+def _list_files(
+    source: SourceConfig, given: str, label: str, output: str | None
+) -> list[SourceFile]:
     """The files behind one of a source's paths, sorted by path."""
     is_stdlib = given == STDLIB
     url = sysconfig.get_paths()["stdlib"] if is_stdlib else given
@@ -130,7 +147,7 @@ def _list_files(source: SourceConfig, given: str, label: str) -> list[SourceFile
             for name in _dataset_files(fs, str(root), given, label)
         ]
     exclude = source.exclude + (_STDLIB_EXCLUDE if is_stdlib else ())
-    names = sorted(_walk(fs, str(root), exclude))
+    names = sorted(_walk(fs, str(root), exclude, output))
     kinds = {name: kind for name in names if (kind := _chosen(source, name, is_stdlib))}
     if not kinds:
         raise InputError(
@@ -160,13 +177,13 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(re.match(glob_translate(pattern), name) for pattern in patterns)
 
 
-def _walk(fs: Any, root: str, exclude: tuple[str, ...]) -> Iterator[str]:
-    """Paths below root; excluded folders are not entered."""
+def _walk(fs: Any, root: str, exclude: tuple[str, ...], output: str | None) -> Iterator[str]:
+    """Paths below root; excluded folders and the job's own are not entered."""
     for folder, folders, files in fs.walk(root):
         inside = posixpath.relpath(folder, root)
         prefix = "" if inside == "." else inside + "/"
         for name in list(folders):
-            if _matches(prefix + name, exclude):
+            if _matches(prefix + name, exclude) or posixpath.join(root, prefix + name) == output:
                 folders.remove(name) if isinstance(folders, list) else folders.pop(name)
         yield from (prefix + n for n in files if not _matches(prefix + n, exclude))
 
@@ -182,16 +199,25 @@ def _dataset_files(fs: Any, root: str, given: str, label: str) -> list[str]:
             splits = json.loads(fs.cat_file(posixpath.join(root, "dataset_dict.json")))["splits"]
             return [
                 f"{split}/{name}"
-                for split in splits
+                for split in map(_own_name, splits)
                 for name in _dataset_files(fs, posixpath.join(root, split), given, label)
             ]
         state = json.loads(fs.cat_file(posixpath.join(root, "state.json")))
-        return [entry["filename"] for entry in state["_data_files"]]
+        if state.get("_indices_data_files") or state.get("_indices_files"):
+            raise ValueError("rows are chosen by a file of indices, which is not read")
+        return [_own_name(entry["filename"]) for entry in state["_data_files"]]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise InputError(
             f"{label}.paths names {given}, which is no dataset folder (no sound state.json); write "
             f"it with datasets' save_to_disk or set {label}.format"
         ) from None
+
+
+def _own_name(name: str) -> str:
+    """A name that leads to nowhere but into its folder; `ValueError` for another."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise ValueError(f"{name!r} leads out of the folder")
+    return name
 
 
 def _file(fs: Any, path: str, place: str, kind: str) -> SourceFile:

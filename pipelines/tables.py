@@ -119,9 +119,30 @@ def _stream(piece: Piece, names: list[str]) -> Iterator[tuple[str, int, pa.Recor
 
 
 def _sliced(place: str, batch: pa.RecordBatch) -> Iterator[tuple[str, int, pa.RecordBatch]]:
+    for column in batch.columns:
+        _as_bytes(column).validate(full=True)  # before an offset is followed
     rows = _rows(batch.nbytes, batch.num_rows)
     for row in range(0, batch.num_rows, rows):
         yield place, row, batch.slice(row, rows)
+
+
+def _as_bytes(column: pa.Array) -> pa.Array:
+    """The same column with bytes in place of texts, whose spelling is judged record by record."""
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return column.view(pa.binary() if pa.types.is_string(kind) else pa.large_binary())
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = [_as_bytes(column.values)]
+        outer = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        bare, buffers = outer(inner[0].type), column.buffers()[:2]
+    elif pa.types.is_struct(kind):
+        inner = [_as_bytes(column.field(place)) for place in range(kind.num_fields)]
+        names = [kind.field(place).name for place in range(kind.num_fields)]
+        pairs = zip(names, (each.type for each in inner), strict=True)
+        bare, buffers = pa.struct(list(pairs)), column.buffers()[:1]
+    else:
+        return column
+    return pa.Array.from_buffers(bare, len(column), buffers, offset=column.offset, children=inner)
 
 
 def _rows(size: int, count: int) -> int:
@@ -147,6 +168,8 @@ def require_columns(schema: pa.Schema, columns: dict[str, str | None], url: str)
             raise InputError(
                 f"{role}={name} is not in {url}, which has {schema.names}; name one of these"
             )
+        if schema.names.count(name) > 1:
+            raise InputError(f"{role}={name} is there more than once in {url}; rename one of them")
         kind = schema.field(name).type
         if role.endswith("text_column") and not _is_text(kind):
             raise InputError(f"{role}={name} of {url} holds {kind}, not text; name a text column")

@@ -226,6 +226,21 @@ def test_a_template_that_cannot_be_trusted_is_refused(template, words):
         made.encode([chat("a question, b", "Long answer " * 9)], TOKENIZER)
 
 
+def test_the_functions_of_jinja_are_known_but_what_is_random():
+    """Published templates count with `namespace` and `range` (Qwen3, DeepSeek)."""
+    counting = (
+        "{% set seen = namespace(turns=0) %}{% for i in range(messages | length) %}"
+        "{% set seen.turns = seen.turns + 1 %}"
+        "{{ seen.turns ~ messages[i].role ~ ': ' ~ messages[i].content ~ ';' }}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
+    found = ChatTemplate(counting, byte_tokenizer()).pieces(messages)
+    assert "".join(piece.text for piece in found) == "1user: why;2assistant: so;"
+    for text in ("{{ lipsum() }}", "{% for i in range(10 ** 9) %}{% endfor %}"):
+        with pytest.raises(InputError, match="refuses a conversation"):
+            ChatTemplate(text, byte_tokenizer()).prompt(messages)
+
+
 def test_a_generation_tag_and_loop_controls_are_read():
     text = (
         "{% for m in messages %}{% if loop.index > 9 %}{% break %}{% endif %}"

@@ -27,6 +27,18 @@ def folder(request, tmp_path) -> Folder:
     return Folder(local if request.param == "local" else f"memory://{uuid.uuid4().hex}/corpus")
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_unit_whose_file_was_lost_is_committed_anew(folder, is_cut):
+    first = folder.commit("a.bin", b"hello", {"rows": 1})
+    folder.remove(first.object)
+    if is_cut:
+        folder._fs.pipe_file(folder.path(first.object), b"hel")
+    assert folder.record("a.bin") is None
+    again = folder.commit("a.bin", b"hello", {"rows": 1})
+    assert folder.record("a.bin") == again
+    assert folder.read_bytes("a.bin") == b"hello"
+
+
 def test_a_committed_unit_is_read_back_with_its_record(folder):
     record = folder.commit("a.bin", lambda file: file.write(b"hello"), {"rows": 3})
     assert folder.read_bytes("a.bin") == b"hello"

@@ -1,6 +1,7 @@
 """Written draws are the recomputed ones, and nobody else's."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -155,3 +156,16 @@ def test_a_draw_that_is_written_is_not_computed_again(written, monkeypatch):
     materialise(written, 1)
     with pytest.raises(TypeError):
         materialise(written, 2)
+
+
+def test_many_draws_hold_few_files_open(plain, tmp_path):
+    url = shutil.copytree(plain, tmp_path / "corpus")
+    for draw in range(1, 8):
+        materialise(str(url), draw)
+    corpus, before = Corpus.open(str(url)), len(os.listdir("/proc/self/fd"))
+    recipe, shards = corpus.recipe, len(corpus.manifest.splits["train"].shards)
+    for _ in range(2):
+        corpus.batch(0, 7 * corpus.num_sequences, recipe)
+    opened = len(os.listdir("/proc/self/fd")) - before
+    assert shards < opened <= shards * 5  # the corpus itself and four draws
+    assert len(corpus._draws._open) == 4

@@ -50,6 +50,13 @@ def test_each_draw_is_a_permutation_and_rank_of_is_its_inverse(size):
         assert (rank_of(order, size, NOISE, draw) == ranks).all()
 
 
+@pytest.mark.parametrize(("index", "size"), [(1, 1), (5, 5), (2**40, 7), (0, 0)])
+def test_an_index_outside_is_refused_as_its_walk_might_never_end(index, size):
+    for way in (sequence_at, rank_of):
+        with pytest.raises(IndexError, match=f"index {index} of a permutation of {size}"):
+            way(np.array([0, index], dtype=np.uint64), size, NOISE, 0)
+
+
 def test_draws_and_seeds_differ():
     ranks = np.arange(100, dtype=np.uint64)
     other = NoiseConfig(seed=8)

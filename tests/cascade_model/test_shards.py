@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from cascade_model.config import digest
 from cascade_model.errors import CorpusMismatch
 from cascade_model.schema import ShardEntry, rows_columns, rows_of, shard_schema
 from cascade_model.shard_cache import CacheConfig, ShardCache
-from cascade_model.shards import BatchFile, read_arrow, write_shard
+from cascade_model.shards import BatchFile, arrow_writer, read_arrow, write_shard
 from tests.cascade_model.shard_making import FIRST, GEOMETRY, rows, write
 
 SCHEMA = shard_schema(GEOMETRY)
@@ -250,3 +251,13 @@ def test_a_shard_whose_batches_are_not_full_is_not_written(folder):
     uneven = [[c[:2] for c in columns], [c[2:] for c in columns]]
     with pytest.raises(ValueError, match="record batch"):
         write_shard(folder, "a.arrow", SCHEMA, uneven, {})
+
+
+def test_a_file_of_a_store_is_read_batch_by_batch(monkeypatch):
+    folder, schema = Folder(f"memory://{uuid.uuid4().hex}"), pa.schema([("x", pa.int64())])
+    columns = [[pa.array(range(n, n + 1000))] for n in range(0, 9000, 1000)]
+    record = folder.commit("a.arrow", arrow_writer(schema, columns))
+    monkeypatch.delattr(Folder, "read_bytes")
+    reader = read_arrow(folder, record.object, record.bytes, record.sha256)
+    batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    assert [batch.column(0) for batch in batches] == [column for [column] in columns]

@@ -4,12 +4,15 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from cascade_model.commit import Folder
+from cascade_model.commit import RECORD_SUFFIX, Folder
 from cascade_model.config import NoiseConfig
 from cascade_model.corpus import Corpus, read_manifest
-from cascade_model.schema import MANIFEST
+from cascade_model.provenance import DocumentTables
+from cascade_model.schema import MANIFEST, documents_schema
+from cascade_model.shards import arrow_writer
 from cascade_model.verification import Verifier, draws_of
 from tests.cascade_model.corpus_making import make_corpus
 from tests.cascade_model.damage import Target
@@ -97,6 +100,27 @@ def test_a_document_that_no_table_lists_is_found(tmp_path):
     ids[ids == 50_000] = 77 << 32
     target(tmp_path).change(document_ids=ids)
     assert any("documents-00077.arrow is not in the manifest" in f for f in faults(tmp_path))
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_a_document_of_a_table_that_no_sequence_holds_is_found(tmp_path, tokens):
+    make_corpus(tmp_path, TEXTS)
+    folder, manifest = Folder(tmp_path), read_manifest(Folder(tmp_path))
+    entry, schema = manifest.documents[0], documents_schema()
+    values = DocumentTables(folder, manifest).table(0).to_pydict()
+    last = {name: column[-1] for name, column in values.items()}
+    last |= {"document_id": last["document_id"] + 1, "tokens": tokens}
+    columns = [pa.array([*values[each.name], last[each.name]], each.type) for each in schema]
+    for name in (entry.name, entry.name + RECORD_SUFFIX):
+        folder.remove(name)
+    record = folder.commit(entry.name, arrow_writer(schema, [columns]))
+    longer = dataclasses.replace(
+        entry, bytes=record.bytes, sha256=record.sha256, rows=entry.rows + 1
+    )
+    changed = dataclasses.replace(manifest, documents=(longer, *manifest.documents[1:]))
+    (tmp_path / MANIFEST).write_bytes(changed.to_json())
+    assert verifier(tmp_path).corpus() == ["the splits have 80 documents but the tables list 81"]
+    assert any("holds 60 of 61 documents" in fault for fault in faults(tmp_path))
 
 
 def test_a_shard_with_another_number_of_tokens_than_listed_is_found(tmp_path):

@@ -169,3 +169,20 @@ def test_help_takes_under_a_second_and_loads_nothing_heavy(stage):
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "usage" in result.stdout
+
+
+def test_what_a_stores_client_raises_is_one_sentence_and_other_faults_are_not(capsys, tmp_path):
+    botocore = pytest.importorskip("botocore.exceptions")
+
+    def fail_with(error):
+        def run(config):
+            raise error
+
+        return command(ToyConfig, run)
+
+    assert fail_with(botocore.NoCredentialsError())(["--output", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "NoCredentialsError: Unable to locate credentials" in told
+    assert "Traceback" not in told
+    with pytest.raises(ZeroDivisionError):
+        fail_with(ZeroDivisionError())(["--output", str(tmp_path)])

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cascade_model.config import NoiseConfig
 from cascade_model.corpus import Corpus
-from jobs import shards
+from jobs import prepare, shards
 from tests.cascade_model.corpus_making import make_corpus
 from tests.cascade_model.damage import Target
 
@@ -168,6 +169,42 @@ def test_stats_are_those_of_manifest_and_masks(corpus_url, capsys):
     assert all(0.05 < share < 0.15 for share in found["rates"])
     few = shards.mask_rates(corpus, 5)
     assert few["mean_rate"] != found["mean_rate"]
+
+
+def test_stats_of_sequences_without_a_response(tmp_path, capsys):
+    chat = [{"role": "user", "content": "why " * 90}, {"role": "assistant", "content": "so"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    words = ["--output", str(tmp_path / "corpus"), "--source.paths", str(tmp_path / "a.jsonl")]
+    words += ["--source.messages-column", "messages", "--tokenizer", "bytes", "--runner", "local"]
+    words += ["--sequence-length", "64", "--held-out-rate", "0"]
+    assert prepare.main(words) == 0
+    corpus = Corpus.open(str(tmp_path / "corpus"))
+    prompts = [
+        sample
+        for sample in range(6)
+        if not corpus.batch(sample, 1, NoiseConfig()).is_maskable.any()
+    ]
+    assert 0 in prompts
+    words = ["stats", "--corpus", str(tmp_path / "corpus"), "--max-sequences", "1"]
+    assert shards.main(words) == 0
+    assert "masked          0.0000" in capsys.readouterr().out
+
+
+def test_what_is_printed_of_a_document_moves_no_cursor_and_ends_no_line(tmp_path, capsys):
+    line = json.dumps({"text": "one\x1b[2J\u202etwo\n", "id": "a\tb\nc"})
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    words = ["--output", str(tmp_path / "corpus"), "--source.paths", str(tmp_path / "a.jsonl")]
+    words += ["--source.id-column", "id", "--tokenizer", "bytes", "--runner", "local"]
+    assert prepare.main([*words, "--held-out-rate", "0"]) == 0
+    capsys.readouterr()
+    url = str(tmp_path / "corpus")
+    words = ["documents", "--corpus", url, "--step", "1", "--batch-size", "1"]
+    assert shards.main(words) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [len(each.split("\t")) for each in listed] == [6, 6]
+    assert r"id a\tb\nc" in listed[1]
+    text = shown(capsys, url, "--num-samples", "1", "--color", "never")
+    assert text.replace("\n", "").isprintable()
 
 
 def test_documents_of_a_step_are_lines_that_lead_to_the_text(corpus_url, capsys):

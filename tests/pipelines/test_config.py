@@ -6,6 +6,7 @@ import pytest
 
 from cascade_model.config import NoiseConfig
 from cascade_model.errors import InputError
+from cascade_model.mixing import UNITS
 from jobs.cli import parse
 from pipelines.config import FilterConfig, PrepareConfig, SourceConfig
 
@@ -28,9 +29,17 @@ GOOD = {
         ({"num_workers": 0}, "num_workers=0"),
         ({"sample_bytes": 0}, "sample_bytes=0"),
         ({"max_document_bytes": 3}, "max_document_bytes=3"),
+        ({"output": ""}, "output is empty"),
         ({"source": SourceConfig()}, "source.paths is empty"),
         ({"mixture": {"web": SourceConfig(paths=("b",))}}, "mixture=['web'] are both given"),
         ({"source": SourceConfig(), "mixture": {"web": SourceConfig()}}, "mixture.web.paths is"),
+        (
+            {
+                "source": SourceConfig(),
+                "mixture": {f"s{i}": SourceConfig(paths=("b",)) for i in range(UNITS + 1)},
+            },
+            "mixture has 1025 sources, at most 1024 can be mixed",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_named(changes, sentence):
@@ -50,6 +59,8 @@ def test_the_cure_for_a_length_is_a_length_that_works(length, cure):
     ("kind", "changes", "sentence"),
     [
         (SourceConfig, {"weight": 0.0}, "weight=0.0"),
+        (SourceConfig, {"weight": float("inf")}, "weight=inf"),
+        (SourceConfig, {"weight": float("nan")}, "weight=nan"),
         (SourceConfig, {"messages_column": "m", "text_column": "t"}, "contradict each other"),
         (SourceConfig, {"messages_column": "m", "format": "text"}, "needs records"),
         (FilterConfig, {"min_letter_share": 1.5}, "filters.min_letter_share=1.5"),

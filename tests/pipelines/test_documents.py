@@ -6,6 +6,7 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -76,6 +77,13 @@ def test_a_broken_line_is_set_aside_with_a_reason_and_a_short_excerpt(tmp_path, 
     assert (dead.reason, dead.path, dead.where) == (reason, "a.jsonl", "byte 14")
     assert 0 < len(dead.excerpt) <= EXCERPT
     assert json.dumps(dead.excerpt, ensure_ascii=False).encode()
+
+
+def test_the_mark_of_the_byte_order_is_no_text(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_bytes(b"\xef\xbb\xbfone \xef\xbb\xbftwo")
+    [document] = read(piece(text, "text"))
+    assert document.text == "one \ufefftwo"
 
 
 def invalid_text(*values: bytes | None) -> pa.Array:
@@ -208,3 +216,42 @@ def test_gzip_members_one_after_the_other_are_one_file(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n') + gzip.compress(b'{"text": "b"}\n'))
     assert [document.text for document in read(piece(path, "jsonl"))] == ["a", "b"]
+
+
+def astray(kind: str) -> pa.Array:
+    """Three rows, whose second text begins far behind the end of all texts."""
+    right = pa.array(["aa", "bb", "cc"])
+    offsets = np.array([0, 2, 1 << 30, 6], dtype=np.int32)
+    texts = pa.StringArray.from_buffers(3, pa.py_buffer(offsets.tobytes()), right.buffers()[2])
+    if kind == "text":
+        return texts
+    turns = pa.StructArray.from_arrays([pa.array(["user"] * 3), texts], ["role", "content"])
+    return pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), turns)
+
+
+@pytest.mark.parametrize("kind", ["text", "messages"])
+@pytest.mark.parametrize("form", ["arrow_file", "arrow_stream"])
+def test_offsets_that_lead_out_of_an_arrow_file_are_not_followed(tmp_path, kind, form):
+    """Followed, they end the process with SIGBUS or SIGSEGV."""
+    batch = pa.record_batch([astray(kind)], names=[kind])
+    new = pa.ipc.new_file if form == "arrow_file" else pa.ipc.new_stream
+    with new(tmp_path / "a.arrow", batch.schema) as writer:
+        writer.write_batch(batch)
+    made = Part(index=0, pieces=(piece(tmp_path / "a.arrow", form, 0, 1),))
+    columns = ("text", "messages") if kind == "messages" else ("text",)
+    with pytest.raises(InputError, match="is a damaged Arrow"):
+        list(read_documents(made, *columns))
+
+
+@pytest.mark.parametrize("form", ["arrow_file", "arrow_stream"])
+def test_conversations_of_arrow_are_read_and_invalid_text_in_them_is_set_aside(tmp_path, form):
+    kinds = pa.list_(pa.struct([("role", pa.string()), ("content", pa.large_string())]))
+    turns = [[{"role": "user", "content": "why"}], [], None, [{"role": "user", "content": "so"}]]
+    batch = pa.record_batch([pa.array(turns, kinds)], names=["m"])
+    new = pa.ipc.new_file if form == "arrow_file" else pa.ipc.new_stream
+    with new(tmp_path / "a.arrow", batch.schema) as writer:
+        writer.write_batch(batch)
+    made = Part(index=0, pieces=(piece(tmp_path / "a.arrow", form, 0, 1),))
+    found = list(read_documents(made, "text", "m"))
+    assert [document.text for document in found] == ["why", None, None, "so"]
+    assert [document.reason for document in found[1:3]] == ["broken_messages", "missing_messages"]

@@ -11,7 +11,7 @@ import pytest
 from cascade_model import noise as mask_noise
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig
-from cascade_model.errors import CorpusMismatch, InputError, Unfinished
+from cascade_model.errors import InputError, Unfinished
 from cascade_model.fast_tokenizer import REFERENCE
 from cascade_model.schema import (
     SPLITS,
@@ -39,6 +39,7 @@ from pipelines.parts import (
     mask_part,
     merge_hashes,
     pack_part,
+    packed_record,
 )
 from pipelines.pieces import Part, Piece
 
@@ -211,16 +212,19 @@ def test_masking_twice_gives_the_same_bytes_and_other_numbers_others(tmp_path, p
     assert moved["held_out"].sha256 == made["held_out"].sha256
 
 
-def test_a_packed_part_that_was_damaged_is_not_masked(tmp_path, part):
+def test_a_packed_part_that_was_damaged_is_not_masked_but_packed_anew(tmp_path, part):
     job = job_in(tmp_path / "out")
     record = pack_part(job, part)
     path = tmp_path / "out" / "_work" / record.object
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CorpusMismatch, match=r"part-00003\.arrow has sha256"):
+    with pytest.raises(Unfinished, match=r"part-00003\.arrow has sha256 .* packs this part anew"):
         mask_part(job, order_for(record))
     assert not list((tmp_path / "out").glob("shard-*"))
+    assert packed_record(job, 3) is None
+    assert pack_part(job, part) == record
+    assert mask_part(job, order_for(record))["train"].facts["rows"] > 0
 
 
 def test_a_tokenizer_other_than_the_jobs_is_refused(tmp_path, part):

@@ -168,6 +168,14 @@ def test_a_killed_process_is_taken_up_again(undisturbed, documents_jsonl, tmp_pa
     assert contents(output) == contents(undisturbed)
 
 
+def test_a_corpus_below_its_own_source_is_no_part_of_it(documents_jsonl, tmp_path):
+    shutil.copy(documents_jsonl, tmp_path / "a.jsonl")
+    config = config_for(tmp_path / "corpus", tmp_path)
+    manifest = prepare(config)
+    assert [source["path"] for source in manifest.sources] == [f"{tmp_path}/a.jsonl"]
+    assert prepare(config).digest == manifest.digest
+
+
 def test_other_settings_into_the_same_folder_are_refused(undisturbed, documents_jsonl, tmp_path):
     with pytest.raises(InputError, match="made with sequence_length=64 but this run has 128"):
         prepare(config_for(undisturbed, documents_jsonl, sequence_length=128))
@@ -611,9 +619,28 @@ def test_a_check_that_killed_its_process_is_not_tried_again(documents_jsonl, tmp
         "from pipelines import admission\n"
         "admission.admit = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    assert run_in_child(tmp_path, program, flags_of(config, tmp_path)) == -signal.SIGKILL
-    manifest = prepare(config)
+    codes = [run_in_child(tmp_path, program, flags_of(config, tmp_path)) for _ in range(3)]
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    manifest = read_manifest(Folder(config.output))
     assert "killed its process" in manifest.tokenizer_engine["note"]
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_check_that_died_of_something_else_changes_no_byte(documents_jsonl, tmp_path, deaths):
+    died, calm = (
+        config_for(tmp_path / name, documents_jsonl, tokenizer_engine="auto")
+        for name in ("died", "calm")
+    )
+    program = (
+        "import os, signal\n"
+        "from pipelines import admission\n"
+        "admission.admit = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for _ in range(deaths):
+        assert run_in_child(tmp_path, program, flags_of(died, tmp_path)) == -signal.SIGKILL
+    prepare(died)
+    assert prepare(calm).tokenizer_engine["name"] == "tiktoken"
+    assert contents(tmp_path / "died") == contents(tmp_path / "calm")
 
 
 def test_cleaning_settings_reach_the_corpus(tmp_path):
@@ -628,6 +655,13 @@ def test_cleaning_settings_reach_the_corpus(tmp_path):
     assert manifest.counts["dropped"] == {"banned_phrases": 1, "min_bytes": 1}
     corpus = Corpus.open(config.output)
     assert corpus.tokenizer().decode(corpus.rows([0]).tokens[0]) == "a\nlonger text"
+
+
+def test_a_chat_template_that_is_no_text_is_one_sentence(mixed, tmp_path):
+    (tmp_path / "a.jinja").write_bytes(b"\xff\xfe{{")
+    config = mixture_config(tmp_path / "corpus", mixed, chat_template=str(tmp_path / "a.jinja"))
+    with pytest.raises(InputError, match="cannot be read"):
+        prepare(config)
 
 
 def test_a_chat_template_of_a_file_is_part_of_the_identity(mixed, tmp_path):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -239,3 +240,39 @@ def test_a_damaged_container_is_one_sentence(tmp_path):
     (tmp_path / "hf" / "state.json").write_text("{}")
     with pytest.raises(InputError, match="no dataset folder"):
         read(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["../secret.arrow", "/etc/hosts", "..", "a\\\\b", ""])
+def test_a_dataset_folder_names_no_file_outside_of_itself(tmp_path, name):
+    table = pa.table({"text": ["told to nobody"]})
+    with pa.ipc.new_stream(tmp_path / "secret.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "hf").mkdir()
+    state = {"_data_files": [{"filename": name}]}
+    (tmp_path / "hf" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="is no dataset folder"):
+        read(tmp_path / "hf")
+    (tmp_path / "hf" / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
+    with pytest.raises(InputError, match="is no dataset folder"):
+        read(tmp_path / "hf")
+
+
+def test_rows_that_a_dataset_chose_by_a_file_of_indices_are_not_all_taken(tmp_path):
+    state = {"_data_files": [{"filename": "a.arrow"}], "_indices_files": [{"filename": "i.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="is no dataset folder"):
+        read(tmp_path)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="text_column=text is there more than once"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_file_whose_name_is_no_text_is_refused_by_name(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("a")
+    with pytest.raises(InputError, match=r"udcff\.txt' is no UTF-8; rename or exclude it"):
+        read(tmp_path)
+    assert read(write_jsonl(tmp_path / "a.jsonl")) == [TEXTS]
