@@ -55,7 +55,7 @@ from pipelines.progress import Progress
 from pipelines.report import write_report
 from pipelines.runner import Step, run_tasks
 from pipelines.sampling import read_source, sampled, spaced
-from pipelines.sources import Plan, plan_sources
+from pipelines.sources import Plan, plan_sources, require_unchanged
 from pipelines.totals import counts_of, documents_of, mask_orders, require_sound, split_entry
 
 _READERS = 16
@@ -122,6 +122,7 @@ def _run(
     if job.num_ranges:
         _find_repeated(rounds, job, plan)
     packed = _pack_all(rounds, job, plan)
+    require_unchanged(plan)
     counts = counts_of(packed)
     require_sound(counts, packed, config)
     entries = _mask_all(rounds, job, mask_orders(packed))

@@ -23,7 +23,7 @@ from cascade_model.commit import sha256_of
 from cascade_model.config import check
 from cascade_model.errors import InputError
 from pipelines.config import ONLY_SOURCE, SourceConfig
-from pipelines.pieces import Part, Piece, compression_of, is_sound, open_source
+from pipelines.pieces import Part, Piece, compression_of, is_sound, open_source, whole
 from pipelines.tables import Range, arrow_kind, file_batches, row_groups, stream_batches
 
 STDLIB = "stdlib:"
@@ -50,6 +50,8 @@ class SourceFile:
     bytes: int
     sha256: str = ""
     source: str = ONLY_SOURCE
+    stamp: str = ""
+    """Size and time or tag of the file before it was hashed; another one tells a change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +104,28 @@ def make_plan(
             f"{label}.paths={list(source.paths)} holds no text at all; give files with documents"
         )
     return Plan(files=tuple(files), parts=tuple(_group(pieces, part_bytes, name)))
+
+
+def require_unchanged(plan: Plan) -> None:
+    """Raise `InputError` if a file is not the one that was hashed for the plan: what was packed
+    since may be of either."""
+    with ThreadPoolExecutor(8) as pool:
+        stamps = pool.map(_stamp, (file.url for file in plan.files))
+        for file, stamp in zip(plan.files, stamps, strict=True):
+            check(
+                file.stamp == stamp,
+                f"source file {file.path} changed while it was read; run the same command again "
+                "when nobody writes to it",
+            )
+
+
+def _stamp(url: str) -> str:
+    """What a file system says of a file and changes with it."""
+    with whole(url, "file"):
+        fs, place = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        info = fs.info(place)
+    names = ("size", "mtime", "ino", "ETag", "etag", "LastModified")
+    return repr([info.get(name) for name in names])
 
 
 def label_of(name: str) -> str:
@@ -226,9 +250,10 @@ def _file(fs: Any, path: str, place: str, kind: str) -> SourceFile:
 
 
 def _hashed(file: SourceFile) -> SourceFile:
-    """The file with the digest of its bytes."""
+    """The file with the digest of its bytes, and what it was like before they were read."""
+    stamp = _stamp(file.url)
     with open_source(file.url) as stream:
-        return replace(file, sha256=sha256_of(stream))
+        return replace(file, sha256=sha256_of(stream), stamp=stamp)
 
 
 def _pieces(file: SourceFile, source: SourceConfig, part_bytes: int, label: str) -> Iterator[Piece]:
