@@ -50,6 +50,13 @@ def test_run_folder_explains_itself(tiny_corpus, tmp_path, capsys):
     assert "loss per maskable token" in capsys.readouterr().out
 
 
+def test_a_corpus_is_no_run_folder(tiny_corpus, capsys):
+    before = sorted(Path(tiny_corpus).iterdir())
+    assert pretrain.main(flags(tiny_corpus, tiny_corpus)) == 2
+    assert "holds a corpus" in capsys.readouterr().err
+    assert sorted(Path(tiny_corpus).iterdir()) == before
+
+
 def test_training_can_start_from_a_model_folder(tiny_corpus, tmp_path):
     assert pretrain.main(flags(tiny_corpus, tmp_path / "first")) == 0
     initial = ["--initial-model", str(tmp_path / "first" / "model")]
