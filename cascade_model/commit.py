@@ -203,7 +203,7 @@ class Folder:
             found = self._create(name, data)
         if found != data:
             raise InputError(
-                f"{self.path(name)} exists with other content; choose another folder or delete it"
+                f"{self.path(name)} exists with other content; choose another place or delete it"
             )
 
     def replace(self, name: str, data: bytes) -> None:
@@ -344,11 +344,16 @@ def require_writable(output: str | Path) -> None:
         folder._fs.pipe_file(folder.path(name), b"?")
         folder.remove(name)
     except Exception as error:  # each store has errors of its own
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(
-            f"output={output} cannot be written ({reason.splitlines()[0]}); choose another folder "
-            "or check its rights"
+            f"output={output} cannot be written ({reason_of(error)}); choose another folder or "
+            "check its rights"
         ) from None
+
+
+def reason_of(error: Exception) -> str:
+    """What a file system or a store says went wrong, in one line."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(reason).splitlines()[0]
 
 
 @contextmanager

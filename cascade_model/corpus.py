@@ -13,14 +13,14 @@ from functools import lru_cache
 import numpy as np
 
 from cascade_model import noise as mask_noise
-from cascade_model.commit import Folder
+from cascade_model.commit import Folder, reason_of
 from cascade_model.config import NoiseConfig, TrainingNoise
 from cascade_model.draws import Draws, draw_manifest_name
 from cascade_model.errors import CorpusMismatch, InputError
 from cascade_model.mixing import mixture_of
 from cascade_model.prefetch import ahead
 from cascade_model.provenance import DocumentTables, Seen
-from cascade_model.schema import MANIFEST, TOKENIZER, Manifest
+from cascade_model.schema import CURE, MANIFEST, TOKENIZER, Manifest
 from cascade_model.sequences import SequenceRows, Sequences
 from cascade_model.shard_cache import CacheConfig, ShardCache
 from cascade_model.tokenizer import Tokenizer
@@ -127,7 +127,7 @@ class Corpus:
         try:
             tokenizer = Tokenizer(self._folder.read_bytes(TOKENIZER), where)
         except FileNotFoundError:
-            raise CorpusMismatch(f"{where} is missing; prepare the corpus again") from None
+            raise CorpusMismatch(f"{where} is missing; {CURE}") from None
         self.require_tokenizer(tokenizer.sha256, where)
         return tokenizer
 
@@ -370,11 +370,14 @@ def read_manifest(folder: Folder) -> Manifest:
                 f"corpus={folder.url} does not exist; make it with `cascade prepare`"
             ) from None
         raise CorpusMismatch(
-            f"corpus={folder.url} has no {MANIFEST}, so it is unfinished; run its `cascade "
-            "prepare` again to go on"
+            f"corpus={folder.url} has no {MANIFEST}, so it is unfinished or no corpus at all; run "
+            "its `cascade prepare` again to go on, or check the path"
         ) from None
-    except OSError as error:
+    except InputError:
+        raise
+    except Exception as error:  # each store has errors of its own
         raise InputError(
-            f"corpus={folder.url} cannot be read ({type(error).__name__}); check path and rights"
+            f"corpus={folder.url} cannot be read ({reason_of(error)}); check its URL and your "
+            "rights"
         ) from None
     return Manifest.from_json(data, folder.path(MANIFEST))

@@ -21,7 +21,7 @@ import numpy as np
 from cascade_model.config import NoiseConfig, check
 from cascade_model.errors import CorpusMismatch
 from cascade_model.noise import rank_of, sequence_at
-from cascade_model.schema import SourceEntry
+from cascade_model.schema import CURE, SourceEntry
 
 UNITS = 1024
 """Samples of a period, which the shares of all sources add up to."""
@@ -89,7 +89,7 @@ class Mixture:
         ):
             raise CorpusMismatch(
                 f"the manifest's sources {[source.name for source in sources]} do not hold its "
-                f"{num_sequences} sequences in shares of {UNITS}; prepare the corpus again"
+                f"{num_sequences} sequences in shares of {UNITS}; {CURE}"
             )
         self._shares, self._sizes = np.array(given, dtype=np.uint64), sizes
         self._firsts = np.array(firsts, dtype=np.uint64)

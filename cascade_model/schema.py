@@ -20,6 +20,8 @@ from cascade_model.errors import CorpusMismatch
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+CURE = "delete the corpus and prepare it again, or copy it anew"
+"""Of damage; `prepare` alone leaves a finished corpus as it is."""
 SPLITS: tuple[str, ...] = ("train", "held_out")
 BATCH_TOKENS = 1 << 16
 """Places in a record batch, at most (one sequence at least). A record batch is what is checked, and
@@ -426,20 +428,20 @@ class Manifest:
             written = values.pop("digest")
             version = values["format_version"]
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise CorpusMismatch(f"{where} is damaged; prepare the corpus again") from None
+            raise CorpusMismatch(f"{where} is damaged; {CURE}") from None
         if version != FORMAT_VERSION:
             raise CorpusMismatch(
                 f"{where} has format version {version} but this program reads {FORMAT_VERSION}; "
-                "prepare the corpus again"
+                f"{CURE}"
             )
         try:
             manifest = cls(**{**values, **_parsed(values)})
         except (TypeError, KeyError, ValueError):
-            raise CorpusMismatch(f"{where} is damaged; prepare the corpus again") from None
+            raise CorpusMismatch(f"{where} is damaged; {CURE}") from None
         if manifest.digest != written or set(values) != {f.name for f in fields(cls)}:
             raise CorpusMismatch(
                 f"{where} has digest {manifest.digest[:12]} but says {str(written)[:12]}; "
-                "it was edited or damaged, prepare the corpus again"
+                f"it was edited or damaged; {CURE}"
             )
         return manifest
 

@@ -18,12 +18,11 @@ import pyarrow as pa
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record
 from cascade_model.config import digest
 from cascade_model.errors import CorpusMismatch
-from cascade_model.schema import ShardEntry
+from cascade_model.schema import CURE, ShardEntry
 from cascade_model.shard_cache import ShardCache, WrongBytes, require_hash
 
 _MAGIC = 8
 """Bytes before the schema of an IPC file: ARROW1 and two of padding."""
-_CURE = "prepare the corpus again or copy it anew"
 
 
 def arrow_writer(
@@ -117,7 +116,7 @@ def read_arrow(folder: Folder, name: str, size: int, sha256: str) -> pa.ipc.Reco
 
 def refuse(where: str, what: str) -> NoReturn:
     """Raise the `CorpusMismatch` of a shard."""
-    raise CorpusMismatch(f"shard {where} {what}; {_CURE}")
+    raise CorpusMismatch(f"shard {where} {what}; {CURE}")
 
 
 def require_size(where: str, found: int, expected: int) -> None:

@@ -8,6 +8,8 @@ traceback.
 
 import dataclasses
 import difflib
+import os
+import signal
 import sys
 import textwrap
 import types
@@ -31,7 +33,10 @@ def command(
     def main(argv: Sequence[str] | None = None) -> int:
         try:
             stage = f"{stage_of(run)} {action}".rstrip()
-            run(parse(config_class, sys.argv[1:] if argv is None else argv, stage))
+            try:
+                run(parse(config_class, sys.argv[1:] if argv is None else argv, stage))
+            finally:
+                sys.stdout.flush()
         except InputError as error:
             show_error(error)
             return error.exit_code
@@ -41,6 +46,8 @@ def command(
                 file=sys.stderr,
             )
             return 130
+        except BrokenPipeError:
+            return _closed_output()
         except Exception as error:
             told = of_store(error)
             if told is None:
@@ -50,6 +57,12 @@ def command(
         return 0
 
     return main
+
+
+def _closed_output() -> int:
+    """The reader of our output, such as `head`, has gone; say nothing, also not at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def actions(stage: str, **mains: tuple[str, Callable[..., int]]) -> Callable[..., int]:

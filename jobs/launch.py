@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -160,7 +161,7 @@ def _fit(
         ),
     )
     try:
-        with _shown(folder / "metrics.jsonl"):
+        with _shown(folder / "metrics.jsonl"), _interruptible():
             trainer.fit()
     except Exception as error:
         _raise_refusal(folder / _REFUSAL)
@@ -179,6 +180,24 @@ def _mistake_in(error: Exception, num_workers: int, use_gpu: bool) -> InputError
             "machines in half an hour; use fewer ranks, or let the cluster grow larger"
         )
     return None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """An interrupt inside is a `KeyboardInterrupt`, as everywhere.
+
+    Ray Train takes SIGINT over, stops its ranks, ends the process itself with code 1, and never
+    gives the signal back.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,16 @@
 """`cascade prepare`: corpus to tokens to packed sequences to pre-masked Arrow shards."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.cli import command
 from pipelines.config import FilterConfig, PrepareConfig, SourceConfig
 
+if TYPE_CHECKING:
+    from cascade_model.schema import Manifest
+
 __all__ = ["FilterConfig", "PrepareConfig", "SourceConfig", "main", "run"]
+
+_LOST = ("dropped", "dead")
 
 
 def run(config: PrepareConfig) -> dict[str, Any]:
@@ -15,8 +20,9 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     from pipelines.prepare import prepare
     from pipelines.report import REPORT_HTML
 
+    reused: list[Manifest] = []
     started = time.monotonic()
-    manifest = prepare(config)
+    manifest = prepare(config, on_finished=reused.append)
     seconds = time.monotonic() - started
     counts = manifest.counts
     places = counts["sequences"] * manifest.sequence_length
@@ -29,7 +35,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         "dead": sum(counts["dead"].values()),
         "bytes": counts["bytes"],
         "tokens": counts["tokens"],
-        "tokens_per_second": round(counts["tokens"] / seconds),
+        "tokens_per_second": None if reused else round(counts["tokens"] / seconds),
         "padding_rate": round(counts["padding"] / places, 4) if places else 0.0,
         "tokenizer_engine": manifest.tokenizer_engine["note"],
         "vocab_size": manifest.vocab_size,
@@ -38,9 +44,19 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         "held_out_sequences": manifest.splits["held_out"].num_sequences,
         "report": f"{config.output}/{REPORT_HTML}",
     }
+    if reused:
+        print(f"{config.output} was finished before and is left as it is")
     for name, value in summary.items():
-        print(f"{name:<20}{value:,}" if isinstance(value, int | float) else f"{name:<20}{value}")
+        if value is not None:
+            shown = f"{value:,}" if isinstance(value, int | float) else value
+            print(f"{name:<20}{shown}{_reasons(counts[name]) if name in _LOST else ''}")
     return summary
+
+
+def _reasons(numbers: dict[str, int]) -> str:
+    """Why documents are no part of the corpus, the most frequent reason first."""
+    ordered = sorted(numbers.items(), key=lambda item: -item[1])
+    return f" ({', '.join(f'{number:,} {name}' for name, number in ordered)})" if ordered else ""
 
 
 main = command(PrepareConfig, run)

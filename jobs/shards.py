@@ -134,11 +134,13 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         faults += found
     if faults:
         raise CorpusMismatch(
-            f"corpus={config.corpus} has {bad} bad shards of {len(units)} and {len(faults)} faults "
-            f"in all, the first: {faults[0]}"
+            f"corpus={config.corpus}: bad shards: {bad} of {len(units)}, faults: {len(faults)}, "
+            f"the first: {faults[0]}"
         )
     draws = 1 + len(verifier.draws)
-    print(f"{len(units)} shards, {draws} draws: all as the manifest {manifest.digest[:12]} says")
+    print(
+        f"shards: {len(units)}, draws: {draws}; all is as the manifest {manifest.digest[:12]} says"
+    )
     return {"shards": len(units), "draws": draws, "digest": manifest.digest}
 
 

@@ -13,7 +13,7 @@ class TrainConfig:
     """Train a byte-level BPE, the very one that `prepare` trains from the same settings."""
 
     output: str
-    """The tokenizer.json to write, local or any fsspec URL; one that is there is kept."""
+    """The tokenizer.json to write, local or any fsspec URL; another that is there is refused."""
     source: SourceConfig = field(default_factory=SourceConfig)
     """Where the text comes from."""
     vocab_size: int = 4096
@@ -26,7 +26,7 @@ class TrainConfig:
     """Share of the documents not trained on, chosen by a hash of their text."""
 
     def __post_init__(self) -> None:
-        check(bool(self.source.paths), "source.paths is empty; name at least one file or folder")
+        self.source.check_as("source")
         check(self.part_bytes >= 1, f"part_bytes={self.part_bytes} must be at least 1; use 8388608")
         check(self.sample_bytes >= 1, f"sample_bytes={self.sample_bytes} must be at least 1")
         check(

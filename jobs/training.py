@@ -152,11 +152,16 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     from cascade_model import checkpoint
     from cascade_model.commit import require_writable
     from cascade_model.corpus import Corpus
+    from cascade_model.schema import MANIFEST
     from cascade_model.trainer import facts_of, finished_summary, sequences_per_rank, tell
 
     require_workers(config.num_workers)
     folder = run_folder(config.output)
     require_writable(folder)
+    check(
+        not (folder / MANIFEST).exists(),
+        f"output={config.output} holds a corpus; choose a folder of the run's own",
+    )
     sequences_per_rank(config.trainer, max(config.num_workers, 1))
     corpus = Corpus.open(config.corpus)
     shape = starting_config(config, corpus)

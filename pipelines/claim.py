@@ -6,27 +6,32 @@ the work folder while the job runs, and in the manifest for good.
 
 import json
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from cascade_model.commit import RECORD_SUFFIX, Folder
 from cascade_model.corpus import read_manifest
-from cascade_model.errors import InputError
-from cascade_model.schema import MANIFEST, SPLITS, TOKENIZER, Manifest, documents_name
+from cascade_model.errors import CorpusMismatch, InputError
+from cascade_model.schema import CURE, MANIFEST, SPLITS, TOKENIZER, Manifest, documents_name
 from pipelines.parts import JOB, dead_letter_name, shard_name
 from pipelines.report import REPORT_HTML, REPORT_JSON
 from pipelines.sources import Plan
 
 WORK = "_work"
 _RUN = "run-"
+_READERS = 16
+"""Files that are asked for at a time."""
 
 
 def finished(folder: Folder, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest when the job is done; refuses a corpus of another job."""
+    """The manifest when the job is done; refuses a corpus of another job or with lost files."""
     if not folder.exists(MANIFEST):
         return None
     manifest = read_manifest(folder)
     theirs = {"prepare": manifest.prepare, "sources": list(manifest.sources)}
     _require_same(theirs, identity, folder)
+    _require_whole(folder, manifest)
     folder.remove(WORK)
     return manifest
 
@@ -65,14 +70,49 @@ def take_back(folder: Folder, plan: Plan) -> None:
     folder.remove(WORK)
 
 
+def _require_whole(folder: Folder, manifest: Manifest) -> None:
+    """Refuse a finished corpus whose files are gone or cut, as `prepare` would not mend it."""
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    entries = [*shards, *manifest.documents]
+    if not folder.exists(TOKENIZER):
+        raise CorpusMismatch(f"{folder.path(TOKENIZER)} is gone; {CURE}")
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(partial(_size_of, folder), (entry.object for entry in entries))
+        for entry, size in zip(entries, found, strict=True):
+            if size != entry.bytes:
+                now = "is gone" if size is None else f"has {size} bytes"
+                raise CorpusMismatch(
+                    f"{folder.path(entry.object)} {now} but the manifest says {entry.bytes} bytes; "
+                    f"{CURE}"
+                )
+
+
+def _size_of(folder: Folder, name: str) -> int | None:
+    try:
+        return folder.size(name)
+    except FileNotFoundError:
+        return None
+
+
+def _leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their full names, such as `filters.min_words`."""
+    found = {}
+    for name, value in settings.items():
+        own = {f"{prefix}{name}": value}
+        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else own
+    return found
+
+
 def _require_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Folder) -> None:
     """Name the first setting in which two jobs differ."""
-    for name, new in ours["prepare"].items():
-        old = theirs["prepare"].get(name)
-        if old != new:
+    old, new = _leaves(theirs["prepare"]), _leaves(ours["prepare"])
+    for name in [*new, *(name for name in old if name not in new)]:
+        if name not in old or name not in new or old[name] != new[name]:
+            made = f"with {name}={old[name]!r}" if name in old else f"without {name}"
+            now = repr(new[name]) if name in new else "no such setting"
             raise InputError(
-                f"output={folder.url} was made with {name}={old!r} but this run has {new!r}; "
-                "choose another output or delete the folder"
+                f"output={folder.url} was made {made} but this run has {now}; choose another "
+                "output or delete the folder"
             )
     if theirs != ours:
         raise InputError(

@@ -36,20 +36,24 @@ class SourceConfig:
     """Share of the tokens that a reader takes from this source, relative to the others of a
     mixture."""
 
-    def __post_init__(self) -> None:
+    def check_as(self, label: str) -> None:
+        """Check the settings under the name that they have in the job, such as `mixture.web`."""
+        messages = f"{label}.messages_column={self.messages_column}"
+        check(bool(self.paths), f"{label}.paths is empty; name at least one file or folder")
         check(
             0 < self.weight < math.inf,
-            f"weight={self.weight} must be a finite number above 0; leave the source out instead",
+            f"{label}.weight={self.weight} must be a number above 0; to read nothing from a "
+            "source, leave it out",
         )
         check(
             self.messages_column is None or self.text_column == "text",
-            f"messages_column={self.messages_column} and text_column={self.text_column} "
-            "contradict each other; set one of them",
+            f"{messages} and {label}.text_column={self.text_column} contradict each other; set "
+            "one of them",
         )
         check(
             self.messages_column is None or self.format != "text",
-            f"messages_column={self.messages_column} needs records but format=text has none; "
-            "use jsonl, parquet, arrow or hf",
+            f"{messages} needs records but {label}.format=text has none; use jsonl, parquet, "
+            "arrow or hf",
         )
 
 
@@ -94,6 +98,13 @@ class FilterConfig:
             elif isinstance(value, int | float):
                 check(value >= 0, f"filters.{name}={value} must be at least 0; leave it out")
         check(all(self.banned_phrases), "filters.banned_phrases holds an empty text; remove it")
+        for name in ("words", "mean_word_length"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            check(
+                low is None or high is None or low <= high,
+                f"filters.min_{name}={low} is above filters.max_{name}={high}, so every document "
+                "would be dropped; exchange them",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +114,8 @@ class PrepareConfig:
     output: str
     """Folder of the corpus, local or any fsspec URL; an unfinished one is taken up again."""
     source: SourceConfig = field(default_factory=SourceConfig)
-    """Where the text comes from, if from one place."""
+    """Where the text comes from, if from one place; several: `mixture` in a YAML file, a group of
+    these settings by name (pipelines/README.md)."""
     mixture: dict[str, SourceConfig] = field(default_factory=dict)
     """Several sources by name, each with its weight (in a YAML file); instead of source."""
     normalise: Literal["none", "nfc"] = "none"
@@ -188,10 +200,9 @@ class PrepareConfig:
             "some of them",
         )
         for name, source in self.mixture.items():
-            check(
-                bool(source.paths),
-                f"mixture.{name}.paths is empty; name at least one file or folder",
-            )
+            source.check_as(f"mixture.{name}")
+        if not self.mixture:
+            self.source.check_as("source")
 
     @property
     def sources(self) -> dict[str, SourceConfig]:

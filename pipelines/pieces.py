@@ -111,7 +111,8 @@ def whole(url: str, kind: str) -> Iterator[None]:
             raise _unreadable(url, error) from None
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
-            f"source file {url} is a damaged {kind} ({reason}); mend it or leave it out"
+            f"source file {url} is a damaged {kind} ({reason}); mend it, leave it out or "
+            "name the right format"
         ) from None
 
 

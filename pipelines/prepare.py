@@ -62,8 +62,12 @@ _READERS = 16
 """Records that are read at a time."""
 
 
-def prepare(config: PrepareConfig) -> Manifest:
-    """Make the corpus, or finish it, or (when it is finished) do nothing; returns the manifest.
+def prepare(
+    config: PrepareConfig, on_finished: Callable[[Manifest], object] = lambda manifest: None
+) -> Manifest:
+    """Make the corpus, or finish it; returns the manifest.
+
+    One that was finished before is left as it is, and `on_finished` hears of it.
 
     `InputError` when sources, settings or the output folder cannot do; nothing stays behind, as the
     same command would fail again. `Unfinished` when the same job can go on from here: packed parts
@@ -78,6 +82,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     identity = _identity(config, plan, given)
     done = finished(folder, identity)
     if done is not None:
+        on_finished(done)
         return done
     was_there = folder.is_there()
     begin(folder, identity)

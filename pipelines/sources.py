@@ -19,7 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from cascade_model.commit import sha256_of
+from cascade_model.commit import reason_of, sha256_of
 from cascade_model.config import check
 from cascade_model.errors import InputError
 from pipelines.config import ONLY_SOURCE, SourceConfig
@@ -155,12 +155,12 @@ def _list_files(
         fs, root = fsspec.core.url_to_fs(url)
         info = fs.info(root)
     except FileNotFoundError:
+        cure = "give the folder, and the rest as pattern" if "*" in given else "check the path"
+        raise InputError(f"{label}.paths names {given}, which does not exist; {cure}") from None
+    except Exception as error:  # each store has errors of its own
         raise InputError(
-            f"{label}.paths names {given}, which does not exist; check the path"
-        ) from None
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"{label}.paths names {given}, which cannot be read ({error}); check path and rights"
+            f"{label}.paths names {given}, which cannot be read ({reason_of(error)}); check path "
+            "and rights"
         ) from None
     if info["type"] != "directory":
         kind = source.format if source.format != "auto" else _format_of(str(root)) or "text"

@@ -20,6 +20,9 @@ from pipelines.config import PrepareConfig, SourceConfig
 from pipelines.parts import MaskOrder
 from pipelines.sources import label_of
 
+_LOST = ("dropped", "dead")
+"""The counts of documents that are no part of the corpus."""
+
 
 def counts_of(packed: Sequence[Record]) -> dict[str, Any]:
     """Sums over all parts; in = out + dropped + dead."""
@@ -49,11 +52,16 @@ def require_sound(counts: dict[str, Any], packed: Sequence[Record], config: Prep
     """Refuse a corpus that is too broken (`Unfinished`), empty, or leaves nothing to train on."""
     dead, total = sum(counts["dead"].values()), counts["documents_in"]
     if dead > config.max_dead_rate * total:
-        first = next(r.facts["first_dead"] for r in packed if r.facts["first_dead"])
+        worst = _worst_source(packed)
+        mine = [record.facts for record in packed if record.facts["source"] == worst]
+        first = next(facts["first_dead"] for facts in mine if facts["first_dead"])
+        source, label = config.sources[worst], label_of(worst)
+        name = "messages_column" if source.messages_column else "text_column"
         sentence = (
-            f"{dead} of {total} documents cannot be read ({counts['dead']}, the first in "
-            f"{first['path']} at {first['where']}), more than max_dead_rate={config.max_dead_rate} "
-            "allows; mend the source, set source.text_column, or raise max_dead_rate"
+            f"{dead} of {total} documents cannot be read ({counts['dead']}; in {first['path']} at "
+            f"{first['where']}: {first['reason']}), more than max_dead_rate={config.max_dead_rate} "
+            f"allows; mend the source, set {label}.{name} (now {getattr(source, name)}) or "
+            f"{label}.format (now {source.format}), or raise max_dead_rate"
         )
         if not counts["documents"]:
             raise InputError(sentence)
@@ -66,16 +74,25 @@ def require_sound(counts: dict[str, Any], packed: Sequence[Record], config: Prep
         label, paths = label_of(name), list(source.paths)
         documents = sum(each["documents"] for splits in mine for each in splits.values())
         if not documents:
-            left_out = f" ({counts['dropped']} dropped)" if counts["dropped"] else ""
+            lost = " and ".join(f"{kind}: {counts[kind]}" for kind in _LOST if counts[kind])
+            lost = f" ({lost})" if lost else ""
             raise InputError(
-                f"{label}.paths={paths} holds no document with text in it{left_out}; give files "
-                "with documents"
+                f"{label}.paths={paths} leaves no document{lost}; give files with documents or "
+                "loosen the rules that drop them"
             )
         if not any(splits["train"]["rows"] for splits in mine):
             raise InputError(
                 f"held_out_rate={config.held_out_rate} keeps all {documents} documents of "
                 f"{label}.paths={paths} from training; lower it or give more documents"
             )
+
+
+def _worst_source(packed: Sequence[Record]) -> str:
+    """The source with the most dead documents."""
+    dead: Counter[str] = Counter()
+    for record in packed:
+        dead[record.facts["source"]] += sum(record.facts["dead"].values())
+    return dead.most_common(1)[0][0]
 
 
 def mask_orders(packed: Sequence[Record]) -> list[MaskOrder]:

@@ -19,6 +19,7 @@ CONFIGS = {
     "prepare": "PrepareConfig", "pretrain": "PretrainConfig", "convert": "ConvertConfig",
     "distil": "DistilConfig", "evaluate": "EvaluateConfig", "generate": "GenerateConfig",
     "serve": "ServeConfig", "demo": "DemoConfig", "export": "ExportConfig",
+    "shards": {"verify": "VerifyConfig"}, "tokenizer": {"train": "TrainConfig"},
 }  # fmt: skip
 
 
@@ -46,10 +47,15 @@ def test_the_readme_shows_every_stage():
 
 
 @pytest.mark.parametrize("words", stage_commands(), ids=lambda words: words[0])
-def test_a_stage_command_of_the_readme_parses(words, monkeypatch):
+def test_a_stage_command_of_the_readme_parses(words, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    config_class = getattr(importlib.import_module(f"jobs.{words[0]}"), CONFIGS[words[0]])
-    assert isinstance(parse(config_class, words[1:]), config_class)
+    [block] = re.findall(r"```yaml\n(# mix.yaml.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "mix.yaml").write_text(block)
+    stage, *flags = [word.replace("mix.yaml", str(tmp_path / "mix.yaml")) for word in words]
+    name = CONFIGS[stage]
+    name = name[flags.pop(0)] if isinstance(name, dict) else name
+    config_class = getattr(importlib.import_module(f"jobs.{stage}"), name)
+    assert isinstance(parse(config_class, flags), config_class)
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):

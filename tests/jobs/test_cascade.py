@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,12 @@ def test_a_stage_gets_the_rest_of_the_arguments(monkeypatch):
     monkeypatch.setattr("jobs.evaluate.main", lambda words: seen.append(words) or 3)
     assert cascade.main(["evaluate", "--model", "m"]) == 3
     assert seen == [["--model", "m"]]
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    command = f"set -o pipefail; {sys.executable} -m jobs.cascade prepare --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["evaluate", "--help"]])

@@ -37,6 +37,10 @@ def test_the_table_names_what_was_prepared(documents_jsonl, tmp_path, capsys):
     assert "engine" in note.partition(" ")[2]
     [report] = [line.split()[1] for line in shown.splitlines() if line.startswith("report ")]
     assert Path(report).is_file()
+    assert prepare.main(arguments(output, documents_jsonl, "--tokenizer", "bytes")) == 0
+    again = capsys.readouterr().out
+    assert again.startswith(f"{output} was finished before and is left as it is\n")
+    assert "tokens_per_second" not in again
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,18 @@ def test_a_mistake_is_one_box_and_exit_code_2(documents_jsonl, tmp_path, capsys,
     assert sentence in shown
     assert "Traceback" not in shown
     assert not output.exists()
+
+
+def test_the_table_tells_why_documents_are_left_out(tmp_path, capsys):
+    texts = [f"sentence number {i}" for i in range(40)]
+    lines = [f'{{"text": "{text}"}}' for text in [*texts, *texts[:3], "short"]]
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n".join([*lines, "broken"]) + "\n")
+    more = ["--tokenizer", "bytes", "--max-dead-rate", "0.1", "--filters.min-words", "2"]
+    assert prepare.main(arguments(tmp_path / "corpus", source, *more)) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "dropped             4 (3 duplicate, 1 min_words)" in shown
+    assert "dead                1 (1 broken_json)" in shown
 
 
 def test_the_data_side_loads_no_torch():

@@ -50,6 +50,13 @@ def test_run_folder_explains_itself(tiny_corpus, tmp_path, capsys):
     assert "loss per maskable token" in capsys.readouterr().out
 
 
+def test_a_corpus_is_no_run_folder(tiny_corpus, capsys):
+    before = sorted(Path(tiny_corpus).iterdir())
+    assert pretrain.main(flags(tiny_corpus, tiny_corpus)) == 2
+    assert "holds a corpus" in capsys.readouterr().err
+    assert sorted(Path(tiny_corpus).iterdir()) == before
+
+
 def test_training_can_start_from_a_model_folder(tiny_corpus, tmp_path):
     assert pretrain.main(flags(tiny_corpus, tmp_path / "first")) == 0
     initial = ["--initial-model", str(tmp_path / "first" / "model")]
@@ -196,6 +203,26 @@ def test_finished_run_started_again_tells_the_same_and_writes_nothing(
     assert pretrain.main(flags(tiny_corpus, finished, "--num-workers", "2")) == 0
     assert capsys.readouterr().out == said
     assert contents(finished) == before
+
+
+@pytest.mark.ray
+def test_an_interrupted_run_on_ray_says_so_and_goes_on(tiny_corpus, tmp_path):
+    run = tmp_path / "run"
+    more = ["--num-workers", "1", "--trainer.num-steps"]
+    words = [sys.executable, "-m", "jobs.pretrain", *flags(tiny_corpus, run, *more)]
+    process = subprocess.Popen([*words, "1000000"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(run.glob("checkpoints/*/COMMIT")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    told = "interrupted; what was committed stays, run the same command to go on"
+    assert error.splitlines()[-1] == told
+    assert "Traceback" not in error
+    last = read_metrics(run / "metrics.jsonl")[-1]["step"]
+    assert pretrain.main(flags(tiny_corpus, run, "--trainer.num-steps", str(last + 2))) == 0
+    assert read_metrics(run / "metrics.jsonl")[-1]["step"] == last + 2
 
 
 def test_second_command_on_a_folder_in_use_is_refused_in_one_sentence(tiny_corpus, tmp_path):

@@ -1,7 +1,10 @@
 """The `shards` command over a prepared corpus."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +60,22 @@ def test_a_sound_corpus_is_verified_shard_by_shard(corpus_url, capsys, workers):
     assert shards.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [f"ok    shard-train-{i:05d}.arrow" for i in range(4)]
-    assert lines[4].startswith("4 shards, 1 draws: all as the manifest")
+    assert lines[4].startswith("shards: 4, draws: 1; all is as the manifest")
+
+
+def test_a_store_that_refuses_is_one_sentence():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.shards", "stats", "--corpus", "s3://nobodys/corpus"],
+        env={**environment, "AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = " ".join(done.stderr.replace("│", " ").split())
+    assert done.returncode == 2
+    assert "corpus=s3://nobodys/corpus cannot be read (Unable to locate credentials)" in told
+    assert "Traceback" not in told
 
 
 def test_a_corpus_of_the_pipeline_is_verified(tiny_corpus, capsys):
@@ -80,7 +98,7 @@ def test_every_bad_shard_is_named_and_the_code_is_3(copy, capsys):
     assert "BAD   shard " in told.out
     assert "shard-train-00001.arrow has sha256" in told.out
     assert "shard-train-00003.arrow cannot be read" in told.out
-    assert "2 bad shards of 4" in " ".join(told.err.split()).replace(" │ │ ", " ")
+    assert "bad shards: 2 of 4" in " ".join(told.err.split()).replace(" │ │ ", " ")
 
 
 def test_a_flipped_footer_is_found_though_no_reader_needs_it(copy, capsys):
@@ -247,7 +265,7 @@ def test_materialised_draws_are_verified_and_a_bad_one_is_named(copy, capsys, wo
     assert shards.main(words) == 0
     assert "0 of them new" in capsys.readouterr().out
     assert verify(copy) == 0
-    assert "4 shards, 3 draws" in capsys.readouterr().out
+    assert "shards: 4, draws: 3" in capsys.readouterr().out
     flip(copy / "draw-0002-shard-train-00001.arrow", 1500)
     assert verify(copy) == 3
     told = capsys.readouterr().out

@@ -40,6 +40,26 @@ GOOD = {
             },
             "mixture has 1025 sources, at most 1024 can be mixed",
         ),
+        *(
+            ({"source": SourceConfig(paths=("a",), **wrong)}, sentence)
+            for wrong, sentence in [
+                ({"weight": 0.0}, "source.weight=0.0 must be"),
+                ({"weight": float("inf")}, "source.weight=inf must be"),
+                ({"weight": float("nan")}, "source.weight=nan must be"),
+                ({"messages_column": "m", "text_column": "t"}, "source.text_column=t contradict"),
+                ({"messages_column": "m", "format": "text"}, "source.format=text has none"),
+            ]
+        ),
+        (
+            {
+                "source": SourceConfig(),
+                "mixture": {
+                    "web": SourceConfig(paths=("b",)),
+                    "code": SourceConfig(paths=("c",), weight=-1),
+                },
+            },
+            "mixture.code.weight=-1 must be",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_named(changes, sentence):
@@ -58,14 +78,15 @@ def test_the_cure_for_a_length_is_a_length_that_works(length, cure):
 @pytest.mark.parametrize(
     ("kind", "changes", "sentence"),
     [
-        (SourceConfig, {"weight": 0.0}, "weight=0.0"),
-        (SourceConfig, {"weight": float("inf")}, "weight=inf"),
-        (SourceConfig, {"weight": float("nan")}, "weight=nan"),
-        (SourceConfig, {"messages_column": "m", "text_column": "t"}, "contradict each other"),
-        (SourceConfig, {"messages_column": "m", "format": "text"}, "needs records"),
         (FilterConfig, {"min_letter_share": 1.5}, "filters.min_letter_share=1.5"),
         (FilterConfig, {"min_bytes": -1}, "filters.min_bytes=-1"),
         (FilterConfig, {"banned_phrases": ("",)}, "filters.banned_phrases"),
+        (FilterConfig, {"min_words": 9, "max_words": 8}, "filters.min_words=9 is above"),
+        (
+            FilterConfig,
+            {"min_mean_word_length": 3.5, "max_mean_word_length": 3.0},
+            "filters.max_mean_word_length=3.0",
+        ),
     ],
 )
 def test_groups_that_cannot_work_are_named(kind, changes, sentence):

@@ -19,7 +19,7 @@ import pytest
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig
 from cascade_model.corpus import Corpus, read_manifest
-from cascade_model.errors import InputError, Unfinished
+from cascade_model.errors import CorpusMismatch, InputError, Unfinished
 from cascade_model.tokenizer import byte_tokenizer
 from jobs.cli import dump
 from pipelines import claim
@@ -179,6 +179,12 @@ def test_a_corpus_below_its_own_source_is_no_part_of_it(documents_jsonl, tmp_pat
 def test_other_settings_into_the_same_folder_are_refused(undisturbed, documents_jsonl, tmp_path):
     with pytest.raises(InputError, match="made with sequence_length=64 but this run has 128"):
         prepare(config_for(undisturbed, documents_jsonl, sequence_length=128))
+    rules = FilterConfig(min_words=3)
+    with pytest.raises(InputError, match=r"filters\.min_words=None but this run has 3; choose"):
+        prepare(config_for(undisturbed, documents_jsonl, filters=rules))
+    mixture = {"web": SourceConfig(paths=(str(documents_jsonl),))}
+    with pytest.raises(InputError, match=r"source\.paths=\[.*\] but this run has \[\]; choose"):
+        prepare(config_for(undisturbed, "", source=SourceConfig(), mixture=mixture))
     other = tmp_path / "other.jsonl"
     shutil.copy(documents_jsonl, other)
     output = tmp_path / "corpus"
@@ -186,6 +192,23 @@ def test_other_settings_into_the_same_folder_are_refused(undisturbed, documents_
     other.write_text(other.read_text().replace("import", "export"))
     with pytest.raises(InputError, match="other source files"):
         prepare(config_for(output, other))
+
+
+def test_a_finished_corpus_that_lost_files_is_no_success(undisturbed, documents_jsonl, tmp_path):
+    names = ["shard-train-00001.arrow", "documents-00000.arrow", "tokenizer.json"]
+    for number, name in enumerate(names):
+        output = tmp_path / str(number)
+        shutil.copytree(undisturbed, output)
+        (output / name).unlink()
+        with pytest.raises(CorpusMismatch, match=f"{name} is gone.*delete the corpus"):
+            prepare(config_for(output, documents_jsonl))
+    cut = tmp_path / "cut"
+    shutil.copytree(undisturbed, cut)
+    os.truncate(cut / names[0], 5000)
+    before = contents(cut)
+    with pytest.raises(CorpusMismatch, match=f"{names[0]} has 5000 bytes but the manifest says"):
+        prepare(config_for(cut, documents_jsonl))
+    assert contents(cut) == before
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "thesis.tmp", ".thesis.tmp", "_work/thesis.txt"])
@@ -240,6 +263,19 @@ def test_too_many_broken_lines_fail_the_job_which_then_goes_on_with_another_rate
     assert not (output / "_work").exists()
 
 
+def test_the_sentence_on_dead_documents_names_the_worst_source_and_its_column(tmp_path):
+    web = write_lines(tmp_path / "a.jsonl", [b'{"text": "fine"}'] * 8 + [b"broken"])
+    chats = write_lines(tmp_path / "b.jsonl", [b'{"turns": []}'] * 3)
+    sources = {
+        "web": SourceConfig(paths=(str(web),)),
+        "chats": SourceConfig(paths=(str(chats),), messages_column="messages"),
+    }
+    with pytest.raises(Unfinished) as caught:
+        prepare(config_for(tmp_path / "corpus", "", source=SourceConfig(), mixture=sources))
+    assert f"in {chats} at byte 0: missing_messages" in str(caught.value)
+    assert "set mixture.chats.messages_column (now messages)" in str(caught.value)
+
+
 def test_a_corpus_without_one_good_line_leaves_nothing(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [b'{"body": "fine"}'] * 5)
     with pytest.raises(InputError, match=r"5 of 5 .*missing_text.*set source\.text_column"):
@@ -249,11 +285,11 @@ def test_a_corpus_without_one_good_line_leaves_nothing(tmp_path):
 
 def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [b'{"text": ""}', b'{"text": " "}'])
-    with pytest.raises(InputError, match="no document with text"):
+    with pytest.raises(InputError, match="leaves no document"):
         prepare(config_for(tmp_path / "corpus", path))
     assert not (tmp_path / "corpus").exists()
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="no document with text"):
+    with pytest.raises(InputError, match="leaves no document"):
         prepare(config_for(tmp_path / "mine", path))
     assert list((tmp_path / "mine").iterdir()) == []
 
@@ -381,7 +417,7 @@ def test_a_task_that_outlives_its_job_writes_nothing(documents_jsonl, tmp_path, 
 def test_a_bucket_survives_a_failing_job_whose_output_it_is(tmp_path, s3_url):
     bucket = s3_url.removesuffix("/corpus")
     path = write_lines(tmp_path / "a.jsonl", [b'{"text": ""}'])
-    with pytest.raises(InputError, match="no document with text"):
+    with pytest.raises(InputError, match="leaves no document"):
         prepare(config_for(bucket, path))
     store = fsspec.filesystem("s3")
     assert store.exists(bucket)
@@ -580,7 +616,7 @@ def test_the_sources_of_a_mixture_follow_each_other_and_have_their_shares(mixed,
 def test_each_source_of_a_mixture_must_hold_documents(mixed, tmp_path):
     empty = write_lines(tmp_path / "empty.jsonl", [b'{"text": " "}'])
     sources = {**mixed, "d": SourceConfig(paths=(str(empty),))}
-    with pytest.raises(InputError, match=r"mixture\.d\.paths=.* no document with text"):
+    with pytest.raises(InputError, match=r"mixture\.d\.paths=.* leaves no document"):
         prepare(mixture_config(tmp_path / "corpus", sources))
     assert not (tmp_path / "corpus").exists()
 
@@ -691,3 +727,21 @@ def test_sources_and_output_may_lie_in_an_object_store(tmp_path, real_documents,
     left = {name.split("-")[0] for name in Folder(s3_url).list()}
     assert left == {"manifest.json", "tokenizer.json", "documents", "shard",
                     REPORT_HTML, REPORT_JSON}  # fmt: skip
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(documents_jsonl, tmp_path, monkeypatch):
+    source = tmp_path / "documents.jsonl"
+    shutil.copy(documents_jsonl, source)
+    pack = job._pack_all
+
+    def pack_and_write(*given):
+        with source.open("a") as file:
+            file.write('{"text": "one more"}\n')
+        return pack(*given)
+
+    monkeypatch.setattr(job, "_pack_all", pack_and_write)
+    with pytest.raises(InputError, match=r"documents.jsonl changed while it was read"):
+        prepare(config_for(tmp_path / "corpus", source))
+    assert not (tmp_path / "corpus").exists()
+    monkeypatch.undo()
+    assert prepare(config_for(tmp_path / "corpus", source)).counts["documents"] > 0
