@@ -9,7 +9,7 @@ import cascade_model
 
 FOLDER = Path(cascade_model.__file__).parent
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 def rows() -> list[list[str]]:

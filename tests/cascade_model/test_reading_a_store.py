@@ -109,7 +109,7 @@ def test_verify_and_materialise_work_on_a_store(corpora, capsys):
     materialise(url, 1)
     materialise(local, 1)
     assert shards.main(["verify", "--corpus", url, "--num-workers", "1"]) == 0
-    assert "4 shards, 2 draws" in capsys.readouterr().out
+    assert "shards: 4, draws: 2" in capsys.readouterr().out
     there, here = Corpus.open(url), Corpus.open(local)
     first, noise = here.num_sequences + 5, here.manifest.noise
     assert same(there.batch(first, 64, noise), here.batch(first, 64, noise))

@@ -165,7 +165,7 @@ def test_replicas_that_no_machine_can_hold_are_refused(model, ray_local, capsys)
     argv += ["--min-replicas", "20", "--max-replicas", "20", "--threads-per-replica", "3"]
     assert serve.main(argv) == 2
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "min_replicas x threads_per_replica) needs 60 CPUs and this Ray has 4" in shown
+    assert "a GPU each on cuda) needs 60 CPUs and this Ray has 4" in shown
 
 
 def test_applications_of_others_are_announced_by_their_place(capsys):
