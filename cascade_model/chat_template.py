@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from cascade_model.config import check
 from cascade_model.errors import InputError
 from cascade_model.jinja_chat import CHATML, PLAIN, compiled, rendered
+from cascade_model.settings import check
 from cascade_model.tokenizer import MASK_NAMES, PAD_NAMES, Encoded, Encoder, Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade_model.attention import Attend, DoubledAttention, Keep, grouped_training
-from cascade_model.config import ModelConfig, check
+from cascade_model.config import ModelConfig
 from cascade_model.feed_forward import gelu
 from cascade_model.kv_cache import CacheSlot
 from cascade_model.model import Rotation, draw_weights, rotary, rotate
 from cascade_model.rows import in_whole_rows
+from cascade_model.settings import check
 
 T = TypeVar("T")
 SINUSOIDS = 256

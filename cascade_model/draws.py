@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from cascade_model import noise as mask_noise
 from cascade_model.commit import Folder
-from cascade_model.config import digest
 from cascade_model.errors import CorpusMismatch
 from cascade_model.mixing import mixture_of
 from cascade_model.open_shards import OpenShards, Rows
@@ -29,6 +28,7 @@ from cascade_model.schema import (
     shard_schema,
     unpacked,
 )
+from cascade_model.settings import digest
 from cascade_model.shard_cache import ShardCache
 from cascade_model.shards import BatchFile, entry_of, write_shard
 from cascade_model.stored import stored_of

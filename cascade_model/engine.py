@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cascade_model.config import EngineConfig, check
+from cascade_model.config import EngineConfig
 from cascade_model.errors import InputError
 from cascade_model.networks import Network
 from cascade_model.sampler import DecodedBlock, Plan, plan_completion, plan_infilling
 from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Running, Scheduler
+from cascade_model.settings import check
 
 Event = DecodedBlock | BaseException
 

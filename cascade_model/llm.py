@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from cascade_model.config import EngineConfig, ModelConfig, check
+from cascade_model.config import EngineConfig, ModelConfig
 from cascade_model.engine import Engine, Event, Ticket
 from cascade_model.errors import InputError
 from cascade_model.networks import Network
@@ -23,6 +23,7 @@ from cascade_model.requests import Infilling
 from cascade_model.sampler import DecodedBlock
 from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Counters
+from cascade_model.settings import check
 from cascade_model.text_stream import Chunk, Completion, TextStream, complete
 from cascade_model.tokenizer import Tokenizer
 from cascade_model.weights import load_model, require_text

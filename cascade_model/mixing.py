@@ -18,10 +18,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from cascade_model.config import NoiseConfig, check
+from cascade_model.config import NoiseConfig
 from cascade_model.errors import CorpusMismatch
 from cascade_model.noise import rank_of, sequence_at
 from cascade_model.schema import CURE, SourceEntry
+from cascade_model.settings import check
 
 UNITS = 1024
 """Samples of a period, which the shares of all sources add up to."""

@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cascade_model.config import ModelConfig, check
+from cascade_model.config import ModelConfig
 from cascade_model.sampling import SamplingParams
+from cascade_model.settings import check
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

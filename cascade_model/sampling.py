@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from cascade_model.config import ModelConfig, check, check_types
+from cascade_model.config import ModelConfig
+from cascade_model.settings import check, check_types
 
 Rule = Literal[
     "confidence_threshold",

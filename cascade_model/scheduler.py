@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from cascade_model.config import EngineConfig, check
+from cascade_model.config import EngineConfig
 from cascade_model.counters import Counters
 from cascade_model.errors import InputError
 from cascade_model.networks import Network
@@ -25,6 +25,7 @@ from cascade_model.prefix_cache import Beginning, PrefixCache
 from cascade_model.ragged import Job, run_together
 from cascade_model.running import Running
 from cascade_model.sampler import DecodedBlock, Plan
+from cascade_model.settings import check
 
 
 def _raise(error: Exception) -> None:

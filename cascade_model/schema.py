@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cascade_model.config import NoiseConfig, digest
+from cascade_model.config import NoiseConfig
 from cascade_model.errors import CorpusMismatch
+from cascade_model.settings import digest
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"

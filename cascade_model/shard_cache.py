@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade_model.config import check
 from cascade_model.errors import InputError
+from cascade_model.settings import check
 
 _KEPT = 7 / 8
 """Share of the bound that stays when files have to go, so that this is not for each new one."""

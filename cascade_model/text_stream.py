@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from cascade_model.config import check
+from cascade_model.settings import check
 
 FinishReason = Literal["stop", "length"]
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"

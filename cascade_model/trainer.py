@@ -21,14 +21,7 @@ from cascade_model import checkpoint, lease, parallel
 from cascade_model.batch import TrainBatch
 from cascade_model.checkpoint import Checkpoint
 from cascade_model.commit import replace_file
-from cascade_model.config import (
-    ModelConfig,
-    NoiseConfig,
-    OptimizerConfig,
-    TrainerConfig,
-    check,
-    to_dict,
-)
+from cascade_model.config import ModelConfig, NoiseConfig, OptimizerConfig, TrainerConfig
 from cascade_model.corpus import Batch, Corpus
 from cascade_model.errors import InputError
 from cascade_model.flex import flex_training
@@ -36,6 +29,7 @@ from cascade_model.loss import LossParts
 from cascade_model.metrics import MetricsLog, Window, progress_line, speed
 from cascade_model.networks import Network, build_network
 from cascade_model.optim import learning_rate, make_optimizer, set_learning_rate
+from cascade_model.settings import check, to_dict
 from cascade_model.weights import Published, save_model
 
 LossFn = Callable[[Network, TrainBatch], LossParts]

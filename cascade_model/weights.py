@@ -19,10 +19,11 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save_file
 
 from cascade_model.commit import Folder
-from cascade_model.config import ModelConfig, digest, to_dict
+from cascade_model.config import ModelConfig
 from cascade_model.errors import CheckpointMismatch
 from cascade_model.families import read_checkpoint, read_description, read_dtypes
 from cascade_model.networks import Network, network_with, own_state
+from cascade_model.settings import digest, to_dict
 from cascade_model.tensor_files import WEIGHTS, LoadedTensors, TensorFiles, TensorSource, kept
 from cascade_model.tokenizer import Tokenizer
 from cascade_model.whole_folder import whole_folder

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cascade_model.config import ModelConfig, check, to_dict
+from cascade_model.config import ModelConfig
 from cascade_model.errors import CheckpointMismatch, InputError
+from cascade_model.settings import check, to_dict
 from jobs.cli import command
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cascade_model.config import check
+from cascade_model.settings import check
 from jobs.cli import command
 from jobs.training import TrainingConfig, fit, start, starting_config
 

@@ -5,9 +5,10 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from cascade_model.config import EngineConfig, check, to_dict
+from cascade_model.config import EngineConfig
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.sampling import SamplingParams
+from cascade_model.settings import check, to_dict
 from jobs.cli import command
 from jobs.launch import absolute
 from pipelines.cluster import cores, require_resources, start_ray

@@ -6,8 +6,9 @@ import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from cascade_model.config import EngineConfig, check
+from cascade_model.config import EngineConfig
 from cascade_model.sampling import SamplingParams
+from cascade_model.settings import check
 
 if TYPE_CHECKING:
     from jobs.serve import ServeConfig

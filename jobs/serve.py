@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cascade_model.config import EngineConfig, check
+from cascade_model.config import EngineConfig
 from cascade_model.errors import InputError
+from cascade_model.settings import check
 from jobs.cli import build, command
 from jobs.deployment import deployed
 from jobs.launch import absolute

@@ -8,8 +8,9 @@ from functools import lru_cache, partial
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, Literal
 
-from cascade_model.config import TrainingNoise, check
+from cascade_model.config import TrainingNoise
 from cascade_model.errors import CorpusMismatch
+from cascade_model.settings import check
 from jobs.cli import actions, command
 
 if TYPE_CHECKING:

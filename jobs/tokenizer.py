@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from cascade_model.config import check
+from cascade_model.settings import check
 from jobs.cli import actions, command
 from pipelines.config import SourceConfig
 

@@ -19,10 +19,12 @@ from cascade_model.config import (
     TrainerConfig,
     TrainingNoise,
     Weight,
+)
+from cascade_model.errors import CheckpointMismatch
+from cascade_model.settings import (
     check,
     to_dict,
 )
-from cascade_model.errors import CheckpointMismatch
 from cascade_model.shard_cache import CacheConfig
 from jobs.cli import dump
 from jobs.launch import launch, require_room, require_workers, run_folder, with_absolute_paths

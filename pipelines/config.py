@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cascade_model.config import NoiseConfig, check
+from cascade_model.config import NoiseConfig
+from cascade_model.settings import check
 
 ONLY_SOURCE = "source"
 """Name of the source of a corpus that has one."""

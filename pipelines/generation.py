@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 
 from cascade_model.chat_template import ChatTemplate
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record
-from cascade_model.config import EngineConfig, digest
+from cascade_model.config import EngineConfig
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.sampling import SamplingParams
+from cascade_model.settings import digest
 from cascade_model.text_stream import Completion
 from pipelines.cluster import quiet_ray_data
 from pipelines.prompts import Columns, DeadRow, Part, Prompt, read_part

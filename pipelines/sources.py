@@ -20,8 +20,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from cascade_model.commit import reason_of, sha256_of
-from cascade_model.config import check
 from cascade_model.errors import InputError
+from cascade_model.settings import check
 from pipelines.config import ONLY_SOURCE, SourceConfig
 from pipelines.pieces import Part, Piece, compression_of, is_sound, open_source, whole
 from pipelines.tables import Range, arrow_kind, file_batches, row_groups, stream_batches

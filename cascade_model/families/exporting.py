@@ -13,13 +13,14 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from cascade_model.config import ModelConfig, to_dict
+from cascade_model.config import ModelConfig
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.families.family import Family
 from cascade_model.families.reading import DECODING, OVERRIDES, decoding_of, published_dtype
 from cascade_model.families.registry import family_named, recognise
 from cascade_model.families.table import Table
 from cascade_model.networks import Network, own_state
+from cascade_model.settings import to_dict
 from cascade_model.tensor_files import DTYPES, WEIGHTS
 from cascade_model.tokenizer import Tokenizer
 from cascade_model.whole_folder import whole_folder

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade_model.canvas import Window
-from cascade_model.config import check
 from cascade_model.contexts import Bidirectional, Context, Guided
 from cascade_model.errors import InputError
 from cascade_model.model import Transformer
@@ -29,6 +28,7 @@ from cascade_model.presets.published import (
 )
 from cascade_model.presets.transfer import SCHEDULERS, transfer_counts
 from cascade_model.sampler import denoise, drive
+from cascade_model.settings import check
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

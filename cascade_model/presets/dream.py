@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cascade_model.canvas import Window
-from cascade_model.config import check
 from cascade_model.contexts import Bidirectional
 from cascade_model.model import Transformer
 from cascade_model.presets.published import Published, best, cut, run, with_masks
+from cascade_model.settings import check
 
 Confidence = Literal["maskgit_plus", "topk_margin", "entropy", "origin"]
 

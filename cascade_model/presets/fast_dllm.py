@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cascade_model.canvas import Change, Window
-from cascade_model.config import check
 from cascade_model.contexts import Bidirectional
 from cascade_model.model import Transformer
 from cascade_model.passes import Prediction
@@ -28,6 +27,7 @@ from cascade_model.presets.published import (
     with_masks,
 )
 from cascade_model.presets.transfer import transfer_counts
+from cascade_model.settings import check
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

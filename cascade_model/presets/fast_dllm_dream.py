@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from cascade_model.canvas import Window
-from cascade_model.config import check
 from cascade_model.contexts import Bidirectional
 from cascade_model.model import Transformer
 from cascade_model.presets import dream
 from cascade_model.presets.fast_dllm import BlockByBlock, best_and_above
 from cascade_model.presets.published import best, cut, run, with_masks
+from cascade_model.settings import check
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

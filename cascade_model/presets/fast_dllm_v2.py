@@ -13,7 +13,6 @@ from itertools import takewhile
 from torch import Tensor
 
 from cascade_model.canvas import Change, Window
-from cascade_model.config import check
 from cascade_model.model import Transformer
 from cascade_model.passes import Pass, Predicting, Prediction
 from cascade_model.presets.published import (
@@ -23,6 +22,7 @@ from cascade_model.presets.published import (
     run,
     with_masks,
 )
+from cascade_model.settings import check
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

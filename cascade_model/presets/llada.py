@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cascade_model.canvas import Window
-from cascade_model.config import check
 from cascade_model.contexts import Bidirectional, Context, Guided
 from cascade_model.networks import Network
 from cascade_model.presets.published import Published, best, cut, even_quota, run, with_masks
+from cascade_model.settings import check
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,6 @@ from typing import Literal
 from torch import Tensor
 
 from cascade_model.canvas import Change, Window
-from cascade_model.config import check
 from cascade_model.model import Transformer
 from cascade_model.passes import Prediction
 from cascade_model.presets.published import (
@@ -24,6 +23,7 @@ from cascade_model.presets.published import (
     run,
     whole_blocks,
 )
+from cascade_model.settings import check
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cascade_model.canvas import Change, Window
-from cascade_model.config import check
 from cascade_model.model import Transformer
 from cascade_model.passes import Prediction
 from cascade_model.presets.llada2 import check_common, has_token, until_end
@@ -26,6 +25,7 @@ from cascade_model.presets.published import (
     run,
     whole_blocks,
 )
+from cascade_model.settings import check
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cascade_model.canvas import Change, Window
-from cascade_model.config import check
 from cascade_model.drawing import by_inverse, keep_most_probable, uniforms
 from cascade_model.model import Transformer
 from cascade_model.noise import TOKEN
@@ -30,6 +29,7 @@ from cascade_model.presets.published import (
     run,
     whole_blocks,
 )
+from cascade_model.settings import check
 
 Remasking = Literal["sequential", "low_confidence_static", "low_confidence_dynamic"]
 Draw = Literal["multinomial", "argmax"]

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from cascade_model.config import check
+from cascade_model.settings import check
 
 SCHEDULERS = ("linear", "cosine")
 

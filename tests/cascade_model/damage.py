@@ -21,7 +21,6 @@ import pyarrow as pa
 
 from cascade_model import shards
 from cascade_model.commit import RECORD_SUFFIX, Folder
-from cascade_model.config import digest
 from cascade_model.corpus import Corpus, read_manifest
 from cascade_model.errors import CorpusMismatch
 from cascade_model.schema import (
@@ -35,6 +34,7 @@ from cascade_model.schema import (
     shard_schema,
 )
 from cascade_model.sequences import Sequences
+from cascade_model.settings import digest
 from cascade_model.shards import entry_of, read_arrow, write_shard
 from cascade_model.stored import stored_of
 

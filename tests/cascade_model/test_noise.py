@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cascade_model.config import NoiseConfig, TrainingNoise, digest, to_dict
+from cascade_model.config import NoiseConfig, TrainingNoise
 from cascade_model.errors import InputError
 from cascade_model.noise import (
     FULL,
@@ -21,6 +21,7 @@ from cascade_model.noise import (
     sequence_at,
     thresholds,
 )
+from cascade_model.settings import digest, to_dict
 
 NOISE = NoiseConfig(seed=7, block_size=8, strata=32)
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 
 from cascade_model.commit import Folder
-from cascade_model.config import digest
 from cascade_model.errors import CorpusMismatch
 from cascade_model.schema import ShardEntry, rows_columns, rows_of, shard_schema
+from cascade_model.settings import digest
 from cascade_model.shard_cache import CacheConfig, ShardCache
 from cascade_model.shards import BatchFile, arrow_writer, read_arrow, write_shard
 from tests.cascade_model.shard_making import FIRST, GEOMETRY, rows, write

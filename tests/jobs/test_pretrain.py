@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cascade_model.config import TrainerConfig, to_dict
+from cascade_model.config import TrainerConfig
 from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.metrics import read_metrics
+from cascade_model.settings import to_dict
 from cascade_model.weights import load_model
 from jobs import launch, pretrain, training
 from jobs.cli import parse, read_yaml
