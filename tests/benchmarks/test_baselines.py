@@ -162,6 +162,7 @@ def test_every_timed_step_is_one_of_the_trainer(tmp_path):
     found = train_arms.timed_steps(model, corpus, loss, tmp_path / "run", steps=3, sequences=2)
     assert len(found) == 3
     assert len(seen) == 4  # and one to warm up
-    assert sum(seen, []) == corpus.batch(0, 8, corpus.manifest.noise).sequence_ids.tolist()
+    wanted = corpus.batch(0, 8, corpus.manifest.noise).sequence_ids.tolist()
+    assert [one for step in seen for one in step] == wanted
     assert all(step.wall > 0 and step.cpu > 0 for step in found)
     assert not (tmp_path / "run" / "model").exists()

@@ -5,12 +5,15 @@ once a step, so a step is timed with all that the trainer does; after the wanted
 run by an exception, so no arm writes a checkpoint.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cascade_model.batch import TrainBatch
 from cascade_model.config import ModelConfig, NoiseConfig, OptimizerConfig, TrainerConfig
@@ -22,7 +25,7 @@ from tests.cascade_model.corpus_making import make_corpus
 
 Loss = Callable[[Any, TrainBatch], LossParts]
 BLOCK = 32
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 256,
     "num_layers": 6,
@@ -31,7 +34,7 @@ SMALL = {
     "head_dim": 64,
     "intermediate_size": 768,
 }
-SMOLLM2 = {
+SMOLLM2: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "num_layers": 30,
@@ -41,7 +44,11 @@ SMOLLM2 = {
     "intermediate_size": 1536,
 }
 """The shape of SmolLM2-135M."""
-AUTOREGRESSIVE = {"block_size": 1, "logits": "shifted", "clean_half": "token_causal"}
+AUTOREGRESSIVE: dict[str, Any] = {
+    "block_size": 1,
+    "logits": "shifted",
+    "clean_half": "token_causal",
+}
 
 
 class Enough(Exception):
@@ -57,24 +64,25 @@ class Step:
 
 
 class Timed:
-    """A loss function that reads the clocks; `steps` after the first, which warms up."""
+    """A loss function that reads the clocks; the first `warm` steps are not told."""
 
-    def __init__(self, loss: Loss, steps: int, synchronise: Callable[[], None] = lambda: None):
-        self._loss, self._wanted, self._synchronise = loss, steps, synchronise
+    def __init__(self, loss: Loss, steps: int, warm: int) -> None:
+        self._loss, self._wanted, self._warm = loss, steps, warm
         self._marks: list[tuple[float, float]] = []
 
     def __call__(self, model: Any, batch: TrainBatch) -> LossParts:
-        self._synchronise()
+        if batch.clean_tokens.is_cuda:
+            torch.cuda.synchronize()
         self._marks.append((time.perf_counter(), time.process_time()))
-        if len(self._marks) > self._wanted + 1:
+        if len(self._marks) > self._wanted + self._warm:
             raise Enough
         return self._loss(model, batch)
 
     @property
     def steps(self) -> list[Step]:
-        """The timed steps, without the first."""
-        marks = self._marks[1:]
-        return [Step(b[0] - a[0], b[1] - a[1]) for a, b in zip(marks, marks[1:], strict=False)]
+        """The timed steps."""
+        marks = self._marks[self._warm :]
+        return [Step(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks)]
 
 
 def corpus_of(folder: Path, length: int, sequences: int = 64) -> Corpus:
@@ -86,18 +94,22 @@ def corpus_of(folder: Path, length: int, sequences: int = 64) -> Corpus:
     )
 
 
-def model_of(corpus: Corpus, shape: dict[str, Any], **choices: Any) -> Transformer:
-    """Fresh weights of a shape, for a corpus whose vocabulary may be smaller."""
+def config_of(corpus: Corpus, shape: dict[str, Any], **choices: Any) -> ModelConfig:
+    """A shape for a corpus, whose vocabulary may be smaller."""
     manifest = corpus.manifest
-    settings = {"block_size": BLOCK, "max_sequence_length": corpus.sequence_length}
-    config = ModelConfig(
+    settings: dict[str, Any] = {"block_size": BLOCK, "max_sequence_length": corpus.sequence_length}
+    return ModelConfig(
         mask_id=manifest.mask_id,
         pad_id=manifest.pad_id,
         eos_id=manifest.eos_id,
         tokenizer_sha256=manifest.tokenizer_sha256,
         **(shape | settings | choices),
     )
-    model = Transformer(config)
+
+
+def model_of(corpus: Corpus, shape: dict[str, Any], **choices: Any) -> Transformer:
+    """Fresh weights of a shape."""
+    model = Transformer(config_of(corpus, shape, **choices))
     model.init_weights(0)
     return model
 
@@ -108,10 +120,22 @@ def elbo(model: Any, batch: TrainBatch) -> LossParts:
 
 
 def timed_steps(
-    model: Transformer, corpus: Corpus, loss: Loss, folder: Path, *, steps: int, sequences: int
+    model: Transformer,
+    corpus: Corpus,
+    loss: Loss,
+    folder: Path,
+    *,
+    steps: int,
+    sequences: int,
+    warm: int = 1,
+    device: str = "cpu",
+    **settings: Any,
 ) -> list[Step]:
-    """Train a few steps of one forward pass each, and tell what each took."""
-    timed = Timed(loss, steps)
+    """Train a few steps of one forward pass each, and tell what each took.
+
+    `settings` are further ones of the trainer.
+    """
+    timed, total = Timed(loss, steps, warm), steps + warm + 2
     trainer = Trainer(
         model=model,
         corpus=corpus,
@@ -120,12 +144,15 @@ def timed_steps(
         objective={"name": "bench"},
         optimizer=OptimizerConfig(peak_lr=1e-4),
         trainer=TrainerConfig(
-            num_steps=steps + 3,
+            num_steps=total,
             sequences_per_step=sequences,
             sequences_per_forward=sequences,
-            checkpoint_every=steps + 3,
+            checkpoint_every=total,
+            log_every=total,
+            **settings,
         ),
         folder=folder,
+        device=torch.device(device),
     )
     try:
         trainer.fit()
