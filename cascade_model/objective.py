@@ -15,7 +15,7 @@ a sum and a count: the trainer adds both over micro-batches and ranks before it 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -67,6 +67,8 @@ class LossParts:
     """float32 [8]: unweighted cross entropy by mask rate, band j being [j/8, (j+1)/8)."""
     band_counts: Tensor
     """float32 [8]: supervised tokens of each band."""
+    others: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of further losses by name, float64 scalars, each with its count as `<name>_count`."""
 
 
 def banned_ids(config: ModelConfig, outcomes: Outcomes) -> list[int]:
