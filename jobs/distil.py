@@ -1,14 +1,12 @@
 """Distil an autoregressive teacher into a block-diffusion student: pretrain with another loss."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cascade_model.settings import check
 from jobs.cli import command
+from jobs.ranks import Started
 from jobs.training import TrainingConfig, fit, start, starting_config
-
-if TYPE_CHECKING:
-    from cascade_model.lease import Owner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +52,7 @@ def objective(config: DistilConfig) -> dict[str, Any]:
     }
 
 
-def train(config: DistilConfig, device: str, owner: "Owner | None" = None) -> dict[str, Any]:
+def train(config: DistilConfig, device: str, started: Started) -> dict[str, Any]:
     """One rank's part."""
     from functools import partial
 
@@ -64,7 +62,7 @@ def train(config: DistilConfig, device: str, owner: "Owner | None" = None) -> di
     teacher = load_model(config.teacher)[0].to(device).eval().requires_grad_(False)
     axes = {name: getattr(config, name) for name in ("alpha", "weight", "normaliser")}
     loss_fn = partial(distillation_loss, teacher=teacher, **axes)
-    return fit(config, device, objective(config), loss_fn, owner)
+    return fit(config, device, objective(config), loss_fn, started)
 
 
 main = command(DistilConfig, run)

@@ -4,14 +4,12 @@ With `model.block_size=1` and `model.logits=shifted` the same job trains an auto
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cascade_model.config import Outcomes
 from jobs.cli import command
+from jobs.ranks import Started
 from jobs.training import TrainingConfig, fit, start
-
-if TYPE_CHECKING:
-    from cascade_model.lease import Owner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,14 +36,14 @@ def axes(config: PretrainConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("weight", "normaliser", "outcomes")}
 
 
-def train(config: PretrainConfig, device: str, owner: "Owner | None" = None) -> dict[str, Any]:
+def train(config: PretrainConfig, device: str, started: Started) -> dict[str, Any]:
     """One rank's part."""
     from functools import partial
 
     from cascade_model.loss import diffusion_loss
 
     loss_fn = partial(diffusion_loss, **axes(config))
-    return fit(config, device, objective(config), loss_fn, owner)
+    return fit(config, device, objective(config), loss_fn, started)
 
 
 main = command(PretrainConfig, run)

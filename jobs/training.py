@@ -4,13 +4,16 @@ A job adds two things: `objective`, which says what is minimised and is compared
 and the loss itself.
 """
 
+import contextlib
 import dataclasses
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cascade_model.commit import Folder
 from cascade_model.config import (
     ModelConfig,
     NoiseConfig,
@@ -27,7 +30,9 @@ from cascade_model.settings import (
 )
 from cascade_model.shard_cache import CacheConfig
 from jobs.cli import dump
-from jobs.launch import launch, require_room, require_workers, run_folder, with_absolute_paths
+from jobs.launch import Placement, launch, require_room, with_absolute_paths
+from jobs.ranks import Started
+from jobs.run_folder import run_folder
 
 if TYPE_CHECKING:
     from cascade_model.corpus import Corpus
@@ -110,12 +115,23 @@ class TrainingConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     num_workers: int = 2
-    """Ranks on Ray Train; 0 trains in this process, without Ray."""
+    """Ranks on Ray Train; 0 trains in this process, without Ray, or in those of `torchrun`."""
+    min_workers: int | None = None
+    """Ranks to make do with; then Ray trains on as many as the cluster has, up to num_workers, and
+    starts anew when that changes. Any number in between must share a step. None: always all."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     use_gpu: bool = False
     """One GPU per rank."""
+    label_selector: dict[str, str] | None = None
+    """Labels of the machines that ranks may run on, as Ray has them (`ray.io/accelerator-type`)."""
     max_failures: int = 2
     """Restarts after a rank died, each from the newest complete checkpoint; -1: no limit."""
+    max_preemptions: int = -1
+    """Restarts after a machine was taken away, which are counted apart; -1: no limit."""
+    collective_timeout_s: float = 600.0
+    """Seconds that ranks wait for one that stands still before they count it as lost."""
+    resize_after_s: float = 60.0
+    """With min_workers, seconds between two looks at what the cluster has."""
 
 
 def start(
@@ -123,27 +139,52 @@ def start(
 ) -> dict[str, Any]:
     """Check the settings, train what is left to train, print and return the run's summary.
 
-    `train(config, device, owner)` is one rank's part. Nothing is written before all is checked.
+    `train(config, device, started)` is one rank's part. Nothing is written before all is checked.
+    Under `torchrun` every process comes here; the first one checks and holds the folder for all.
     """
-    from cascade_model.commit import replace_file
+    from cascade_model import parallel
+
+    placement = placement_of(config)
+    if config.num_workers == 0:
+        _join_torchrun(placement)
+    summary = parallel.on_first_rank(lambda: check_start(config, objective))
+    if summary is None:
+        require_room(placement)
+        folder = run_folder(config.output)
+        with contextlib.ExitStack() as held:
+            owner = parallel.on_first_rank(lambda: _take(folder, config, held))
+            settings = with_absolute_paths(config)
+            summary = launch(train, settings, folder=folder, placement=placement, owner=owner)
+    if parallel.rank() == 0:
+        print_summary(summary)
+    return summary
+
+
+def placement_of(config: TrainingConfig) -> Placement:
+    """Where and on how many ranks, checked."""
+    names = [f.name for f in dataclasses.fields(Placement)]
+    return Placement(**{name: getattr(config, name) for name in names})
+
+
+def _take(folder: Folder, config: TrainingConfig, held: contextlib.ExitStack) -> "Owner":
+    """Hold the folder for this run and write its settings there."""
     from cascade_model.lease import hold
 
-    summary = check_start(config, objective)
-    if summary is None:
-        require_room(config.num_workers, config.use_gpu)
-        folder = run_folder(config.output)
-        with hold(folder) as owner:
-            replace_file(folder / "config.yaml", dump(config).encode())
-            summary = launch(
-                partial(train, owner=owner),
-                with_absolute_paths(config),
-                folder=folder,
-                num_workers=config.num_workers,
-                use_gpu=config.use_gpu,
-                max_failures=config.max_failures,
-            )
-    print_summary(summary)
-    return summary
+    owner = held.enter_context(hold(Path(folder.url)))
+    folder.replace("config.yaml", dump(config).encode())
+    return owner
+
+
+def _join_torchrun(placement: Placement) -> None:
+    """Join the processes that `torchrun` started, each on a GPU of its own."""
+    import torch
+
+    from cascade_model import parallel
+
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if placement.use_gpu and number < torch.cuda.device_count():
+        torch.cuda.set_device(number)
+    parallel.join_group(torch.device(placement.device))
 
 
 def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, Any] | None:
@@ -155,26 +196,42 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     from cascade_model.commit import require_writable
     from cascade_model.corpus import Corpus
     from cascade_model.schema import MANIFEST
-    from cascade_model.trainer import facts_of, finished_summary, sequences_per_rank, tell
+    from cascade_model.trainer import facts_of, finished_summary, tell
 
-    require_workers(config.num_workers)
     folder = run_folder(config.output)
-    require_writable(folder)
+    require_writable(folder.url)
     check(
-        not (folder / MANIFEST).exists(),
+        not folder.exists(MANIFEST),
         f"output={config.output} holds a corpus; choose a folder of the run's own",
     )
-    sequences_per_rank(config.trainer, max(config.num_workers, 1))
+    require_shares(config)
     corpus = Corpus.open(config.corpus)
     shape = starting_config(config, corpus)
     noise = noise_of(shape, corpus, config.noise, config.trainer.sequences_per_step)
     check_weight(config.weight, noise)
     corpus.batch(0, 1, noise)
-    found = checkpoint.newest(folder / "checkpoints", tell)
+    found = checkpoint.newest(Path(folder.url) / "checkpoints", tell)
     if found is not None:
         facts = facts_of(shape, corpus, noise, objective, config.trainer)
         checkpoint.require_same(found, facts)
-    return finished_summary(folder, found, config.trainer)
+    return finished_summary(Path(folder.url), found, config.trainer)
+
+
+def require_shares(config: TrainingConfig) -> None:
+    """Raise `InputError` unless a step can be shared by every number of ranks the run may have."""
+    from cascade_model import parallel
+    from cascade_model.sharding import require_replicas
+
+    sizes = placement_of(config).sizes if config.num_workers else [parallel.world_size()]
+    together = config.trainer.sequences_per_step
+    bad = [str(size) for size in sizes if together % size]
+    check(
+        not bad,
+        f"trainer.sequences_per_step={together} cannot be shared by num_workers="
+        f"{' or '.join(bad)}; use a multiple of {math.lcm(*sizes)}",
+    )
+    for size in sizes:
+        require_replicas(config.trainer, size)
 
 
 def fit(
@@ -182,7 +239,7 @@ def fit(
     device: str,
     objective: dict[str, Any],
     loss_fn: "LossFn",
-    owner: "Owner | None",
+    started: Started,
 ) -> dict[str, Any]:
     """One rank's part, inside its process group (or alone)."""
     import torch
@@ -204,7 +261,7 @@ def fit(
         trainer=config.trainer,
         folder=Path(config.output).absolute(),
         settings=to_dict(config),
-        owner=owner,
+        owner=started.owner,
         published=None if start is None else read_published(start),
         device=torch.device(device),
     ).fit()
