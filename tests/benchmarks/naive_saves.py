@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
-from cascade_model import checkpoint, parallel, trainer
+from cascade_model import parallel, trainer
 from cascade_model.checkpoint import Checkpoint, Keep, Saving
+from cascade_model.checkpoint_state import state_of
 from cascade_model.commit import Folder
 from cascade_model.staging import local_part
 
@@ -40,7 +41,7 @@ class InPlace:
 
     def save(self, model: Any, optimizer: Any, facts: dict[str, Any], score: Any = None) -> Saving:
         """Write over what was there, half by half."""
-        state = {n: local_part(t)[1] for n, t in checkpoint._state(model, optimizer).items()}
+        state = {n: local_part(t)[1] for n, t in state_of(model, optimizer).items()}
         head, body = json.dumps(facts).encode(), dump_tensors(state)
         data = struct.pack("<Q", len(head)) + head + body
         with self._file.open("wb", buffering=0) as file:
@@ -64,7 +65,7 @@ def _read(file: Path) -> tuple[dict[str, Any], bytes]:
 def _load(found: Checkpoint, model: Any, optimizer: Any) -> None:
     """Believe what is there."""
     saved = load_tensors(_read(Path(found.path) / f"naive-{parallel.rank()}")[1])
-    state = checkpoint._state(model, optimizer)
+    state = state_of(model, optimizer)
     for name, tensor in state.items():
         local_part(tensor)[1].copy_(saved[name])
     for number, (name, parameter) in enumerate(model.named_parameters()):

@@ -7,17 +7,15 @@ that the loss is given are logged as well.
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from cascade_model import checkpoint, commit, local_files, loss, parallel
+from cascade_model import checkpoint_commit, local_files, loss, parallel
 from cascade_model.batch import TrainBatch
-from cascade_model.checkpoint_files import COMMIT, MANIFEST
+from cascade_model.checkpoint_files import COMMIT, MANIFEST, step_name
 from cascade_model.commit import Folder
 from cascade_model.hashing import HashingWriter
 from cascade_model.metrics import MetricsLog
@@ -105,7 +103,7 @@ class _Halfway:
 
 
 def _in_a_save(point: Callable[[str], None]) -> None:
-    stage, put, discard = HostCopy.stage, Folder.put, checkpoint.discard
+    stage, put, discard = HostCopy.stage, Folder.put, checkpoint_commit.discard
     link_new, create = local_files.link_new, Folder.create
 
     def stage_after_a_stop(self: HostCopy, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +138,7 @@ def _in_a_save(point: Callable[[str], None]) -> None:
         return found
 
     def discard_with_a_stop(folder: Folder, step: int) -> None:
-        (folder / f"step_{step:08d}").remove(COMMIT)
+        (folder / step_name(step)).remove(COMMIT)
         point("retention half done")
         discard(folder, step)
 
@@ -148,7 +146,7 @@ def _in_a_save(point: Callable[[str], None]) -> None:
     Folder.put = put_with_stops  # type: ignore[method-assign]
     Folder.create = create_with_stops  # type: ignore[method-assign]
     local_files.link_new = link_with_stops
-    checkpoint.discard = discard_with_a_stop
+    checkpoint_commit.discard = discard_with_a_stop
 
 
 def _in_the_metrics(point: Callable[[str], None]) -> None:
