@@ -14,6 +14,7 @@ from cascade_model.settings import check, check_types, to_dict
 Weight = Literal["elbo", "unit", "cart"]
 Normaliser = Literal["maskable", "masked", "document"]
 Outcomes = Literal["text", "all_but_mask", "all"]
+TeacherWeight = Literal["rate", "right_context"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,6 +262,28 @@ class ModelConfig:
             "stop_ids": tuple(values.get("stop_ids", ())),
         }
         return cls(**(values | nested))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuxiliaryConfig:
+    """Losses beside the masked cross entropy, made in the same pass; each is off at 0."""
+
+    ar_weight: float = 0.0
+    """Weight of the next-token loss of the clean half (0.3); it needs a token-causal one."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy of correctly predicted masked tokens, a second stage after training:
+    what is certain is written in fewer steps (LLaDA2, dParallel: 2)."""
+    entropy_temperature: float = 1.0
+    """Temperature at which that entropy is taken (LLaDA2: 1, dParallel: 0.5)."""
+
+    def __post_init__(self) -> None:
+        for name in ("ar_weight", "entropy_weight"):
+            value = getattr(self, name)
+            check(0.0 <= value < float("inf"), f"{name}={value} must be 0 or more; use 0")
+        check(
+            0.0 < self.entropy_temperature < float("inf"),
+            f"entropy_temperature={self.entropy_temperature} must be above 0; use 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

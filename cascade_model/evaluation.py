@@ -23,9 +23,10 @@ from cascade_model.config import ModelConfig, NoiseConfig, Outcomes
 from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch
 from cascade_model.likelihood import sequential_nats
-from cascade_model.loss import row_losses, source_rows
+from cascade_model.loss import row_losses
 from cascade_model.networks import Network, build_network
 from cascade_model.noise import sequence_at
+from cascade_model.training_input import source_rows
 
 # Another key than any training recipe is likely to have; fixed, so that curves can be compared.
 EVALUATION_SEED = 0x5EED_0E7A
