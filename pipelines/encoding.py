@@ -12,7 +12,7 @@ from cascade_model.chat_template import ChatTemplate
 from cascade_model.commit import Folder
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.fast_tokenizer import REFERENCE, Encoder, engine_of
-from cascade_model.schema import TOKENIZER
+from cascade_model.manifest import TOKENIZER
 from cascade_model.tokenizer import Encoded, Tokenizer
 from pipelines.cleaning import pieces
 from pipelines.documents import Message

@@ -13,14 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from cascade_model.schema import (
-    SPLITS,
-    Geometry,
-    batch_rows,
-    documents_schema,
-    packed_columns,
-    packed_schema,
-)
+from cascade_model.columns import packed_columns
+from cascade_model.schema import SPLITS, Geometry, batch_rows, documents_schema, packed_schema
 from cascade_model.tokenizer import Encoded
 from pipelines.cleaning import Cleaning, Drop, cleaned_document
 from pipelines.documents import Document

@@ -13,20 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from cascade_model import noise as mask_noise
+from cascade_model.columns import Packed, Rows, packed_of, rows_columns
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record
 from cascade_model.config import NoiseConfig
 from cascade_model.errors import CorpusMismatch, InputError, Unfinished
-from cascade_model.schema import (
-    SPLITS,
-    Geometry,
-    Packed,
-    Rows,
-    batch_rows,
-    documents_name,
-    packed_of,
-    rows_columns,
-    shard_schema,
-)
+from cascade_model.schema import SPLITS, Geometry, batch_rows, documents_name, shard_schema
 from cascade_model.shards import read_arrow, write_shard
 from pipelines.cleaning import Cleaning, Drop, cleaned_document
 from pipelines.config import SourceConfig

@@ -21,16 +21,8 @@ from cascade_model.chat_template import ChatTemplate
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record, require_writable
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.fast_tokenizer import REFERENCE
-from cascade_model.schema import (
-    MANIFEST,
-    SPLITS,
-    TOKENIZER,
-    Geometry,
-    Manifest,
-    ShardEntry,
-    documents_name,
-    rates_per_row,
-)
+from cascade_model.manifest import MANIFEST, TOKENIZER, Manifest, ShardEntry
+from cascade_model.schema import SPLITS, Geometry, documents_name, rates_per_row
 from cascade_model.shards import entry_of
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
 from pipelines.admission import ENGINE, SAMPLE_PARTS, choose_engine, reference

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from cascade_model.commit import Folder
-from cascade_model.schema import SPLITS, Manifest
+from cascade_model.manifest import Manifest
+from cascade_model.schema import SPLITS
 from pipelines.report_masks import masks_of
 from pipelines.report_page import report_page
 

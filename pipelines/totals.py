@@ -7,15 +7,9 @@ from typing import Any
 
 from cascade_model.commit import Folder, Record
 from cascade_model.errors import InputError, Unfinished
+from cascade_model.manifest import DocumentsEntry, ShardEntry, SourceEntry, SplitEntry
 from cascade_model.mixing import shares
-from cascade_model.schema import (
-    SPLITS,
-    DocumentsEntry,
-    ShardEntry,
-    SourceEntry,
-    SplitEntry,
-    documents_name,
-)
+from cascade_model.schema import SPLITS, documents_name
 from pipelines.config import PrepareConfig, SourceConfig
 from pipelines.parts import MaskOrder
 from pipelines.sources import label_of

@@ -13,7 +13,9 @@ SOURCES = sorted(
     p for f in ("cascade_model", "pipelines", "jobs") for p in (ROOT / f).rglob("*.py")
 )
 TORCH_FREE = [
-    "cascade_model.errors", "cascade_model.settings", "cascade_model.config", "cascade_model.schema", "cascade_model.noise",
+    "cascade_model.errors", "cascade_model.settings", "cascade_model.config",
+    "cascade_model.schema", "cascade_model.columns", "cascade_model.manifest",
+    "cascade_model.noise",
     "cascade_model.commit", "cascade_model.mixing", "cascade_model.open_shards",
     "cascade_model.shard_cache", "cascade_model.stored", "cascade_model.provenance",
     "cascade_model.prefetch", "cascade_model.draws", "cascade_model.verification",
