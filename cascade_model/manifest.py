@@ -4,8 +4,8 @@ It vouches for each file by bytes and SHA-256, and is written last.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from cascade_model.config import NoiseConfig
 from cascade_model.errors import CorpusMismatch
@@ -77,6 +77,20 @@ class SplitEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InfillEntry:
+    """How documents of the training split were rearranged, to learn to fill holes."""
+
+    mode: Literal["psm"] = "psm"
+    """psm: prefix, suffix, middle, each behind its token (Bavarian et al. 2022)."""
+    rate: float
+    """Share of the documents that were drawn; those that fit into a sequence were rearranged."""
+    ids: tuple[int, int, int]
+    """Tokens before prefix, suffix and middle; never masked."""
+    num_documents: int
+    """Documents that were rearranged."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """Everything a reader trusts; written last."""
 
@@ -102,6 +116,8 @@ class Manifest:
     splits: dict[str, SplitEntry] = field(default_factory=dict)
     documents: tuple[DocumentsEntry, ...] = ()
     """Tables of documents, one for each part."""
+    infill: InfillEntry | None = None
+    """None, and then not written, where no document was rearranged."""
 
     @property
     def geometry(self) -> Geometry:
@@ -119,7 +135,7 @@ class Manifest:
 
         Left out are the objects' own names, which in an object store differ between attempts.
         """
-        values = asdict(self)
+        values = self._values()
         for split in values["splits"].values():
             for shard in split["shards"]:
                 del shard["object"]
@@ -129,8 +145,16 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The manifest's one spelling, its digest included."""
-        values = {**asdict(self), "digest": self.digest}
+        values = {**self._values(), "digest": self.digest}
         return (json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+    def _values(self) -> dict[str, Any]:
+        """The fields that are written: a corpus without infilling has the bytes and the digest that
+        it had before there was any."""
+        values = asdict(self)
+        if self.infill is None:
+            del values["infill"]
+        return values
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Manifest":
@@ -150,7 +174,7 @@ class Manifest:
             manifest = cls(**{**values, **_parsed(values)})
         except (TypeError, KeyError, ValueError):
             raise CorpusMismatch(f"{where} is damaged; {CURE}") from None
-        if manifest.digest != written or set(values) != {f.name for f in fields(cls)}:
+        if manifest.digest != written or set(values) != manifest._values().keys():
             raise CorpusMismatch(
                 f"{where} has digest {manifest.digest[:12]} but says {str(written)[:12]}; "
                 f"it was edited or damaged; {CURE}"
@@ -165,7 +189,12 @@ def _parsed(values: dict[str, Any]) -> dict[str, Any]:
         "sources": tuple(values["sources"]),
         "splits": {name: _split_of(entry) for name, entry in values["splits"].items()},
         "documents": tuple(DocumentsEntry(**each) for each in values["documents"]),
+        "infill": _infill_of(values.get("infill")),
     }
+
+
+def _infill_of(entry: dict[str, Any] | None) -> InfillEntry | None:
+    return None if entry is None else InfillEntry(**{**entry, "ids": tuple(entry["ids"])})
 
 
 def _split_of(entry: dict[str, Any]) -> SplitEntry:

@@ -24,6 +24,7 @@ from pipelines.config import SourceConfig
 from pipelines.dedup import Hashes, dropped_rows, hashes_name, merge_range
 from pipelines.documents import Document, read_documents
 from pipelines.encoding import DocumentEncoder, encoder_of
+from pipelines.infilling import Infilling
 from pipelines.intake import Intake, Recipe
 from pipelines.isolation import DEATHS, KILLED, attempt, killers
 from pipelines.packing import joined
@@ -55,6 +56,8 @@ class Job:
     """Name of the tokenizer engine that was admitted."""
     engine_version: str
     chat_template: str | None
+    infilling: Infilling | None
+    """None: every document stays as it is."""
 
     @property
     def recipe(self) -> Recipe:
@@ -81,6 +84,7 @@ class Job:
             self.engine_version,
             self.chat_template,
             self.cleaning.max_document_bytes,
+            self.infilling,
         )
 
 
@@ -202,7 +206,8 @@ def _encode_alone(encoder: DocumentEncoder, document: Document) -> None:
     if document.messages is not None:
         encoder.chats([document.messages])
     else:
-        encoder.texts([document.text or ""])
+        texts = [document.text or ""]
+        encoder.rearranged(texts, encoder.texts(texts))
 
 
 def mask_part(job: Job, order: MaskOrder) -> dict[str, Record]:

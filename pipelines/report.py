@@ -51,6 +51,7 @@ def make_report(
         "splits": {split: _split(manifest, facts, split) for split in SPLITS},
         "document_bytes": _lengths(facts, "document_bytes"),
         "document_tokens": _lengths(facts, "document_tokens"),
+        "infill": asdict(manifest.infill) if manifest.infill else None,
         "masks": masks_of(folder, manifest),
         "tokenizer": {
             "sha256": manifest.tokenizer_sha256,

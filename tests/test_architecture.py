@@ -28,7 +28,8 @@ TORCH_FREE = [
     "pipelines.config", "pipelines.cluster", "pipelines.sources", "pipelines.documents",
     "pipelines.packing", "pipelines.parts", "pipelines.runner", "pipelines.prepare",
     "pipelines.prompts", "pipelines.pieces", "pipelines.tables", "pipelines.cleaning",
-    "pipelines.dedup", "pipelines.encoding", "pipelines.held_out", "pipelines.intake",
+    "pipelines.dedup", "pipelines.encoding", "pipelines.held_out", "pipelines.infilling",
+    "pipelines.intake",
     "pipelines.isolation", "pipelines.sampling", "pipelines.spool", "pipelines.totals",
     "pipelines.admission", "pipelines.progress", "pipelines.claim",
 ]  # fmt: skip

@@ -63,6 +63,7 @@ def job_in(folder, tokenizer=None, **changes) -> Job:
         engine=REFERENCE,
         engine_version=engine_version(REFERENCE),
         chat_template=None,
+        infilling=None,
     )
     return dataclasses.replace(job, **changes)
 

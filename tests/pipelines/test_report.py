@@ -67,6 +67,7 @@ def facts_of(manifest: Manifest, texts: list[str], source: str) -> list[dict]:
             "dropped": {},
             "dead": {},
             "first_dead": None,
+            "rearranged": 0,
             "splits": splits,
             "document_bytes": by_bit_length(sizes),
             "document_tokens": by_bit_length(sizes),
