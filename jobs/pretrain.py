@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from cascade_model.config import Outcomes
 from jobs.cli import command
-from jobs.training import TrainingConfig, fit, start
+from jobs.objectives import LossConfig, auxiliary, auxiliary_objective, check_auxiliary
+from jobs.training import fit, start
 
 if TYPE_CHECKING:
     from cascade_model.lease import Owner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainConfig(TrainingConfig):
+class PretrainConfig(LossConfig):
     """Train a model from scratch, or go on from `initial_model`, on a prepared corpus."""
 
     outcomes: Outcomes = "text"
@@ -25,12 +26,13 @@ class PretrainConfig(TrainingConfig):
 
 def run(config: PretrainConfig) -> dict[str, Any]:
     """Check the settings, train, and return the run's summary."""
+    check_auxiliary(config)
     return start(config, train, objective(config))
 
 
 def objective(config: PretrainConfig) -> dict[str, Any]:
     """What is minimised; a run goes on with the same only."""
-    return {"name": "diffusion", **axes(config)}
+    return {"name": "diffusion", **axes(config), **auxiliary_objective(config)}
 
 
 def axes(config: PretrainConfig) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def train(config: PretrainConfig, device: str, owner: "Owner | None" = None) -> 
 
     from cascade_model.loss import diffusion_loss
 
-    loss_fn = partial(diffusion_loss, **axes(config))
+    loss_fn = partial(diffusion_loss, **axes(config), auxiliary=auxiliary(config))
     return fit(config, device, objective(config), loss_fn, owner)
 
 
