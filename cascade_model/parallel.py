@@ -74,12 +74,29 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     return told[0]
 
 
+def only_first_rank(work: Callable[[], Result]) -> Result:
+    """`on_first_rank` for what cannot travel, such as an open file: the other ranks get None."""
+    mine: list[Any] = [None]
+
+    def keep() -> None:
+        mine[0] = work()
+
+    on_first_rank(keep)
+    return mine[0]
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum of a small tensor over all ranks, the same bits on each."""
     if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def sum_named(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The sums over all ranks of scalars of one type, the same bits on each, in one exchange."""
+    totals = sum_over_ranks(torch.stack(list(values.values())))
+    return dict(zip(values, totals.tolist(), strict=True))
 
 
 def first_of(value: Result | None) -> Result | None:

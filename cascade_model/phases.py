@@ -24,17 +24,22 @@ def phase_starts(config: TrainerConfig) -> list[list[int]]:
     return [[start, size] for start, size in zip(starts, sizes, strict=False)]
 
 
+def block_size_at(step: int, config: TrainerConfig) -> int | None:
+    """The block size of a step, counted from 0; none without a schedule."""
+    starts = phase_starts(config)
+    if not starts:
+        return None
+    return starts[bisect_right(starts, step, key=lambda start: start[0]) - 1][1]
+
+
 def noise_at(step: int, noise: NoiseConfig, config: TrainerConfig, length: int) -> NoiseConfig:
     """The noise of a step, counted from 0: the run's, in the blocks of the step's phase.
 
     A block of the whole sequence, `length` tokens, has one mask rate, which is also what a sequence
     cut short then has.
     """
-    starts = phase_starts(config)
-    if not starts:
-        return noise
-    size = starts[bisect_right(starts, step, key=lambda start: start[0]) - 1][1]
-    if size == noise.block_size:
+    size = block_size_at(step, config)
+    if size is None or size == noise.block_size:
         return noise
     whole = {"per": "sequence"} if size == length else {}
     return dataclasses.replace(noise, block_size=size, **whole)

@@ -4,13 +4,13 @@ The names of the weights never change, so checkpoints fit whatever was chosen.
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -81,6 +81,12 @@ def require_replicas(config: TrainerConfig, ranks: int) -> None:
     )
 
 
+def reshard(model: nn.Module) -> None:
+    """Put whole weights away again: a pass without a backward one leaves those of the root."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """All weights, whole and on the CPU, on every rank; each rank must call it."""
     return {
@@ -108,6 +114,4 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     Nothing in a layer is random, so no random state is kept for the second time.
     """
-    return wraps(forward)(
-        partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-    )
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)

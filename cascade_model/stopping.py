@@ -34,4 +34,4 @@ def signals_noted() -> Iterator[Callable[[], str | None]]:
         yield first
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
