@@ -25,15 +25,13 @@ from cascade_model.batch import TrainBatch
 from cascade_model.config import ModelConfig, Outcomes
 from cascade_model.errors import InputError
 from cascade_model.loss import (
-    Read,
     cross_entropy,
     in_chunks,
     outcome_logits,
-    read_places,
-    supervised,
 )
 from cascade_model.networks import Network
 from cascade_model.objective import banned_ids
+from cascade_model.training_input import Read, read_places, supervised
 
 
 def llada_rate(t: Tensor, eps: float = 1e-3) -> Tensor:

@@ -14,6 +14,7 @@ from cascade_model.settings import check, check_types, to_dict
 Weight = Literal["elbo", "unit", "cart"]
 Normaliser = Literal["maskable", "masked", "document"]
 Outcomes = Literal["text", "all_but_mask", "all"]
+TeacherWeight = Literal["rate", "right_context"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +193,11 @@ class ModelConfig:
     """Tokens that end a completion besides eos_id."""
     tokenizer_sha256: str = ""
     """Digest of the tokenizer the weights were trained with."""
+    infill: Literal["none", "psm"] = "none"
+    """psm: trained on documents of which some were rearranged as prefix, suffix, middle, so that a
+    text between two others can be asked for (Bavarian et al. 2022, arXiv 2207.14255)."""
+    infill_ids: tuple[int, ...] = ()
+    """psm: the tokens before prefix, suffix and middle; given, never predicted."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -224,6 +230,12 @@ class ModelConfig:
                 f"model.{name}={value} is outside the vocabulary of {self.vocab_size}; "
                 "use an id below model.vocab_size",
             )
+        ids, wanted = self.infill_ids, 3 if self.infill == "psm" else 0
+        check(
+            len(set(ids)) == len(ids) == wanted and all(0 <= i < self.vocab_size for i in ids),
+            f"model.infill={self.infill} needs {wanted} tokens of the vocabulary and "
+            f"model.infill_ids={list(ids)}; give those before prefix, suffix and middle",
+        )
         rotary = self.rotary_dim
         check(
             rotary is None or (0 < rotary <= self.head_dim and rotary % 2 == 0),
@@ -259,8 +271,31 @@ class ModelConfig:
         nested = {
             "experts": ExpertsConfig(**experts) if isinstance(experts, dict) else experts,
             "stop_ids": tuple(values.get("stop_ids", ())),
+            "infill_ids": tuple(values.get("infill_ids", ())),
         }
         return cls(**(values | nested))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuxiliaryConfig:
+    """Losses beside the masked cross entropy, made in the same pass; each is off at 0."""
+
+    ar_weight: float = 0.0
+    """Weight of the next-token loss of the clean half (0.3); it needs a token-causal one."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy of correctly predicted masked tokens, a second stage after training:
+    what is certain is written in fewer steps (LLaDA2, dParallel: 2)."""
+    entropy_temperature: float = 1.0
+    """Temperature at which that entropy is taken (LLaDA2: 1, dParallel: 0.5)."""
+
+    def __post_init__(self) -> None:
+        for name in ("ar_weight", "entropy_weight"):
+            value = getattr(self, name)
+            check(0.0 <= value < float("inf"), f"{name}={value} must be 0 or more; use 0")
+        check(
+            0.0 < self.entropy_temperature < float("inf"),
+            f"entropy_temperature={self.entropy_temperature} must be above 0; use 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

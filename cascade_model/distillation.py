@@ -2,69 +2,160 @@
 
 The teacher reads the clean tokens of a document; its row i-1 is its distribution of token i. The
 student predicts the masked token i from the clean blocks before and from what is visible in its
-own block, on both sides. With right context visible the true posterior is sharper than any
-left-to-right distribution, so the teacher is trusted in proportion to the mask rate t: the loss of
-a masked token is
+own block, on both sides. What it does not see on the left costs the teacher's word no truth: over
+those tokens it is right on average. What it sees on the right does: the true posterior is then
+sharper than any left-to-right distribution. So the loss of a masked token is
 
-    (1 - alpha) x (1/t) x cross entropy  +  alpha x w(t) x (1/t) x KL(teacher || student), w(t) = t
+    (1 - alpha) x (1/t) x cross entropy  +  alpha x w(t, i) x (1/t) x KL(teacher || student)
 
-so a masked row's KL has weight one, whatever its rate: a token counts with probability t in the KL,
-and once, in expectation, in the cross entropy. A document's first token has no teacher row; its
-cross entropy then has its full weight. The KL is the full one over the shared vocabulary (mask and
-padding are outcomes of neither), made in chunks of rows, so never negative and zero only when
-teacher and student agree.
+with w(t, i) = t at "rate", and at "right_context" w(t, i) = t x (1 + m) / (1 + r), where r tokens
+of the text stand to the right of i in its block and m of them are masked: t where the teacher sees
+what the student sees, falling to t / (1 + r) as they become visible. With w = t a masked row's KL
+has weight one, whatever its rate: a token counts with probability t in the KL, and once, in
+expectation, in the cross entropy. A document's first token has no teacher row; its cross entropy
+then has its full weight. Mask and padding are outcomes of neither. At a temperature T both sides
+are softmax(logits / T) and the KL is multiplied by T^2 (arXiv 1503.02531).
+
+Where the teacher's word comes from is a `Reference`: a network that runs beside the student
+(`Online`), or what it said of this corpus before (`stored_teaching`).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cascade_model.batch import TrainBatch
-from cascade_model.config import ModelConfig, Normaliser, Weight
+from cascade_model.config import AuxiliaryConfig, ModelConfig, Normaliser, TeacherWeight, Weight
 from cascade_model.errors import CheckpointMismatch
-from cascade_model.loss import in_chunks, read_places, rows_of, source_rows, supervised
+from cascade_model.loss import OfLogits, token_losses
 from cascade_model.model import never_emitted, vocabulary_logits
 from cascade_model.networks import Network
-from cascade_model.objective import LossParts, loss_parts, weights_of
+from cascade_model.objective import LossParts, RowLosses, Term, loss_parts, weights_of
+from cascade_model.training_input import config_for, read_places, source_rows, supervised
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """What the teacher says of r tokens, in a form that is cut into chunks of rows."""
+
+    given: tuple[Tensor, ...]
+    """Tensors [r, ...], the rows of those without a teacher holding values that are not used."""
+    divergence: OfLogits
+    """The student's logits [r, v] and the rows of `given` -> KL(teacher || student), nats [r]."""
+    has_teacher: Tensor
+    """bool [r]: False for a document's first token."""
+
+
+class Reference(Protocol):
+    """Where the teacher's word comes from."""
+
+    def __call__(self, batch: TrainBatch, sequences: Tensor, places: Tensor) -> Taught:
+        """What it says of the given tokens of a batch, int64 [r] each."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Online:
+    """A frozen teacher that runs beside the student; the KL is the full one over the vocabulary."""
+
+    teacher: Network
+    banned: list[int]
+    """Ids that neither can emit."""
+    temperature: float = 1.0
+
+    def __call__(self, batch: TrainBatch, sequences: Tensor, places: Tensor) -> Taught:
+        """See `Reference`; only the last hidden states are held, not the logits of all rows."""
+        hidden, has_teacher = teacher_rows(self.teacher, batch, sequences, places)
+
+        def of_logits(student: Tensor, taught: Tensor) -> Tensor:
+            with torch.no_grad():
+                reference = vocabulary_logits(taught, self.teacher.head, self.banned)
+            degree = self.temperature
+            return divergence(reference / degree, student / degree, self.banned) * degree**2
+
+        return Taught((hidden,), of_logits, has_teacher)
 
 
 def distillation_loss(
     model: Network,
     batch: TrainBatch,
     *,
-    teacher: Network,
+    reference: Reference,
     alpha: float,
+    teacher_weight: TeacherWeight = "right_context",
     weight: Weight = "elbo",
     normaliser: Normaliser = "maskable",
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig(),
 ) -> LossParts:
     """The distillation loss of one batch; at alpha = 0 it is `loss.diffusion_loss`.
 
-    `weight` is the cross entropy's, as in `objective`; the KL's is always one per row.
-    The bands hold the plain cross entropy. Raises `CheckpointMismatch` as `require_teacher`.
+    `weight` is the cross entropy's, as in `objective`, `teacher_weight` the KL's, as above. The
+    bands hold the plain cross entropy. Teacher and student must fit, see `require_teacher`.
     """
-    require_teacher(teacher.config, model.config)
-    config = model.config
+    config = config_for(model.config, batch)
     sequences, places = supervised(config, batch).nonzero(as_tuple=True)
-    targets = batch.clean_tokens[sequences, places]
-    taught, has_teacher = teacher_rows(teacher, batch, sequences, places)
-    banned = never_emitted(config)
+    taught = reference(batch, sequences, places)
+    found = token_losses(
+        model,
+        batch,
+        config,
+        never_emitted(config),
+        auxiliary,
+        taught.divergence,
+        taught.given,
+    )
+    rows, divergences = found.rows, found.extra
+    assert divergences is not None
+    weighted = weights_of(config, batch, rows, weight) * rows.losses
+    share = alpha * taught.has_teacher.to(weighted.dtype)
+    trust = TRUST[teacher_weight](config, batch, rows)
+    # What was not taught holds any value, which times zero need not be zero.
+    divergences = divergences.where(taught.has_teacher, 0.0)
+    values = (1 - share) * weighted + share * trust * divergences
+    told = divergences.detach()[taught.has_teacher]
+    terms = [*found.terms, Term("kl", 0.0, sequences[taught.has_teacher], told)]
+    return loss_parts(values, batch, rows, normaliser, terms, weighted)
 
-    def read(hidden: Tensor, head: nn.Module) -> Tensor:
-        def both(rows: Tensor, wanted: Tensor, taught: Tensor) -> Tensor:
-            student = vocabulary_logits(rows, head, banned)
-            nats = F.cross_entropy(student, wanted, reduction="none")
-            with torch.no_grad():
-                reference = vocabulary_logits(taught, teacher.head, banned)
-            return torch.stack([nats, divergence(reference, student, banned)], dim=1)
 
-        return in_chunks(both, hidden, targets, taught, vocabulary=config.vocab_size)
+def by_rate(config: ModelConfig, batch: TrainBatch, rows: RowLosses) -> Tensor:
+    """w / t of w = t."""
+    return torch.ones_like(rows.losses)
 
-    losses, divergences = read_places(model, batch, sequences, places, read).unbind(dim=1)
-    rows = rows_of(config, batch, sequences, places, losses)
-    weights = weights_of(config, batch, rows, weight)
-    share = alpha * has_teacher.to(losses.dtype)
-    values = (1 - share) * weights * losses + share * divergences
-    return loss_parts(values, batch, rows, normaliser)
+
+def by_right_context(config: ModelConfig, batch: TrainBatch, rows: RowLosses) -> Tensor:
+    """w / t = (1 + m) / (1 + r): r tokens of the text to the right in the block, m of them masked.
+
+    An autoregressive student sees none of them; a bidirectional one has its document for a block.
+    """
+    if config.is_autoregressive:
+        return torch.ones_like(rows.losses)
+    is_padding = ~batch.is_maskable & (batch.clean_tokens == config.pad_id)
+    place = torch.arange(is_padding.shape[1], device=is_padding.device)
+    block = place // config.block_size if config.attention == "block_causal" else 0 * place
+    right = _to_the_right(~is_padding, block, batch.segments)[rows.sequences, rows.places]
+    masked = _to_the_right(batch.is_masked, block, batch.segments)[rows.sequences, rows.places]
+    return ((1 + masked) / (1 + right)).to(rows.losses.dtype)
+
+
+TRUST: dict[TeacherWeight, Callable[[ModelConfig, TrainBatch, RowLosses], Tensor]] = {
+    "rate": by_rate,
+    "right_context": by_right_context,
+}
+
+
+def _to_the_right(chosen: Tensor, block: Tensor, segments: Tensor) -> Tensor:
+    """How many chosen places, bool [n, L], stand right of each in its block and document."""
+    before = chosen.long().cumsum(dim=1)
+    place = torch.arange(chosen.shape[1], device=chosen.device)
+    is_last = torch.ones_like(chosen)
+    is_last[:, :-1] = (block[1:] != block[:-1]) | (segments[:, 1:] != segments[:, :-1])
+    # The last place of each one's block: the nearest `is_last` at or behind it.
+    ends = torch.where(is_last, place, chosen.shape[1] - 1)
+    last = ends.flip(1).cummin(dim=1).values.flip(1)
+    return before.gather(1, last) - before
 
 
 @torch.no_grad()

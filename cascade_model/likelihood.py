@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from cascade_model.batch import TrainBatch
 from cascade_model.config import ModelConfig, Outcomes
 from cascade_model.errors import InputError
-from cascade_model.loss import cross_entropy, read_places, source_rows
+from cascade_model.loss import cross_entropy
 from cascade_model.networks import Network
 from cascade_model.noise import COUNT, SUBSET, key_of, random_words
 from cascade_model.objective import banned_ids
+from cascade_model.training_input import read_places, source_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

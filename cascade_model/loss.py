@@ -1,147 +1,193 @@
-"""The loss of masked diffusion: weighted cross entropy of the masked tokens.
+"""The loss of masked diffusion: weighted cross entropy of the masked tokens, and terms beside it.
 
 Per block, the sum over masked tokens of (1/t) x cross entropy, t the block's mask rate, has the
 negative evidence lower bound as its expectation (MDLM, arXiv 2406.07524; per block BD3-LM,
-arXiv 2503.09573); other weights and normalisers stand in `objective`. A block-causal model is fed
-the doubled sequence (noisy || clean), a bidirectional one the noisy sequence alone, an
-autoregressive one the clean sequence alone. Which row of the input predicts a token is told by
-`source_rows`; only rows that are supervised reach the output head, and that in chunks, so that the
-logits of all rows never exist at once.
+arXiv 2503.09573); other weights and normalisers stand in `objective`. What the model is fed, and
+which row predicts which token, stands in `training_input`. Only rows that are supervised reach the
+output head, and that in chunks, so that the logits of all rows never exist at once.
+
+Beside it, both off unless asked for (`AuxiliaryConfig`):
+
+- the autoregressive loss of the clean half, in the same pass: its row i-1 predicts token i
+  (NBDiff, arXiv 2512.06776). Only where a clean token sees nothing to its right;
+- the entropy of the masked tokens that are predicted correctly: lower, it lets a step write more
+  of them (LLaDA2's confidence-aware loss; dParallel, arXiv 2509.26488, at temperature 0.5).
 """
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cascade_model.attention import (
-    Attend,
-    DoubledAttention,
-    Keep,
-    dense,
-    grouped_clean,
-)
 from cascade_model.batch import TrainBatch
-from cascade_model.config import ModelConfig, Normaliser, Outcomes, Weight
-from cascade_model.errors import InputError
+from cascade_model.config import AuxiliaryConfig, ModelConfig, Normaliser, Outcomes, Weight
 from cascade_model.model import vocabulary_logits
 from cascade_model.networks import Network
-from cascade_model.objective import LossParts, RowLosses, banned_ids, loss_parts, weights_of
+from cascade_model.objective import (
+    LossParts,
+    RowLosses,
+    Term,
+    banned_ids,
+    loss_parts,
+    weights_of,
+)
+from cascade_model.settings import check
+from cascade_model.training_input import (
+    config_for,
+    left_neighbours,
+    read_rows,
+    source_rows,
+    supervised,
+)
 
-T = TypeVar("T")
-Read = Callable[[Tensor, nn.Module], T]
 _LOGITS_PER_CHUNK = 2**24
+_PLAIN = AuxiliaryConfig()
+OfLogits = Callable[..., Tensor]
+"""Logits [r, v] of masked tokens, and whatever was given for each -> one number each, [r]."""
 
 
-def source_rows(config: ModelConfig, batch: TrainBatch) -> Tensor:
-    """Which input row predicts each token, int64 [n, L]; -1 where none can.
+@dataclass(frozen=True, slots=True)
+class TokenLosses:
+    """What one pass tells of a batch's tokens, before anything is weighed or summed."""
 
-    Rows are counted in the input that `read_places` runs: noisy 0..L-1 then clean L..2L-1, or
-    0..L-1 alone where there is one half. With shifted logits the row on the left predicts; a
-    block's first token takes the row that `first_place` names, and a document's first token has no
-    left neighbour, so only `own` predicts it. A bidirectional model has no blocks here: `own` is
-    for a document's first token (Dream), without it that token is not predicted (DiffuLLaMA).
-    """
-    n, length = batch.clean_tokens.shape
-    place = torch.arange(length, device=batch.clean_tokens.device)
-    if config.logits == "aligned":
-        return place.expand(n, -1)
-    has_left = torch.zeros_like(batch.is_maskable)
-    has_left[:, 1:] = batch.segments[:, 1:] == batch.segments[:, :-1]
-    left = (place - 1).expand(n, -1).masked_fill(~has_left, -1)
-    if config.is_autoregressive:
-        return left
-    if config.attention == "bidirectional":
-        return torch.where(has_left, left, place) if config.first_place == "own" else left
-    is_first = place % config.block_size == 0
-    if config.first_place == "own":
-        return torch.where(is_first, place, left)
-    if config.first_place == "clean":
-        return torch.where(is_first & (left >= 0), left + length, left)
-    return left
+    rows: RowLosses
+    """The supervised tokens, r in all, with their cross entropy."""
+    extra: Tensor | None
+    """float32 [r]: what `of_logits` made of their logits."""
+    terms: list[Term]
+    """The auxiliary losses that are switched on."""
 
 
-def supervised(config: ModelConfig, batch: TrainBatch) -> Tensor:
-    """The tokens that carry a loss, bool [n, L]: masked ones, or all of an autoregressive model."""
-    chosen = batch.is_maskable if config.is_autoregressive else batch.is_masked & batch.is_maskable
-    return chosen & (source_rows(config, batch) >= 0)
-
-
-def read_places(
+def diffusion_loss(
     model: Network,
     batch: TrainBatch,
-    sequences: Tensor,
-    places: Tensor,
-    read: Read[T],
-    config: ModelConfig | None = None,
-) -> T:
-    """Run the training input once and `read` the rows that predict the given tokens.
+    *,
+    weight: Weight = "elbo",
+    normaliser: Normaliser = "maskable",
+    outcomes: Outcomes = "text",
+    auxiliary: AuxiliaryConfig = _PLAIN,
+) -> LossParts:
+    """The training loss of one batch; the axes are those of `objective`.
 
-    sequences and places int64 [r] name tokens whose `source_rows` is not -1; `read` gets their
-    hidden states [r, hidden_size] and the head, and returns a tensor or a tuple of tensors. A
-    `config` replaces the model's own choices, such as its block size.
+    An autoregressive model counts every maskable token that has a left neighbour, with weight 1.
+    The block size is the batch's, see `config_for`. Raises `InputError` for an autoregressive term
+    without a token-causal clean half.
     """
-    config = config or model.config
-    rows = source_rows(config, batch)[sequences, places]
-    doubled = model.training_attention
-    tokens, positions, attend, keep = _training_input(config, batch, doubled)
-    return model(
-        tokens,
-        positions,
-        attend,
-        lambda hidden, head: read(hidden[sequences, rows], head),
-        keep=keep,
-    )
-
-
-def _training_input(
-    config: ModelConfig, batch: TrainBatch, doubled: DoubledAttention
-) -> tuple[Tensor, Tensor, Attend, Keep | None]:
-    """Tokens, positions, who sees whom, and the only rows that can be read if not all."""
-    clean, positions, segments = batch.clean_tokens, batch.positions, batch.segments
-    if config.is_autoregressive:
-        return clean, positions, grouped_clean(segments, 1, config.clean_half), None
-    noisy = torch.where(batch.is_masked | _padding(config, batch), config.mask_id, clean)
-    if config.attention == "bidirectional":
-        return noisy, positions, whole_documents(segments), None
-    _require_block_size(config, batch)
-    attend = doubled(segments, config.block_size, config.clean_half)
-    # With aligned logits, or first places from the noisy half, no clean row is read.
-    is_clean_read = config.logits == "shifted" and config.first_place == "clean"
-    keep = None if is_clean_read else Keep(slice(clean.shape[1]), attend)
-    return torch.cat([noisy, clean], dim=1), torch.cat([positions] * 2, dim=1), attend, keep
-
-
-def _padding(config: ModelConfig, batch: TrainBatch) -> Tensor:
-    """Padding behind a text, bool [n, L]: shown as masks, as it is in decoding, so that nothing
-    tells a model where the text ends. Padding that is end-of-text too cannot be told from text."""
-    if config.pad_id in config.end_ids:
-        return torch.zeros_like(batch.is_maskable)
-    return ~batch.is_maskable & (batch.clean_tokens == config.pad_id)
-
-
-def whole_documents(segments: Tensor) -> Attend:
-    """Every token sees its whole document; segments int32 [n, L]."""
-    if not bool((segments != segments[:, :1]).any()):
-        return dense(None)
-    return dense((segments[:, :, None] == segments[:, None, :])[:, None])
+    config = config_for(model.config, batch)
+    found = token_losses(model, batch, config, banned_ids(config, outcomes), auxiliary)
+    weights = weights_of(config, batch, found.rows, weight)
+    return loss_parts(weights * found.rows.losses, batch, found.rows, normaliser, found.terms)
 
 
 def row_losses(model: Network, batch: TrainBatch, *, outcomes: Outcomes = "text") -> RowLosses:
-    """Cross entropy of every supervised token; differentiable."""
+    """Cross entropy of every supervised token at the model's own block size; differentiable."""
     config = model.config
+    return token_losses(model, batch, config, banned_ids(config, outcomes)).rows
+
+
+def token_losses(
+    model: Network,
+    batch: TrainBatch,
+    config: ModelConfig,
+    banned: list[int],
+    auxiliary: AuxiliaryConfig = _PLAIN,
+    of_logits: OfLogits | None = None,
+    given: tuple[Tensor, ...] = (),
+) -> TokenLosses:
+    """Everything that the losses of one batch need, from one pass; differentiable.
+
+    `of_logits` adds a number of its own for each supervised token, in the order of
+    `supervised(config, batch).nonzero()`, from its logits and its row of each tensor `given`.
+    """
     sequences, places = supervised(config, batch).nonzero(as_tuple=True)
     targets = batch.clean_tokens[sequences, places]
-    banned = banned_ids(config, outcomes)
+    count, length = len(sequences), batch.clean_tokens.shape[1]
+    require_next_tokens(model.config, auxiliary)
+    next_sequences, next_places = next_tokens(config, batch, auxiliary)
+    next_targets = batch.clean_tokens[next_sequences, next_places]
+    rows = [source_rows(config, batch)[sequences, places], next_places - 1 + length]
 
-    def read(hidden: Tensor, head: nn.Module) -> Tensor:
-        return cross_entropy(hidden, head, targets, banned)
+    def of_masked(logits: Tensor, wanted: Tensor, *given: Tensor) -> Tensor:
+        columns = [F.cross_entropy(logits, wanted, reduction="none")]
+        if auxiliary.entropy_weight:
+            columns.append(entropy(logits, auxiliary.entropy_temperature, banned))
+            columns.append((logits.argmax(dim=-1) == wanted).to(logits.dtype))
+        if of_logits is not None:
+            columns.append(of_logits(logits, *given))
+        return torch.stack(columns, dim=1)
 
-    losses = read_places(model, batch, sequences, places, read)
-    return rows_of(config, batch, sequences, places, losses)
+    def read(hidden: Tensor, head: nn.Module) -> tuple[Tensor, Tensor]:
+        def of_rows(rows: Tensor, *others: Tensor) -> Tensor:
+            return of_masked(outcome_logits(rows, head, banned), *others)
+
+        columns = in_chunks(of_rows, hidden[:count], targets, *given, vocabulary=_vocabulary(head))
+        if not len(next_targets):
+            return columns, columns.new_zeros(0)
+        return columns, cross_entropy(hidden[count:], head, next_targets, banned)
+
+    columns, next_nats = read_rows(
+        model,
+        batch,
+        config,
+        torch.cat([sequences, next_sequences]),
+        torch.cat(rows),
+        read,
+        is_doubled=len(next_targets) > 0,
+    )
+    terms = []
+    if auxiliary.ar_weight:
+        terms.append(Term("ar", auxiliary.ar_weight, next_sequences, next_nats))
+    if auxiliary.entropy_weight:
+        is_right = columns[:, 2] > 0
+        weight, values = auxiliary.entropy_weight, columns[is_right, 1]
+        terms.append(Term("entropy", weight, sequences[is_right], values))
+    extra = None if of_logits is None else columns[:, -1]
+    return TokenLosses(rows_of(config, batch, sequences, places, columns[:, 0]), extra, terms)
+
+
+def next_tokens(
+    config: ModelConfig, batch: TrainBatch, auxiliary: AuxiliaryConfig
+) -> tuple[Tensor, Tensor]:
+    """The tokens of the autoregressive term, sequences and places, int64 [m] each.
+
+    They are the maskable ones with a left neighbour in their document. There are none where it is
+    off, nor in a phase of block size 1 that is autoregressive already.
+    """
+    is_wanted = batch.is_maskable & (left_neighbours(batch) >= 0)
+    if not auxiliary.ar_weight or config.is_autoregressive:
+        is_wanted = torch.zeros_like(is_wanted)
+    sequences, places = is_wanted.nonzero(as_tuple=True)
+    return sequences, places
+
+
+def require_next_tokens(config: ModelConfig, auxiliary: AuxiliaryConfig) -> None:
+    """Refuse the autoregressive term where a clean token sees what it would have to predict, and
+    where it would be the loss itself. Raises `InputError`."""
+    if not auxiliary.ar_weight:
+        return
+    check(
+        config.attention == "block_causal" and config.clean_half == "token_causal",
+        f"ar_weight={auxiliary.ar_weight} with model.attention={config.attention} and "
+        f"model.clean_half={config.clean_half} would have a clean token predict what it sees; use "
+        "ar_weight=0, or a block-causal model with model.clean_half=token_causal",
+    )
+    check(
+        not config.is_autoregressive,
+        f"ar_weight={auxiliary.ar_weight} with an autoregressive model (model.block_size=1) would "
+        "count its only loss twice; use ar_weight=0",
+    )
+
+
+def entropy(logits: Tensor, temperature: float, banned: list[int]) -> Tensor:
+    """Nats [r] of softmax(logits / temperature), logits [r, v] being -inf at the banned ids."""
+    log_p = (logits / temperature).log_softmax(dim=-1)
+    ids = torch.tensor(banned, device=logits.device, dtype=torch.int64)
+    # What has no probability adds nothing, where 0 x -inf would be NaN.
+    return -(log_p.exp() * log_p.index_fill(1, ids, 0.0)).sum(dim=-1)
 
 
 def rows_of(
@@ -161,23 +207,6 @@ def rows_of(
     )
 
 
-def diffusion_loss(
-    model: Network,
-    batch: TrainBatch,
-    *,
-    weight: Weight = "elbo",
-    normaliser: Normaliser = "maskable",
-    outcomes: Outcomes = "text",
-) -> LossParts:
-    """The training loss of one batch; the axes are those of `objective`.
-
-    An autoregressive model counts every maskable token that has a left neighbour, with weight 1.
-    """
-    rows = row_losses(model, batch, outcomes=outcomes)
-    weights = weights_of(model.config, batch, rows, weight)
-    return loss_parts(weights * rows.losses, batch, rows, normaliser)
-
-
 def cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, banned: list[int]) -> Tensor:
     """Nats of each target, float32 [r], from hidden states [r, d]; banned ids get no probability.
 
@@ -187,7 +216,7 @@ def cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, banned: list
     def nats(rows: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(outcome_logits(rows, head, banned), wanted, reduction="none")
 
-    return in_chunks(nats, hidden, targets, vocabulary=head.weight.shape[0])  # type: ignore[union-attr]
+    return in_chunks(nats, hidden, targets, vocabulary=_vocabulary(head))
 
 
 def outcome_logits(hidden: Tensor, head: nn.Module, banned: list[int]) -> Tensor:
@@ -215,10 +244,6 @@ def _recomputed(function: Callable[..., Tensor], chunk: tuple[Tensor, ...]) -> T
     return result
 
 
-def _require_block_size(config: ModelConfig, batch: TrainBatch) -> None:
-    found, wanted = batch.noise_block_size, config.block_size
-    if found != wanted:
-        raise InputError(
-            f"noise.block_size={found} differs from model.block_size={wanted}; "
-            f"set noise.block_size={wanted}"
-        )
+def _vocabulary(head: nn.Module) -> int:
+    """Rows of the head's weight."""
+    return cast(Tensor, head.weight).shape[0]

@@ -11,10 +11,13 @@ Published systems differ on each of three axes, so each is a recorded setting of
   probability; "all_but_mask": the substitution parameterisation of MDLM and BD3-LM; "all": LLaDA.
 
 Weights and normalisers are small functions of a batch and its supervised tokens. A normaliser gives
-a sum and a count: the trainer adds both over micro-batches and ranks before it divides.
+what each token adds and what each sequence counts: the trainer adds both over micro-batches and
+ranks before it divides. A loss on other tokens (`Term`) is averaged over its own tokens of each
+sequence and weighs as much as the sequence counts, so that neither its scale nor its value depends
+on the normaliser's tokens or on how sequences are shared out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,7 +63,7 @@ class LossParts:
     """Sums of one forward pass; the trainer divides by the count of the whole global batch."""
 
     sum: Tensor
-    """float32 scalar, differentiable: weighted cross entropy, summed over supervised tokens."""
+    """float32 scalar, differentiable: weighted losses of the supervised tokens and all terms."""
     count: int
     """What the normaliser counts: maskable tokens, masked tokens or documents."""
     band_sums: Tensor
@@ -68,7 +71,19 @@ class LossParts:
     band_counts: Tensor
     """float32 [8]: supervised tokens of each band."""
     others: dict[str, Tensor] = field(default_factory=dict)
-    """Sums of further losses by name, float64 scalars, each with its count as `<name>_count`."""
+    """float64 scalars, for the metrics: each loss's own sum, and `<name>_count` to divide it by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A loss beside that of the supervised tokens, on m tokens of its own."""
+
+    name: str
+    weight: float
+    sequences: Tensor
+    """int64 [m]: row of the batch."""
+    values: Tensor
+    """float32 [m], differentiable: nats."""
 
 
 def banned_ids(config: ModelConfig, outcomes: Outcomes) -> list[int]:
@@ -117,26 +132,26 @@ def weights_of(config: ModelConfig, batch: TrainBatch, rows: RowLosses, weight: 
     return chosen(config, batch, rows)
 
 
-def over_maskable(batch: TrainBatch, rows: RowLosses, values: Tensor) -> tuple[Tensor, int]:
-    """The sum, and the tokens that could have been masked."""
-    return values.sum(), int(rows.is_counted.sum())
+def over_maskable(batch: TrainBatch, rows: RowLosses, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Every token as it is; a sequence counts its tokens that could have been masked."""
+    return values, rows.num_maskable
 
 
-def over_masked(batch: TrainBatch, rows: RowLosses, values: Tensor) -> tuple[Tensor, int]:
-    """The sum, and the supervised tokens: not the bound's scale."""
-    return values.sum(), len(values)
+def over_masked(batch: TrainBatch, rows: RowLosses, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Every token as it is; a sequence counts its supervised tokens: not the bound's scale."""
+    return values, rows.sequences.bincount(minlength=len(batch.segments))
 
 
-def over_documents(batch: TrainBatch, rows: RowLosses, values: Tensor) -> tuple[Tensor, int]:
-    """The sum of each document's mean over its maskable tokens, and the documents that have any."""
+def over_documents(batch: TrainBatch, rows: RowLosses, values: Tensor) -> tuple[Tensor, Tensor]:
+    """A token over its document's maskable ones; a sequence counts the documents that have any."""
     segments = batch.segments.long()
     lengths = values.new_zeros(len(segments), int(segments.max()) + 1)
     lengths.scatter_add_(1, segments, rows.is_counted.to(values.dtype))
     own = lengths[rows.sequences, segments[rows.sequences, rows.places]]
-    return (values / own).sum(), int((lengths > 0).sum())
+    return values / own, (lengths > 0).sum(dim=1)
 
 
-NORMALISERS: dict[Normaliser, Callable[[TrainBatch, RowLosses, Tensor], tuple[Tensor, int]]] = {
+NORMALISERS: dict[Normaliser, Callable[[TrainBatch, RowLosses, Tensor], tuple[Tensor, Tensor]]] = {
     "maskable": over_maskable,
     "masked": over_masked,
     "document": over_documents,
@@ -144,10 +159,27 @@ NORMALISERS: dict[Normaliser, Callable[[TrainBatch, RowLosses, Tensor], tuple[Te
 
 
 def loss_parts(
-    values: Tensor, batch: TrainBatch, rows: RowLosses, normaliser: Normaliser = "maskable"
+    values: Tensor,
+    batch: TrainBatch,
+    rows: RowLosses,
+    normaliser: Normaliser = "maskable",
+    terms: Sequence[Term] = (),
+    weighted: Tensor | None = None,
 ) -> LossParts:
-    """What each supervised token adds, [r], as sum and count, beside the sums by mask rate."""
-    total, count = NORMALISERS[normaliser](batch, rows, values)
+    """What each supervised token adds, [r], and the terms, as sum and count, beside the sums by
+    mask rate and those of each loss alone.
+
+    `weighted` is the tokens' weighted cross entropy, [r], where `values` hold something else too:
+    it is told as "ce", which other runs' losses can be compared with.
+    """
+    normalise = NORMALISERS[normaliser]
+    shares, counts = normalise(batch, rows, values)
+    plain = shares if weighted is None else normalise(batch, rows, weighted)[0]
+    total, count = shares.sum(), int(counts.sum())
+    others = _told("ce", plain, count)
+    for term in terms:
+        total = total + term.weight * (means_by_sequence(term, len(counts)) * counts).sum()
+        others |= _told(term.name, term.values, len(term.values))
     losses = rows.losses.detach().float()
     band = (rows.rates * NUM_BANDS).long().clamp(max=NUM_BANDS - 1)
     zeros = losses.new_zeros(NUM_BANDS)
@@ -156,4 +188,18 @@ def loss_parts(
         count=count,
         band_sums=zeros.index_add(0, band, losses),
         band_counts=zeros.index_add(0, band, torch.ones_like(losses)),
+        others=others,
     )
+
+
+def _told(name: str, values: Tensor, count: int) -> dict[str, Tensor]:
+    """A loss's own sum and count, as `LossParts.others` holds them."""
+    total = values.detach().double().sum()
+    return {name: total, f"{name}_count": torch.full_like(total, count)}
+
+
+def means_by_sequence(term: Term, num_sequences: int) -> Tensor:
+    """The mean of a term's values in each sequence, [n]; 0 in one that has none."""
+    zeros = term.values.new_zeros(num_sequences)
+    tokens = term.sequences.bincount(minlength=num_sequences).clamp(min=1)
+    return zeros.index_add(0, term.sequences, term.values) / tokens

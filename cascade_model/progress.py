@@ -55,6 +55,8 @@ def model_at(step: int, model: ModelConfig, trainer: TrainerConfig) -> ModelConf
 def work_of(model: ModelConfig, noise: NoiseConfig, length: int) -> tuple[int, float]:
     """Of one data token: the rows it takes in the network, 2 where noisy and clean half stand side
     by side, and the useful floating point operations."""
-    rows = 1 if model.is_autoregressive or model.attention == "bidirectional" else 2
     rate = (noise.min_rate + noise.max_rate) / 2
+    if model.block_size >= length:  # has no clean half
+        model = dataclasses.replace(model, attention="bidirectional")
+    rows = 1 if model.is_autoregressive or model.attention == "bidirectional" else 2
     return rows, training_flops(model, sequence_length=length, mask_rate=rate).total

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from cascade_model.commit import Folder
-from cascade_model.schema import Manifest, documents_name, documents_schema
+from cascade_model.manifest import Manifest
+from cascade_model.schema import documents_name, documents_schema
 from cascade_model.shards import read_arrow, refuse
 
 _PART = np.uint64(32)

@@ -3,29 +3,43 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cascade_model.config import TeacherWeight
 from cascade_model.settings import check
 from jobs.cli import command
+from jobs.objectives import LossConfig, auxiliary, auxiliary_objective, check_auxiliary
 from jobs.ranks import Started
-from jobs.training import TrainingConfig, fit, start, starting_config
+from jobs.training import fit, start, starting_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DistilConfig(TrainingConfig):
+class DistilConfig(LossConfig):
     """Train a student on a prepared corpus against an autoregressive teacher's distributions."""
 
     teacher: str
     """Model folder of an autoregressive model (block size 1, shifted logits) with the corpus's
     tokenizer."""
     alpha: float = 0.5
-    """Share of the teacher: loss = (1 - alpha) x cross entropy + alpha x w(t) x KL."""
+    """Share of the teacher: loss = (1 - alpha) x cross entropy + alpha x w x KL."""
+    teacher_weight: TeacherWeight = "right_context"
+    """How w weighs the teacher's word on a masked token. right_context: less the more of the text
+    to its right, which the teacher does not see, is visible in its block. rate: by the mask rate
+    alone."""
+    temperature: float = 1.0
+    """Temperature of teacher and student in the KL."""
 
     def __post_init__(self) -> None:
+        LossConfig.__post_init__(self)
         check(0.0 <= self.alpha <= 1.0, f"alpha={self.alpha} must be in 0..1; use 0.5")
+        check(
+            0.0 < self.temperature < float("inf"),
+            f"temperature={self.temperature} must be above 0; use 1",
+        )
 
 
 def run(config: DistilConfig) -> dict[str, Any]:
     """Check the settings, train, and return the run's summary."""
     check_teacher(config)
+    check_auxiliary(config)
     return start(config, train, objective(config))
 
 
@@ -45,23 +59,32 @@ def objective(config: DistilConfig) -> dict[str, Any]:
 
     return {
         "name": "distillation",
-        "alpha": config.alpha,
-        "weight": config.weight,
-        "normaliser": config.normaliser,
+        **axes(config),
+        "temperature": config.temperature,
         "teacher": weights_digest(config.teacher),
+        **auxiliary_objective(config),
     }
+
+
+def axes(config: DistilConfig) -> dict[str, Any]:
+    """The settings of the loss."""
+    names = ("alpha", "teacher_weight", "weight", "normaliser")
+    return {name: getattr(config, name) for name in names}
 
 
 def train(config: DistilConfig, device: str, started: Started) -> dict[str, Any]:
     """One rank's part."""
     from functools import partial
 
-    from cascade_model.distillation import distillation_loss
+    from cascade_model.distillation import Online, distillation_loss
+    from cascade_model.model import never_emitted
     from cascade_model.weights import load_model
 
     teacher = load_model(config.teacher)[0].to(device).eval().requires_grad_(False)
-    axes = {name: getattr(config, name) for name in ("alpha", "weight", "normaliser")}
-    loss_fn = partial(distillation_loss, teacher=teacher, **axes)
+    reference = Online(teacher, never_emitted(teacher.config), config.temperature)
+    loss_fn = partial(
+        distillation_loss, reference=reference, **axes(config), auxiliary=auxiliary(config)
+    )
     return fit(config, device, objective(config), loss_fn, started)
 
 

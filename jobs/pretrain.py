@@ -8,12 +8,13 @@ from typing import Any
 
 from cascade_model.config import Outcomes
 from jobs.cli import command
+from jobs.objectives import LossConfig, auxiliary, auxiliary_objective, check_auxiliary
 from jobs.ranks import Started
-from jobs.training import TrainingConfig, fit, start
+from jobs.training import fit, start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainConfig(TrainingConfig):
+class PretrainConfig(LossConfig):
     """Train a model from scratch, or go on from `initial_model`, on a prepared corpus."""
 
     outcomes: Outcomes = "text"
@@ -23,12 +24,13 @@ class PretrainConfig(TrainingConfig):
 
 def run(config: PretrainConfig) -> dict[str, Any]:
     """Check the settings, train, and return the run's summary."""
+    check_auxiliary(config)
     return start(config, train, objective(config))
 
 
 def objective(config: PretrainConfig) -> dict[str, Any]:
     """What is minimised; a run goes on with the same only."""
-    return {"name": "diffusion", **axes(config)}
+    return {"name": "diffusion", **axes(config), **auxiliary_objective(config)}
 
 
 def axes(config: PretrainConfig) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def train(config: PretrainConfig, device: str, started: Started) -> dict[str, An
 
     from cascade_model.loss import diffusion_loss
 
-    loss_fn = partial(diffusion_loss, **axes(config))
+    loss_fn = partial(diffusion_loss, **axes(config), auxiliary=auxiliary(config))
     return fit(config, device, objective(config), loss_fn, started)
 
 

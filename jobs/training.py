@@ -195,7 +195,7 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     from cascade_model import checkpoint
     from cascade_model.commit import require_writable
     from cascade_model.corpus import Corpus
-    from cascade_model.schema import MANIFEST
+    from cascade_model.manifest import MANIFEST
     from cascade_model.trainer import facts_of, finished_summary, tell
 
     folder = run_folder(config.output)

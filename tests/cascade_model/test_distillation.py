@@ -8,14 +8,17 @@ import torch
 from cascade_model.batch import TrainBatch
 from cascade_model.config import ModelConfig
 from cascade_model.distillation import (
+    TRUST,
+    Online,
     distillation_loss,
     divergence,
     require_teacher,
     teacher_rows,
 )
 from cascade_model.errors import CheckpointMismatch
-from cascade_model.loss import diffusion_loss
+from cascade_model.loss import diffusion_loss, row_losses
 from cascade_model.model import Transformer, vocabulary_logits
+from cascade_model.training_input import read_places
 
 TEACHER = ModelConfig(
     vocab_size=19,
@@ -42,6 +45,10 @@ def fresh(config, seed=0):
     with torch.no_grad():
         model.embed.weight.mul_(30)
     return model
+
+
+def online(teacher):
+    return Online(teacher, [17, 18])
 
 
 def batch_of(rate=0.5, n=3, length=16, seed=0, block_size=4):
@@ -73,7 +80,7 @@ def test_divergence_equals_its_definition_and_is_positive():
 
 def test_alpha_zero_is_the_diffusion_loss():
     model, batch = fresh(STUDENT), batch_of()
-    parts = distillation_loss(model, batch, teacher=fresh(TEACHER, 1), alpha=0.0)
+    parts = distillation_loss(model, batch, reference=online(fresh(TEACHER, 1)), alpha=0.0)
     plain = diffusion_loss(model, batch)
     assert torch.allclose(parts.sum, plain.sum)
     assert parts.count == plain.count
@@ -85,7 +92,7 @@ def test_alpha_zero_is_the_diffusion_loss():
 def test_alpha_zero_is_the_diffusion_loss_on_every_axis(weight, normaliser):
     student = dataclasses.replace(STUDENT, attention="bidirectional")
     model, batch, axes = fresh(student), batch_of(), {"weight": weight, "normaliser": normaliser}
-    parts = distillation_loss(model, batch, teacher=fresh(TEACHER, 1), alpha=0.0, **axes)
+    parts = distillation_loss(model, batch, reference=online(fresh(TEACHER, 1)), alpha=0.0, **axes)
     plain = diffusion_loss(model, batch, **axes)
     torch.testing.assert_close(parts.sum, plain.sum)
     assert parts.count == plain.count
@@ -113,7 +120,7 @@ def train_towards(teacher, batch, alpha=1.0, steps=120):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
-        parts = distillation_loss(model, batch, teacher=teacher, alpha=alpha)
+        parts = distillation_loss(model, batch, reference=online(teacher), alpha=alpha)
         parts.sum.backward()
         optimizer.step()
     return model
@@ -124,8 +131,6 @@ def mean_divergence(model, teacher, batch, shift=0):
     sequences, places = (batch.is_masked & (batch.positions > 1)).nonzero(as_tuple=True)
     taught, _ = teacher_rows(teacher, batch, sequences, places - shift)
     reference = vocabulary_logits(taught, teacher.head, [17, 18])
-    from cascade_model.loss import read_places
-
     student = read_places(
         model, batch, sequences, places, lambda h, head: vocabulary_logits(h, head, [17, 18])
     )
@@ -144,7 +149,7 @@ def test_student_comes_near_the_teacher_and_not_near_its_neighbouring_rows():
 
 def test_teacher_gets_no_gradient():
     teacher, model = fresh(TEACHER, 1), fresh(STUDENT)
-    distillation_loss(model, batch_of(), teacher=teacher, alpha=0.5).sum.backward()
+    distillation_loss(model, batch_of(), reference=online(teacher), alpha=0.5).sum.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -160,3 +165,106 @@ def test_teacher_must_be_autoregressive_and_the_student_not():
         require_teacher(STUDENT, STUDENT)
     with pytest.raises(CheckpointMismatch, match="student is autoregressive"):
         require_teacher(TEACHER, TEACHER)
+
+
+def trust_by_definition(batch, row, place, block_size):
+    """(1 + masked) / (1 + all) over the text to the right in the block and the document."""
+    end = (place // block_size + 1) * block_size
+    right = [
+        i
+        for i in range(place + 1, min(end, batch.clean_tokens.shape[1]))
+        if batch.segments[row, i] == batch.segments[row, place]
+        and (batch.is_maskable[row, i] or batch.clean_tokens[row, i] != 17)
+    ]
+    return (1 + sum(bool(batch.is_masked[row, i]) for i in right)) / (1 + len(right))
+
+
+@pytest.mark.parametrize("changes", [{}, {"block_size": 8}, {"attention": "bidirectional"}])
+def test_trust_is_its_formula_and_falls_as_what_is_right_becomes_visible(changes):
+    config = dataclasses.replace(STUDENT, **changes)
+    batch = batch_of(block_size=config.block_size)
+    clean, is_maskable = batch.clean_tokens.clone(), batch.is_maskable.clone()
+    clean[1, 13:], is_maskable[1, 13:], is_maskable[0, :3] = 17, False, False
+    is_masked = batch.is_masked & is_maskable
+    batch = dataclasses.replace(
+        batch, clean_tokens=clean, is_maskable=is_maskable, is_masked=is_masked
+    )
+    rows = row_losses(fresh(config), batch)
+    found = TRUST["right_context"](config, batch, rows)
+    size = 16 if config.attention == "bidirectional" else config.block_size
+    pairs = zip(rows.sequences.tolist(), rows.places.tolist(), strict=True)
+    expected = [trust_by_definition(batch, row, place, size) for row, place in pairs]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert (TRUST["rate"](config, batch, rows) == 1).all()
+
+
+AS_TEACHER = dataclasses.replace(TEACHER, block_size=4)
+
+
+def loss_of(model, batch, teacher, **changes):
+    return distillation_loss(model, batch, reference=online(teacher), **({"alpha": 1.0} | changes))
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_at_block_size_one():
+    """Every token that has a teacher; targets shifted by one are another matter."""
+    teacher, batch = fresh(TEACHER), batch_of(block_size=1)
+    parts = loss_of(fresh(AS_TEACHER), batch, teacher)
+    assert parts.others["kl_count"] == batch.clean_tokens.numel() - 6
+    assert parts.others["kl"].abs() < 1e-5 * parts.others["kl_count"]
+
+    def shifted(batch, sequences, places):
+        taught = online(teacher)(batch, sequences, (places - 1).clamp(min=1))
+        return dataclasses.replace(taught, has_teacher=batch.positions[sequences, places] > 1)
+
+    moved = distillation_loss(fresh(AS_TEACHER), batch, reference=shifted, alpha=1.0)
+    assert moved.others["kl"] > 0.1 * moved.others["kl_count"]
+
+
+def test_blocks_first_places_read_from_a_token_causal_clean_half_are_the_teachers():
+    """Whatever the block size: there the student sees what the teacher sees."""
+    batch = batch_of(block_size=4)
+    firsts = (torch.arange(16) % 4 == 0).expand(3, -1)
+    batch = dataclasses.replace(batch, is_masked=firsts)
+    parts = loss_of(fresh(AS_TEACHER), batch, fresh(TEACHER))
+    assert parts.others["kl_count"] == 3 * 2  # of four, two begin a document
+    assert parts.others["kl"].abs() < 1e-4
+
+
+def test_gradient_of_the_divergence_is_the_difference_of_the_distributions():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 19, generator=generator, dtype=torch.float64)
+    reference, student = logits[0], logits[1].requires_grad_()
+    divergence(reference, student, []).sum().backward()
+    expected = student.softmax(-1) - reference.softmax(-1)
+    torch.testing.assert_close(student.grad, expected.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_temperature_divides_both_and_keeps_the_scale_of_the_gradient():
+    model, batch, teacher = fresh(STUDENT), batch_of(), fresh(TEACHER, 1)
+    warm = distillation_loss(model, batch, reference=Online(teacher, [17, 18], 50.0), alpha=1.0)
+    sequences, places = (batch.is_masked & (batch.positions > 0)).nonzero(as_tuple=True)
+    hidden, _ = teacher_rows(teacher, batch, sequences, places)
+    reference = vocabulary_logits(hidden, teacher.head, [17, 18])[:, :17]
+    student = read_places(
+        model, batch, sequences, places, lambda h, head: vocabulary_logits(h, head, [17, 18])
+    )[:, :17]
+    # At a high temperature T^2 x KL is half the mean square of the centred logits' difference.
+    difference = reference - student
+    expected = difference.var(dim=1, unbiased=False).sum() / 2
+    torch.testing.assert_close(warm.others["kl"].float(), expected.detach(), rtol=0.1, atol=0)
+
+
+def test_losses_are_told_apart_and_alpha_mixes_them():
+    model, batch, teacher = fresh(STUDENT), batch_of(), fresh(TEACHER, 1)
+    plain = diffusion_loss(model, batch)
+    whole = loss_of(model, batch, teacher, alpha=1.0, teacher_weight="rate")
+    half = loss_of(model, batch, teacher, alpha=0.5, teacher_weight="rate")
+    torch.testing.assert_close(half.others["ce"], plain.others["ce"])
+    untaught = whole.sum.double() - whole.others["kl"]  # cross entropy of first tokens
+    torch.testing.assert_close(
+        half.sum.double(),
+        (plain.others["ce"] + untaught + whole.others["kl"]) / 2,
+        rtol=1e-5,
+        atol=0,
+    )
+    assert untaught > 0

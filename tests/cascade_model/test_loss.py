@@ -16,9 +16,10 @@ from cascade_model.attention import clean_mask, dense, training_mask
 from cascade_model.batch import TrainBatch
 from cascade_model.config import NoiseConfig
 from cascade_model.errors import InputError
-from cascade_model.loss import diffusion_loss, row_losses, source_rows
+from cascade_model.loss import diffusion_loss, row_losses
 from cascade_model.model import vocabulary_logits
 from cascade_model.noise import mask_bits, thresholds
+from cascade_model.training_input import source_rows
 from tests.tiny_models import EOS, MASK, PAD, batch_of, lively_model
 from tests.two_ranks import run_on_two_ranks
 
@@ -373,9 +374,10 @@ def test_two_sharded_ranks_have_the_gradient_of_one_process(tmp_path):
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-11)
 
 
-def test_noise_of_another_block_size_is_refused_with_both_values():
+def test_rows_of_another_block_size_are_refused_with_both_values():
+    """Training follows its batches; what measures a model takes the model's own size."""
     with pytest.raises(InputError, match=r"noise.block_size=2 .* model.block_size=4"):
-        diffusion_loss(lively_model(), batch_of([[1] * 8], block_size=2))
+        row_losses(lively_model(), batch_of([[1] * 8], block_size=2))
 
 
 def test_a_clean_mask_serves_the_likelihood_of_a_whole_document():

@@ -2,25 +2,20 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from cascade_model.commit import Folder
-from cascade_model.config import ModelConfig, OptimizerConfig, TrainerConfig
+from cascade_model.config import ModelConfig
 from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.feed import sequences_per_rank
-from cascade_model.loss import diffusion_loss
 from cascade_model.metrics import read_metrics
-from cascade_model.model import Transformer
 from cascade_model.run_record import facts_of
-from cascade_model.trainer import Trainer
-from cascade_model.weights import load_model
+from tests.cascade_model.training_runs import STEPS, Killed, dying, elbo, losses, make, weights
+
 
 @pytest.fixture(scope="module")
 def corpus(tiny_corpus):

@@ -5,11 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 from cascade_model.commit import Folder
 from cascade_model.config import ModelConfig, OptimizerConfig, TrainerConfig
-from cascade_model.corpus import Corpus
 from cascade_model.loss import diffusion_loss
 from cascade_model.metrics import read_metrics
 from cascade_model.networks import build_network
@@ -83,8 +80,6 @@ def dying(after):
         return elbo(model, batch)
 
     return loss_fn
-
-
 
 
 def run_ranks(folder: Path, corpus: str, body: str, ranks: int = 2, code: int = 0) -> str:
