@@ -19,8 +19,8 @@ import torch
 
 from cascade_model import checkpoint, lease, parallel
 from cascade_model.batch import TrainBatch
-from cascade_model.checkpoint import Checkpoint
-from cascade_model.commit import replace_file
+from cascade_model.checkpoint import Checkpoint, Checkpoints, Keep
+from cascade_model.commit import Folder, replace_file
 from cascade_model.config import ModelConfig, NoiseConfig, OptimizerConfig, TrainerConfig
 from cascade_model.corpus import Batch, Corpus
 from cascade_model.errors import InputError
@@ -82,12 +82,20 @@ class Trainer:
             return parallel.on_first_rank(finished) or self._run(found)
 
     def _take_folder(self, held: contextlib.ExitStack) -> lease.Attempt:
-        owner = self.owner or held.enter_context(lease.hold(self.folder))
-        return lease.begin(self.folder, owner)
+        folder = Folder(self.folder)
+        owner = self.owner or held.enter_context(lease.hold(folder))
+        return lease.begin(folder, owner)
 
     def _found(self) -> Checkpoint | None:
         """The checkpoint to go on from, of this very run."""
-        found = checkpoint.newest_on_all_ranks(self.folder / "checkpoints", tell)
+        self._checkpoints = Checkpoints(
+            Folder(self.folder / "checkpoints"),
+            Keep(last=self.trainer.keep_last),
+            self._attempt.check,
+            tell,
+            attempt=self._attempt.number,
+        )
+        found = self._checkpoints.newest()
         if found is not None:
             checkpoint.require_same(found, self._facts())
         return found
@@ -158,9 +166,7 @@ class Trainer:
             "settings": self.settings,
             "window": to_dict(window),
         }
-        folder, keep_last = self.folder / "checkpoints", self.trainer.keep_last
-        check = self._attempt.check
-        checkpoint.save(folder, self.model, self._adam, facts, keep_last, check)
+        self._checkpoints.save(self.model, self._adam, facts)
 
     def _step(self, step: int, samples: int, total: int, window: Window) -> float:
         """One optimiser step over `sequences_per_step` samples of all ranks.
@@ -254,6 +260,7 @@ class Trainer:
 
     def _finish(self, log: MetricsLog | None, step: int, samples: int) -> dict[str, Any]:
         """Export the whole weights as a model folder and write the summary."""
+        self._checkpoints.finish()
         state = parallel.full_state(self.model)
         export = functools.partial(self._export, log, state, step, samples)
         return parallel.on_first_rank(export)

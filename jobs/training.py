@@ -125,14 +125,14 @@ def start(
 
     `train(config, device, owner)` is one rank's part. Nothing is written before all is checked.
     """
-    from cascade_model.commit import replace_file
+    from cascade_model.commit import Folder, replace_file
     from cascade_model.lease import hold
 
     summary = check_start(config, objective)
     if summary is None:
         require_room(config.num_workers, config.use_gpu)
         folder = run_folder(config.output)
-        with hold(folder) as owner:
+        with hold(Folder(folder)) as owner:
             replace_file(folder / "config.yaml", dump(config).encode())
             summary = launch(
                 partial(train, owner=owner),
@@ -152,7 +152,7 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     Returns the summary of a run that is finished already.
     """
     from cascade_model import checkpoint
-    from cascade_model.commit import require_writable
+    from cascade_model.commit import Folder, require_writable
     from cascade_model.corpus import Corpus
     from cascade_model.schema import MANIFEST
     from cascade_model.trainer import facts_of, finished_summary, sequences_per_rank, tell
@@ -170,7 +170,7 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     noise = noise_of(shape, corpus, config.noise, config.trainer.sequences_per_step)
     check_weight(config.weight, noise)
     corpus.batch(0, 1, noise)
-    found = checkpoint.newest(folder / "checkpoints", tell)
+    found = checkpoint.newest(Folder(folder / "checkpoints"), tell)
     if found is not None:
         facts = facts_of(shape, corpus, noise, objective, config.trainer)
         checkpoint.require_same(found, facts)

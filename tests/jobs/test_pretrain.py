@@ -259,24 +259,26 @@ def dying_once(config, device, owner):
     from cascade_model import checkpoint
 
     mark = Path(config.output) / "died"
-    save = checkpoint.save
+    save = checkpoint.Checkpoints.save
 
     def save_and_die(*args):
         result = save(*args)
+        result.wait()
         if dist.get_rank() == 1 and not mark.exists():
             mark.write_text("once")
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    checkpoint.save = save_and_die
+    checkpoint.Checkpoints.save = save_and_die
     return pretrain.train(config, device, owner)
 
 
 def robbed(config, device, owner):
     """The real training, in a folder that another command has taken meanwhile."""
     from cascade_model import lease
+    from cascade_model.commit import Folder
 
-    lease._draw(Path(config.output), lease.Owner.here(), lambda last, now: None)
+    lease._draw(Folder(config.output), lease.Owner.here(), lambda last: None)
     return pretrain.train(config, device, owner)
 
 
