@@ -170,7 +170,7 @@ def _take(folder: Folder, config: TrainingConfig, held: contextlib.ExitStack) ->
     """Hold the folder for this run and write its settings there."""
     from cascade_model.lease import hold
 
-    owner = held.enter_context(hold(Path(folder.url)))
+    owner = held.enter_context(hold(folder))
     folder.replace("config.yaml", dump(config).encode())
     return owner
 
@@ -210,11 +210,11 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     noise = noise_of(shape, corpus, config.noise, config.trainer.sequences_per_step)
     check_weight(config.weight, noise)
     corpus.batch(0, 1, noise)
-    found = checkpoint.newest(Path(folder.url) / "checkpoints", tell)
+    found = checkpoint.newest(folder / "checkpoints", tell)
     if found is not None:
         facts = facts_of(shape, corpus, noise, objective, config.trainer)
         checkpoint.require_same(found, facts)
-    return finished_summary(Path(folder.url), found, config.trainer)
+    return finished_summary(folder, found, config.trainer)
 
 
 def require_shares(config: TrainingConfig) -> None:
@@ -259,7 +259,7 @@ def fit(
         objective=objective,
         optimizer=config.optimizer,
         trainer=config.trainer,
-        folder=Path(config.output).absolute(),
+        folder=run_folder(config.output),
         settings=to_dict(config),
         owner=started.owner,
         published=None if start is None else read_published(start),
