@@ -103,7 +103,7 @@ def open_model(path: str) -> "Network":
     """
     from cascade_model import checkpoint
     from cascade_model.commit import Folder
-    from cascade_model.trainer import tell
+    from cascade_model.metrics import tell
     from cascade_model.weights import load_model
 
     folder = Path(path)

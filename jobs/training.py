@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cascade_model.commit import Folder
@@ -196,7 +195,8 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     from cascade_model.commit import require_writable
     from cascade_model.corpus import Corpus
     from cascade_model.manifest import MANIFEST
-    from cascade_model.trainer import facts_of, finished_summary, tell
+    from cascade_model.metrics import tell
+    from cascade_model.run_record import facts_of, finished_summary
 
     folder = run_folder(config.output)
     require_writable(folder.url)

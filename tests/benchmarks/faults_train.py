@@ -171,7 +171,8 @@ def main(count: int) -> int:
             rows += kill_rows(launcher, count, corpus, folder / "kill")
             undisturbed = result_of(folder / "kill/undisturbed/run")
             assert undisturbed is not None
-            rows += rank_rows(launcher, corpus, folder / "ranks", undisturbed)
+            events = folder / "kill/undisturbed/events"
+            rows += rank_rows(launcher, corpus, folder / "ranks", undisturbed, events)
             rows += save_rows(launcher, corpus, folder / "saves", undisturbed, count)
         rows += ray_rows(corpus, folder / "ray", undisturbed, rounds=-(-count * 3 // 20))
     rows.append(Row("seconds", time.perf_counter() - began, "s"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cascade_model import checkpoint_commit, local_files, loss, parallel
 from cascade_model.batch import TrainBatch
@@ -85,7 +86,7 @@ def _in_the_step(point: Callable[[str], None], log: Path) -> None:
 
     loss.diffusion_loss = loss_with_stops
     parallel.sum_over_ranks = sum_after_a_stop
-    torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *rest: point("optimiser"))
+    register_optimizer_step_pre_hook(lambda *rest: point("optimiser"))
 
 
 class _Halfway:
@@ -180,7 +181,7 @@ def spoil_a_gradient(step: int) -> None:
         if next(updates) == step:
             optimizer.param_groups[0]["params"][0].grad.fill_(float("nan"))
 
-    torch.optim.optimizer.register_optimizer_step_pre_hook(spoil)
+    register_optimizer_step_pre_hook(spoil)
 
 
 def _fields(parts: LossParts) -> dict[str, Any]:

@@ -161,6 +161,11 @@ class Launcher:
         self._process.wait()
         self._reader.join()
 
+    @property
+    def pid(self) -> int:
+        """The process that forks."""
+        return self._process.pid
+
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
