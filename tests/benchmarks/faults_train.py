@@ -52,9 +52,7 @@ class Point:
         return f"{name_of(self.phase, self.rank)} {self.number}, victim rank {self.victim}"
 
 
-def points_of(
-    count: int, passed: dict[tuple[str, int], int], seed: int = SEED
-) -> list[Point]:
+def points_of(count: int, passed: dict[tuple[str, int], int], seed: int = SEED) -> list[Point]:
     """The seeded list: first what must be in it, then any phase."""
     chance = random.Random(seed)
     wanted = [AFTER_DATA] * -(-count * 3 // 20)
@@ -154,7 +152,9 @@ def kill_rows(launcher: Launcher, count: int, corpus: str, folder: Path) -> Iter
 
 def corpus_in(folder: Path) -> str:
     """Some hundred short sequences; blocks of four."""
-    texts = [f"Row {row} says that {row * row} is a square, and it is right.\n" for row in range(99)]
+    texts = [
+        f"Row {row} says that {row * row} is a square, and it is right.\n" for row in range(99)
+    ]
     noise = NoiseConfig(block_size=4)
     return make_corpus(folder, {"rows": texts}, noise=noise, sequence_length=64)
 
@@ -162,7 +162,9 @@ def corpus_in(folder: Path) -> str:
 def main(count: int) -> int:
     """The table of all faults."""
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="faults", dir="/tmp") as temporary:
+    # In memory where that is at hand: a killed process loses nothing that it has written.
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="faults", dir=place) as temporary:
         folder = Path(temporary)
         os.environ["RAY_TMPDIR"] = temporary  # short enough for Ray's sockets
         corpus = corpus_in(folder / "corpus")

@@ -32,9 +32,7 @@ def rank_rows(
     yield from resize_rows(launcher, corpus, folder / "resize", undisturbed, reference)
 
 
-def still_rows(
-    launcher: Launcher, corpus: str, folder: Path, undisturbed: Result
-) -> Iterator[Row]:
+def still_rows(launcher: Launcher, corpus: str, folder: Path, undisturbed: Result) -> Iterator[Row]:
     """SIGSTOP of a rank; the control waits for longer than the check does."""
     seconds, told, again = _stand_still(launcher, corpus, folder / "run", BOUND)
     yield Row("SIGSTOP of a rank: the other one ends, after", seconds, "s", BOUND + GRACE, True)

@@ -18,7 +18,6 @@ from cascade_model.checkpoint_files import COMMIT, MANIFEST, File, commit_bytes,
 from cascade_model.commit import Folder
 from cascade_model.errors import InputError
 from cascade_model.hashing import sha256_of
-from tests.benchmarks.fault_points import GO
 from tests.benchmarks.faults_disk import _NAMESPACE, has_small_disks
 from tests.benchmarks.faults_s3 import RATE, store_at, told
 from tests.benchmarks.rank_points import name_of

@@ -1,6 +1,6 @@
 """`cascade pretrain` on Ray Train whose ranks have the points of `rank_points`.
 
-    python -m tests.benchmarks.rank_driver EVENTS PHASE NUMBER [flags of cascade pretrain]
+python -m tests.benchmarks.rank_driver EVENTS PHASE NUMBER [flags of cascade pretrain]
 """
 
 import sys

@@ -11,6 +11,7 @@ death. Nothing is restarted here: whoever gives the orders does that.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -25,12 +26,23 @@ from typing import Any
 from tests.benchmarks import naive_saves, rank_points
 
 POLL = 0.02
+_WHAT_A_RANK_IMPORTS = (
+    "jobs.pretrain",
+    "jobs.training",
+    "cascade_model.trainer",
+    "cascade_model.families",
+    "cascade_model.loss_curve",
+    "torch.utils.tensorboard",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "s3fs",
+)
 
 
 def main() -> int:
     """Serve until the orders end; ranks that are left are killed."""
-    from jobs import pretrain, training  # noqa: F401
-    from torch.utils import tensorboard  # noqa: F401
+    for name in _WHAT_A_RANK_IMPORTS:
+        importlib.import_module(name)
 
     if threading.active_count() > 1:
         raise RuntimeError("a thread was started before the first fork")
@@ -99,6 +111,7 @@ def _live(order: dict[str, Any], rank: int, port: int) -> int:
 
 def _train(order: dict[str, Any], rank: int, events: Path) -> int:
     import torch.distributed as dist
+
     from jobs import pretrain
 
     point = rank_points.install(events, tuple(order["target"]), rank)

@@ -111,9 +111,7 @@ def _in_a_save(point: Callable[[str], None]) -> None:
         point("staging")
         return stage(self, state_dict)
 
-    def put_with_stops(
-        self: Folder, name: str, write: Callable[[BinaryIO], Any]
-    ) -> HashingWriter:
+    def put_with_stops(self: Folder, name: str, write: Callable[[BinaryIO], Any]) -> HashingWriter:
         if name == MANIFEST:
             written = put(self, name, write)
             point("manifest written")
