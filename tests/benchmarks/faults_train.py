@@ -1,4 +1,4 @@
-"""faults-train: `cascade pretrain` on two ranks under `kill -9` and everything else that goes wrong.
+"""faults-train: `cascade pretrain` on two ranks under `kill -9` and all else that goes wrong.
 
     make faults-train N=20
 

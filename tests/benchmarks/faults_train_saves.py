@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -25,8 +26,9 @@ from tests.benchmarks.rank_runs import Launcher, Result, flags, result_of
 from tests.benchmarks.report import Row
 from tests.benchmarks.s3_faults import client_environment, moto_server, proxied
 
-FULL_FROM, FULL_TO = 5, 9
-"""Forward passes of the first rank between which the disk is full: two saves meet it."""
+FULL_FROM, KILLED, FULL_TO = 5, 10, 11
+"""Forward passes: the disk is full from the first to the last, so that at least one save meets it;
+in between a rank is killed."""
 _DISK_BYTES = 64 << 20
 _FAILED = "could not be saved"
 _STARTS = 4
@@ -81,7 +83,7 @@ def _killed_while_full(
     """Kill a rank while the disk is full, make room, run again; whether it went on from the
     newest checkpoint of before."""
     words, events = flags(corpus, disk / "killed"), folder / "events-killed"
-    target = (name_of("forward", 1), FULL_TO)
+    target = (name_of("forward", 1), KILLED)
     ranks = launcher.start(words, events, target=target, faults=full)
     if ranks.until_paused():
         ranks.signal(signal.SIGKILL, 1)
@@ -177,24 +179,25 @@ def hostile_rows(launcher: Launcher, corpus: str, folder: Path) -> Iterator[Row]
     """Checkpoints of one run, made over so that torch's own reader would run code."""
     words = flags(corpus, folder / "run")
     launcher.run(words, folder / "events")
-    refused = silent = 0
+    refused = silent = opened = 0
     kinds = (beside_commit, inside_attempt)
     for kind in kinds:
-        canary = folder / f"canary-{kind.__name__}"
-        kind(folder / "run/checkpoints", Canary(canary))
-        is_refused = _is_refused(folder / "run/checkpoints")
-        more = flags(corpus, folder / "run", steps=14)
-        codes = launcher.run(more, folder / f"events-{kind.__name__}")
-        refused += is_refused and codes not in ([0, 0], [None, None])
+        canary, copy = folder / f"canary-{kind.__name__}", folder / kind.__name__
+        shutil.copytree(folder / "run", copy)
+        kind(copy / "checkpoints", Canary(canary))
+        is_refused = _is_refused(copy / "checkpoints")
+        foreign = next((copy / "checkpoints").rglob(".metadata")).parent
+        shutil.copytree(foreign, folder / f"foreign-{kind.__name__}")
+        events = folder / f"events-{kind.__name__}"
+        launcher.run(flags(corpus, copy, steps=14), events)
+        refused += is_refused and "resuming from" not in (events / "rank-0.log").read_text()
         silent += not canary.exists()
-        step = steps_in(Folder(folder / "run/checkpoints"))[-1]
-        where = next((folder / "run/checkpoints" / step_name(step)).rglob(".metadata")).parent
-        _read_with_torch(where)
-        yield Row(f"control: torch's own reader runs it ({kind.__name__})", int(canary.exists()),
-                  "of 1", bar=1)  # fmt: skip
+        _read_with_torch(folder / f"foreign-{kind.__name__}")
+        opened += canary.exists()
     yield Row("hostile pickle in .metadata, all hashes true: refused", refused,
               f"of {len(kinds)}", bar=len(kinds))  # fmt: skip
     yield Row("hostile pickle: its code did not run", silent, f"of {len(kinds)}", bar=len(kinds))
+    yield Row("control: torch's own reader runs it", opened, f"of {len(kinds)}", bar=len(kinds))
 
 
 def beside_commit(checkpoints: Path, canary: Canary) -> None:

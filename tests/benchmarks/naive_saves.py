@@ -1,6 +1,6 @@
 """The control of the fault tables: checkpoints as one writes them without a commit protocol.
 
-Every rank writes its state over the one before it, in place, and reads back whatever is there.
+Every rank writes a file for each step under its final name, and reads back the newest there is.
 """
 
 import json
@@ -20,40 +20,47 @@ from cascade_model.commit import Folder
 from cascade_model.staging import local_part
 
 
-class InPlace:
+class Naive:
     """`Checkpoints` without its promises."""
 
     point: Callable[[str], None]
 
     def __init__(self, folder: Folder, keep: Keep, *rest: Any, **named: Any) -> None:
         self.failures = 0
-        self._file = Path(folder.url).parent / f"naive-{parallel.rank()}"
+        self._folder = Path(folder.url).parent / "naive"
 
     def newest(self) -> Checkpoint | None:
-        """What the first rank's file says."""
+        """What the first rank's newest file says."""
 
         def facts() -> dict[str, Any] | None:
-            return _read(self._file)[0] if self._file.exists() else None
+            files = sorted(self._folder.glob("*-0"))
+            return _read(files[-1])[0] if files else None
 
         found = parallel.on_first_rank(facts)
         empty: dict[str, Any] = {"score": None, "index": {}, "files": {}}
-        return found and Checkpoint(path=str(self._file.parent), attempt="", facts=found, **empty)
+        return found and Checkpoint(path=str(self._folder), attempt="", facts=found, **empty)
 
     def save(self, model: Any, optimizer: Any, facts: dict[str, Any], score: Any = None) -> Saving:
-        """Write over what was there, half by half."""
-        state = {n: local_part(t)[1] for n, t in state_of(model, optimizer).items()}
+        """Write half by half; whatever goes wrong ends the run."""
+        state = {name: local_part(t)[1] for name, t in state_of(model, optimizer).items()}
         head, body = json.dumps(facts).encode(), dump_tensors(state)
         data = struct.pack("<Q", len(head)) + head + body
-        with self._file.open("wb", buffering=0) as file:
-            file.write(data[: len(data) // 2])
-            InPlace.point("data half written")
-            file.write(data[len(data) // 2 :])
-        saving = Saving(str(self._file), facts["step"])
+        self._folder.mkdir(exist_ok=True)
+        file = _file(self._folder, facts["step"])
+        with file.open("wb", buffering=0) as opened:
+            opened.write(data[: len(data) // 2])
+            Naive.point("data half written")
+            opened.write(data[len(data) // 2 :])
+        saving = Saving(str(file), facts["step"])
         saving.end(None)
         return saving
 
     def finish(self) -> None:
         """Nothing is under way."""
+
+
+def _file(folder: Path, step: int) -> Path:
+    return folder / f"{step:08d}-{parallel.rank()}"
 
 
 def _read(file: Path) -> tuple[dict[str, Any], bytes]:
@@ -64,7 +71,7 @@ def _read(file: Path) -> tuple[dict[str, Any], bytes]:
 
 def _load(found: Checkpoint, model: Any, optimizer: Any) -> None:
     """Believe what is there."""
-    saved = load_tensors(_read(Path(found.path) / f"naive-{parallel.rank()}")[1])
+    saved = load_tensors(_read(_file(Path(found.path), found.step))[1])
     state = state_of(model, optimizer)
     for name, tensor in state.items():
         local_part(tensor)[1].copy_(saved[name])
@@ -75,6 +82,6 @@ def _load(found: Checkpoint, model: Any, optimizer: Any) -> None:
 
 def install(point: Callable[[str], None]) -> None:
     """Let the trainer of this process save so."""
-    InPlace.point = staticmethod(point)  # type: ignore[assignment]
-    trainer.Checkpoints = InPlace  # type: ignore[misc, assignment]
+    Naive.point = staticmethod(point)  # type: ignore[assignment]
+    trainer.Checkpoints = Naive  # type: ignore[misc, assignment]
     trainer.load = torch.no_grad()(_load)
