@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cascade_model.config import ExpertsConfig, ModelConfig
+from cascade_model.config import ModelConfig
 
 _PRODUCT = 1024
 _TRIALS = 5
@@ -148,17 +148,22 @@ def _projections(config: ModelConfig) -> tuple[float, float]:
 
 def _feed_forward(config: ModelConfig, layer: int) -> float:
     """Operations per row of one layer's feed-forward."""
-    width, experts = config.hidden_size, config.experts
-    if config.network != "transformer":
-        return 4.0 * width * config.intermediate_size
-    if experts is None or layer < experts.first_dense_layers:
-        return 6.0 * width * config.intermediate_size
-    return 2.0 * width * experts.num_experts + 6.0 * width * _expert_width(experts)
+    products = 6.0 if config.network == "transformer" else 4.0
+    router = config.experts.num_experts if config.experts and has_experts(config, layer) else 0
+    return config.hidden_size * (products * active_width(config, layer) + 2.0 * router)
 
 
-def _expert_width(experts: ExpertsConfig) -> int:
-    """Inner width of everything that one token passes."""
+def active_width(config: ModelConfig, layer: int) -> int:
+    """Inner width of everything that one token passes in a layer's feed-forward."""
+    experts = config.experts
+    if experts is None or not has_experts(config, layer):
+        return config.intermediate_size
     return experts.experts_per_token * experts.intermediate_size + experts.shared_intermediate_size
+
+
+def has_experts(config: ModelConfig, layer: int) -> bool:
+    """Whether the layer, counted from 0, is a mixture of experts."""
+    return config.experts is not None and layer >= config.experts.first_dense_layers
 
 
 @functools.cache

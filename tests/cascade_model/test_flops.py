@@ -77,7 +77,7 @@ def test_counts_are_those_of_torch_but_for_the_pairs_nobody_sees(changes, monkey
     """Torch counts every pair of the dense path, masked or not, so the attention's part is in the
     ratio of the pairs. A fused projection of queries, keys and values makes the clean rows' last
     queries as well, which nobody uses. Everything else agrees to the operation."""
-    monkeypatch.setattr("cascade_model.loss.grouped_clean", dense_clean)
+    monkeypatch.setattr("cascade_model.training_input.grouped_clean", dense_clean)
     config = tiny_config(**({"max_sequence_length": LENGTH} | changes))
     is_masked = torch.rand(N, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.5
     all_rows = N * (LENGTH - 1)  # nothing predicts a first token
