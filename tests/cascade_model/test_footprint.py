@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 import torch
 
-from cascade_model.config import ExpertsConfig, OptimizerConfig, TrainerConfig
 from cascade_model import loss
+from cascade_model.config import ExpertsConfig, OptimizerConfig, TrainerConfig
 from cascade_model.footprint import (
     LOGITS_PER_CHUNK,
     checkpoint_bytes,
