@@ -9,7 +9,7 @@ import torch
 
 from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, Stopped
 from cascade_model.evaluation import held_out
 from cascade_model.metrics import read_metrics
 from cascade_model.sharding import require_replicas
@@ -99,9 +99,10 @@ def run(corpus, tiny_corpus, tmp_path_factory):
 
     make(corpus, folder / "one", LONG, watching("whole")).fit()
     stop = iter([None] * 5 + ["the beginning's end"])
-    with pytest.raises(InputError, match="stopped at step 6"):
-        more = {"stop_wanted": lambda: next(stop)}
-        make(corpus, folder / "one_two_one", LONG, watching("first"), more=more).fit()
+    more = {"stop_wanted": lambda: next(stop)}
+    beginning = make(corpus, folder / "one_two_one", LONG, watching("first"), more=more)
+    with pytest.raises(Stopped, match="stopped at step 6"):
+        beginning.fit()
     run_ranks(folder, tiny_corpus, f"corpus_url = {tiny_corpus!r}\n{BODY}")
     make(corpus, folder / "one_two_one", LONG, watching("last")).fit()
     told = [json.loads((folder / f"told_{rank}.json").read_text()) for rank in (0, 1)]
