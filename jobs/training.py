@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cascade_model.commit import Folder
@@ -18,7 +18,7 @@ from cascade_model.errors import CheckpointMismatch
 from cascade_model.settings import check, to_dict
 from jobs.cli import dump
 from jobs.launch import Placement, launch, require_room, with_absolute_paths
-from jobs.ranks import Started
+from jobs.ranks import CHECKPOINTS, Started
 from jobs.run_folder import run_folder
 from jobs.training_settings import HeldOutChoices, ModelShape, NoiseChoices, TrainingConfig
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cascade_model.lease import Owner
     from cascade_model.networks import Network
     from cascade_model.trainer import LossFn
+    from cascade_model.window import HeldOut
 
 
 def start(
@@ -76,7 +77,7 @@ def _take(folder: Folder, config: TrainingConfig, held: contextlib.ExitStack) ->
     """Hold the folder for this run and write its settings there."""
     from cascade_model.lease import hold
 
-    owner = held.enter_context(hold(Path(folder.url)))
+    owner = held.enter_context(hold(folder))
     folder.replace("config.yaml", dump(config).encode())
     return owner
 
@@ -102,7 +103,9 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     from cascade_model.commit import require_writable
     from cascade_model.corpus import Corpus
     from cascade_model.manifest import MANIFEST
-    from cascade_model.trainer import facts_of, finished_summary, tell
+    from cascade_model.metrics import tell
+    from cascade_model.phases import require_phases
+    from cascade_model.run_record import facts_of, finished_summary
 
     folder = run_folder(config.output)
     require_writable(folder.url)
@@ -115,12 +118,20 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     shape = starting_config(config, corpus)
     noise = noise_of(shape, corpus, config.noise, config.trainer.sequences_per_step)
     check_weight(config.weight, noise)
+    check(
+        config.trainer.attention == "grouped" or config.use_gpu,
+        f"trainer.attention={config.trainer.attention} needs GPUs; use "
+        "trainer.attention=grouped, or use_gpu=True",
+    )
+    if config.trainer.evaluate_every is not None:
+        Corpus.open(config.corpus, split="held_out")
+    require_phases(config.trainer, shape, corpus.block_size, corpus.sequence_length)
     corpus.batch(0, 1, noise)
-    found = checkpoint.newest(Path(folder.url) / "checkpoints", tell)
+    found = checkpoint.newest(folder / CHECKPOINTS, tell)
     if found is not None:
         facts = facts_of(shape, corpus, noise, objective, config.trainer)
         checkpoint.require_same(found, facts)
-    return finished_summary(Path(folder.url), found, config.trainer)
+    return finished_summary(folder, found, config.trainer)
 
 
 def require_shares(config: TrainingConfig) -> None:
@@ -165,12 +176,32 @@ def fit(
         objective=objective,
         optimizer=config.optimizer,
         trainer=config.trainer,
-        folder=Path(config.output).absolute(),
+        folder=run_folder(config.output),
         settings=to_dict(config),
         owner=started.owner,
         published=None if start is None else read_published(start),
         device=torch.device(device),
+        on_save=started.on_save,
+        stop_wanted=started.stop_wanted,
+        held_out=held_out_of(config),
     ).fit()
+
+
+def held_out_of(config: TrainingConfig) -> "Callable[[Network], HeldOut] | None":
+    """What a run measures while it trains, if it does: the bound, under its own outcomes."""
+    if config.trainer.evaluate_every is None:
+        return None
+    from cascade_model.corpus import Corpus
+    from cascade_model.evaluation import held_out
+
+    return partial(
+        held_out,
+        corpus=Corpus.open(config.corpus, split="held_out"),
+        draws=config.held_out.draws,
+        max_sequences=config.held_out.sequences,
+        sequences_per_forward=config.trainer.sequences_per_forward,
+        outcomes=getattr(config, "outcomes", "text"),
+    )
 
 
 def check_weight(weight: Weight, noise: NoiseConfig) -> None:
