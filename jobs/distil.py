@@ -1,7 +1,7 @@
 """Distil an autoregressive teacher into a block-diffusion student: pretrain with another loss."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cascade_model.config import TeacherWeight
 from cascade_model.settings import check
@@ -9,6 +9,9 @@ from jobs.cli import command
 from jobs.objectives import LossConfig, auxiliary, auxiliary_objective, check_auxiliary
 from jobs.ranks import Started
 from jobs.training import fit, start, starting_config
+
+if TYPE_CHECKING:
+    from cascade_model.trainer import LossFn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +41,14 @@ class DistilConfig(LossConfig):
 
 def run(config: DistilConfig) -> dict[str, Any]:
     """Check the settings, train, and return the run's summary."""
+    check_settings(config)
+    return start(config, train, objective(config))
+
+
+def check_settings(config: DistilConfig) -> None:
+    """Refuse what this stage alone knows of, before any worker starts."""
     check_teacher(config)
     check_auxiliary(config)
-    return start(config, train, objective(config))
 
 
 def check_teacher(config: DistilConfig) -> None:
@@ -74,6 +82,11 @@ def axes(config: DistilConfig) -> dict[str, Any]:
 
 def train(config: DistilConfig, device: str, started: Started) -> dict[str, Any]:
     """One rank's part."""
+    return fit(config, device, objective(config), loss_of(config, device), started)
+
+
+def loss_of(config: DistilConfig, device: str) -> "LossFn":
+    """What one rank minimises."""
     from functools import partial
 
     from cascade_model.distillation import Online, distillation_loss
@@ -82,10 +95,9 @@ def train(config: DistilConfig, device: str, started: Started) -> dict[str, Any]
 
     teacher = load_model(config.teacher)[0].to(device).eval().requires_grad_(False)
     reference = Online(teacher, never_emitted(teacher.config), config.temperature)
-    loss_fn = partial(
+    return partial(
         distillation_loss, reference=reference, **axes(config), auxiliary=auxiliary(config)
     )
-    return fit(config, device, objective(config), loss_fn, started)
 
 
 main = command(DistilConfig, run)
