@@ -10,6 +10,7 @@ STAGES = {
     "pretrain": "shards -> block-diffusion or autoregressive checkpoint (Ray Train)",
     "convert": "published checkpoint -> model folder, or a block-diffusion start",
     "export": "model folder -> the layout of its published family",
+    "teach": "corpus + autoregressive teacher -> its likeliest tokens, for distil (Ray Data)",
     "distil": "student + autoregressive teacher -> checkpoint (Ray Train)",
     "evaluate": "checkpoint -> held-out bound per token and per byte",
     "generate": "prompts -> completions, exactly once (Ray Data)",

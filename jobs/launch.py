@@ -27,7 +27,7 @@ Train = Callable[[Any, str], dict[str, Any]]
 
 _REFUSAL = "refused.json"
 _MARK = "launched"
-_PATHS = ("corpus", "output", "teacher", "initial_model")
+_PATHS = ("corpus", "output", "teacher", "targets", "initial_model")
 # Ray Train asks for the ranks' machines again every 60 s; a cluster has this long to grow.
 _STARTS = 30
 
