@@ -12,11 +12,9 @@ known to name another one.
 
 import builtins
 import errno
-import hashlib
 import json
 import os
 import posixpath
-import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -29,12 +27,11 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from cascade_model.errors import InputError, Unfinished
+from cascade_model.hashing import HashingWriter, sha256_of
+from cascade_model.local_files import TEMPORARY, create_file, draft, make_folder, replace_file
 
 RECORD_SUFFIX = ".record.json"
-_CHUNK = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}(\.old)?\.tmp")
-"""Names of our own unfinished files; any other `.tmp` belongs to somebody."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,52 +61,6 @@ class Record:
             ) from None
 
 
-class HashingWriter:
-    """A binary file that counts and hashes what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self.bytes = 0
-
-    closed = False
-
-    def write(self, data: Any) -> int:
-        """Write bytes-like data; returns the number of bytes."""
-        view = memoryview(data).cast("B")
-        self._hash.update(view)
-        self.bytes += len(view)
-        self._file.write(view)
-        return len(view)
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self.bytes
-
-    def flush(self) -> None:
-        """Nothing to do: the commit flushes."""
-
-    def close(self) -> None:
-        """Nothing to do: the commit closes."""
-
-    def readable(self) -> bool:
-        """A writer is not readable."""
-        return False
-
-    def writable(self) -> bool:
-        """A writer is writable."""
-        return True
-
-    def seekable(self) -> bool:
-        """What was hashed cannot be taken back."""
-        return False
-
-    @property
-    def sha256(self) -> str:
-        """Digest (hex) of everything written."""
-        return self._hash.hexdigest()
-
-
 class Folder:
     """A folder, local or behind any fsspec URL, whose units are committed whole or not at all."""
 
@@ -132,6 +83,10 @@ class Folder:
     def path(self, name: str) -> str:
         """Path of a file inside the folder, as the file system spells it."""
         return posixpath.join(self._root, name)
+
+    def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
+        """By its URL: another process finds its own credentials."""
+        return Folder, (self.url,)
 
     def exists(self, name: str) -> bool:
         """Whether a unit is committed or a file of this very name is there."""
@@ -179,7 +134,43 @@ class Folder:
 
     def list(self) -> list[str]:
         """Names in the folder, sorted, but our own unfinished files; empty when it is not there."""
-        return sorted(name for name in self._names() if not _TEMPORARY.fullmatch(name))
+        return sorted(name for name in self._names() if not TEMPORARY.fullmatch(name))
+
+    def files(self) -> Iterator[str]:
+        """Every file in the folder and below it, by its path inside the folder, in no order."""
+        if self.is_local:
+            root = Path(self._root)
+            yield from (str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir())
+            return
+        for path in cast(list[str], self._fs.find(self._root)):
+            yield posixpath.relpath(path, self._root)
+
+    def modified(self, name: str) -> float:
+        """When a file was last written, by the storage's own clock (seconds since 1970)."""
+        if self.is_local:
+            return os.stat(self.path(name)).st_mtime
+        return self._fs.modified(self.path(name)).timestamp()
+
+    def touch(self, name: str) -> None:
+        """Let a small file be written now; in a store, which has no other way, with its own bytes.
+
+        Only for a file that nobody else writes.
+        """
+        if self.is_local:
+            os.utime(self.path(name))
+        else:
+            self._fs.pipe_file(self.path(name), self._fs.cat_file(self.path(name)))
+
+    def now(self) -> float:
+        """The storage's own clock, read from a file written now: clocks of machines differ."""
+        name = f".clock.{uuid.uuid4().hex}.tmp"
+        if self.is_local:
+            make_folder(Path(self._root))
+        self._fs.pipe_file(self.path(name), b"?")
+        try:
+            return self.modified(name)
+        finally:
+            self.remove(name)
 
     def remove(self, name: str) -> None:
         """Remove a file or a sub-folder; missing is fine. The folder itself is never removed so."""
@@ -194,13 +185,56 @@ class Folder:
             with suppress(OSError):
                 os.rmdir(self._root)
 
+    def put(self, name: str, write: Callable[[BinaryIO], Any]) -> HashingWriter:
+        """Write a file under a name that no other writer uses; returns its bytes and SHA-256.
+
+        Nothing commits it: a record, a manifest or a COMMIT that names it must do that afterwards.
+        """
+        written: list[HashingWriter] = []
+
+        def write_hashed(file: BinaryIO) -> None:
+            written.append(HashingWriter(file))
+            write(cast(BinaryIO, written[0]))
+
+        if self.is_local:
+            target = Path(self.path(name))
+            with draft(target, write_hashed) as finished:
+                os.replace(finished, target)
+        else:
+            with self._fs.open(self.path(name), "wb") as file:
+                write_hashed(cast(BinaryIO, file))
+        return written[0]
+
+    def create(self, name: str, data: bytes) -> bytes:
+        """Put a small file unless one is there; returns the bytes that stand there afterwards.
+
+        An outcome that the store left unknown is read back; what cannot be read back is raised.
+        """
+        if self.is_local:
+            target = Path(self.path(name))
+            try:
+                create_file(target, data)
+            except FileExistsError:
+                return target.read_bytes()
+            return data
+        try:
+            self._fs.pipe_file(self.path(name), data, mode="create")
+            return data
+        except Exception:
+            # Lost the race, or an unknown outcome: whatever stands there now is the truth.
+            try:
+                return cast(bytes, self._fs.cat_file(self.path(name)))
+            except FileNotFoundError:
+                pass
+            raise
+
     def publish(self, name: str, data: bytes) -> None:
         """Put one small file under its own name, atomically and once.
 
         The same bytes again are fine; other bytes raise `InputError` and change nothing.
         """
         with self._told_if_full(name):
-            found = self._create(name, data)
+            found = self.create(name, data)
         if found != data:
             raise InputError(
                 f"{self.path(name)} exists with other content; choose another place or delete it"
@@ -251,7 +285,7 @@ class Folder:
     def _put_record(self, record: Record) -> Record:
         """The record that stands there after this one was put."""
         name = record.name + RECORD_SUFFIX
-        return Record.from_json(self._create(name, record.to_json()), self.path(name))
+        return Record.from_json(self.create(name, record.to_json()), self.path(name))
 
     @contextmanager
     def _told_if_full(self, name: str) -> Iterator[None]:
@@ -301,32 +335,10 @@ class Folder:
     def _write_object(self, name: str, write: Callable[[BinaryIO], Any], facts: dict) -> Record:
         """An object of this attempt alone; the record will name it."""
         attempt = f"{name}~{uuid.uuid4().hex}"
-        with self._fs.open(self.path(attempt), "wb") as file:
-            writer = HashingWriter(cast(BinaryIO, file))
-            write(cast(BinaryIO, writer))
+        writer = self.put(attempt, write)
         return Record(
             name=name, object=attempt, bytes=writer.bytes, sha256=writer.sha256, facts=facts
         )
-
-    def _create(self, name: str, data: bytes) -> bytes:
-        """Put a small file unless it is there; returns the bytes that stand there afterwards."""
-        if self.is_local:
-            target = Path(self.path(name))
-            try:
-                create_file(target, data)
-            except FileExistsError:
-                return target.read_bytes()
-            return data
-        try:
-            self._fs.pipe_file(self.path(name), data, mode="create")
-            return data
-        except Exception:
-            # Lost the race, or an unknown outcome: whatever stands there now is the truth.
-            try:
-                return cast(bytes, self._fs.cat_file(self.path(name)))
-            except FileNotFoundError:
-                pass
-            raise
 
 
 def require_writable(output: str | Path) -> None:
@@ -354,63 +366,6 @@ def reason_of(error: Exception) -> str:
     """What a file system or a store says went wrong, in one line."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return str(reason).splitlines()[0]
-
-
-@contextmanager
-def draft(target: Path, write: Callable[[BinaryIO], Any]) -> Iterator[Path]:
-    """A finished temporary file, on disk, for the body to give the target's name."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync(target.parent)
-
-
-def create_file(target: Path, data: bytes) -> None:
-    """A small local file that appears whole or not at all; `FileExistsError` if one is there."""
-    with draft(target, _writer_of(data)) as finished:
-        link_new(finished, target)
-
-
-def replace_file(target: Path, data: bytes) -> None:
-    """A small local file that appears whole or stays as it was."""
-    with draft(target, _writer_of(data)) as finished:
-        os.replace(finished, target)
-
-
-def link_new(finished: Path, target: Path) -> None:
-    """Give a finished file its name unless the name is taken (`FileExistsError`)."""
-    try:
-        os.link(finished, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links, where the check is not atomic
-        if target.exists():
-            raise FileExistsError(target) from None
-        os.replace(finished, target)
-
-
-def fsync(path: str | Path) -> None:
-    """Bring a file, or the names in a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256_of(file: BinaryIO) -> str:
-    """Digest (hex) of what an open file still holds."""
-    total = hashlib.sha256()
-    while chunk := file.read(_CHUNK):
-        total.update(chunk)
-    return total.hexdigest()
 
 
 def _writer_of(write: Callable[[BinaryIO], Any] | bytes) -> Callable[[BinaryIO], Any]:

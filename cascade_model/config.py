@@ -308,6 +308,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     max_grad_norm: float = 1.0
+    """Longer gradients are cut to this 2-norm."""
     warmup_rate: float = 0.05
     """Share of all tokens over which the learning rate rises linearly from 0."""
     decay_rate: float = 0.3
@@ -315,7 +316,12 @@ class OptimizerConfig:
     final_lr_rate: float = 0.1
 
     def __post_init__(self) -> None:
+        check_types(self, "optimizer.")
         check(self.peak_lr > 0, f"optimizer.peak_lr={self.peak_lr} must be above 0; use 0.001")
+        check(
+            self.max_grad_norm > 0,
+            f"optimizer.max_grad_norm={self.max_grad_norm} must be above 0; use 1.0",
+        )
         check(
             self.warmup_rate >= 0
             and self.decay_rate >= 0
@@ -326,6 +332,19 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """A part of a training run with a block size of its own."""
+
+    block_size: int
+    """Tokens per diffusion block; a divisor of the corpus's, or the sequence length."""
+    share: float
+    """Share of all tokens of the run."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "trainer.block_sizes.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerConfig:
     """How long to train, in what steps, and what to keep."""
 
@@ -333,31 +352,71 @@ class TrainerConfig:
     sequences_per_step: int = 32
     """Global batch, the same for any number of ranks; accumulation is derived from it."""
     sequences_per_forward: int = 16
-    """Sequences of one rank in one forward pass."""
+    """Sequences of one rank in one forward pass. Where the ranks' shares of a step are multiples of
+    it, every number of ranks makes the same forward passes and only the order of sums differs."""
+    block_sizes: tuple[Phase, ...] = ()
+    """Block sizes to train with in turn (1, 4, 8, 16, or up to the sequence length and down again
+    as LLaDA2, arXiv 2512.15745), the model's own last; none: the model's throughout."""
     attention: Literal["grouped", "flex"] = "grouped"
     """Kernel of the doubled input: grouped runs anywhere, flex is compiled, for GPUs."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matrix products; weights and optimiser state stay float32."""
+    """Type of the matrix products; weights and optimiser state stay float32, and gradients are
+    summed over ranks in it."""
+    recompute: bool = False
+    """Keep no activations inside a layer and run it again in the backward pass: less memory for a
+    third more work, and the same gradients bit for bit."""
+    compile: bool = False
+    """Compile each layer; pays on GPUs, hardly on CPUs."""
+    replicas: int = 1
+    """Groups of ranks that each hold the whole model in shards; 1 shards it over all ranks."""
     checkpoint_every: int = 100
     """Steps between checkpoints; the last step always writes one."""
     keep_last: int = 2
     """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this step are kept for ever."""
+    keep_best: int = 1
+    """Checkpoints to keep of those with the lowest held-out loss: saved at evaluated steps only."""
     log_every: int = 10
     """Steps between lines of metrics."""
+    evaluate_every: int | None = None
+    """Steps between values on the held-out split, and once at the end; none: never."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """What to do where a loss or gradient is NaN or infinite: in both cases no weight moves and the
+    samples are written down."""
+    max_skipped_in_a_row: int = 3
+    """With not_finite=skip, one more of them running stops the run."""
     seed: int = 0
     """Seed of the weights' initial values."""
 
     def __post_init__(self) -> None:
+        check_types(self, "trainer.")
         for name in (
             "num_steps",
             "sequences_per_step",
             "sequences_per_forward",
+            "replicas",
             "checkpoint_every",
             "keep_last",
+            "keep_every",
             "log_every",
+            "evaluate_every",
+            "max_skipped_in_a_row",
         ):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"trainer.{name}={value} must be at least 1")
+        check(self.keep_best >= 0, f"trainer.keep_best={self.keep_best} must be at least 0")
+        total = sum(phase.share for phase in self.block_sizes)
+        check(
+            not self.block_sizes or abs(total - 1.0) < 1e-6,
+            f"trainer.block_sizes have shares that add up to {total:g}; they must make 1",
+        )
+        for phase in self.block_sizes:
             check(
-                getattr(self, name) >= 1, f"trainer.{name}={getattr(self, name)} must be at least 1"
+                phase.share * self.num_steps >= 1,
+                f"trainer.block_sizes gives block size {phase.block_size} a share of "
+                f"{phase.share:g}, less than one of trainer.num_steps={self.num_steps}; give it "
+                "more, or train for longer",
             )
 
 

@@ -225,7 +225,8 @@ class Corpus:
         return np.stack(self._mixture.places(samples, recipe))
 
     def _require_noise(self, noise: TrainingNoise) -> None:
-        if self.block_size % noise.block_size:
+        is_whole = noise.block_size == self.sequence_length
+        if self.block_size % noise.block_size and not is_whole:
             raise CorpusMismatch(
                 f"noise.block_size={noise.block_size} does not divide the corpus's block size "
                 f"{self.block_size}; use a divisor or prepare the corpus with "

@@ -25,6 +25,23 @@ class Unfinished(InputError):
     """An input that stops a job which can go on from what it has made; so that is kept."""
 
 
+class Stopped(Unfinished):
+    """A run that was asked to stop and saved at a step boundary; nothing is lost.
+
+    The exit code is that of a passing failure (EX_TEMPFAIL of sysexits.h): try again later.
+    """
+
+    exit_code = 75
+
+    @classmethod
+    def at(cls, step: int, reason: str) -> "Stopped":
+        """The one sentence of such an end."""
+        return cls(
+            f"stopped at step {step} ({reason}); run the same command again, which goes on from "
+            "there"
+        )
+
+
 def of_store(error: Exception) -> Unfinished | None:
     """What a store's client raised, as a sentence; none for any other error.
 

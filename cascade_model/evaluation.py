@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cascade_model import parallel
 from cascade_model.batch import TrainBatch
 from cascade_model.config import ModelConfig, NoiseConfig, Outcomes
 from cascade_model.corpus import Corpus
@@ -27,6 +28,7 @@ from cascade_model.loss import row_losses
 from cascade_model.networks import Network, build_network
 from cascade_model.noise import sequence_at
 from cascade_model.training_input import source_rows
+from cascade_model.window import HeldOut
 
 # Another key than any training recipe is likely to have; fixed, so that curves can be compared.
 EVALUATION_SEED = 0x5EED_0E7A
@@ -71,13 +73,16 @@ def bound(
     sequences_per_forward: int = 16,
     strata: int = 32,
     outcomes: Outcomes = "text",
+    across_ranks: bool = False,
 ) -> Bound:
     """The model's bound on a split of a corpus, over every maskable token that it can predict.
 
     With shifted logits a document's first token has no row that predicts it and is left out. All
     draws take the same `chosen_sequences`, each with mask rates and bits of its own. The value is
     nats over tokens; its standard error is the ratio estimator's, over sequences with their draws
-    summed. Raises `CheckpointMismatch` when model and corpus have different tokenizers.
+    summed. `across_ranks` shares the sequences over all ranks, which must call it together; the
+    forward passes are those of one rank. Raises `CheckpointMismatch` when model and corpus have
+    different tokenizers.
     """
     exact = model.config.is_autoregressive
 
@@ -96,7 +101,33 @@ def bound(
         max_sequences=max_sequences,
         sequences_per_forward=sequences_per_forward,
         exact=exact,
+        across_ranks=across_ranks,
     )
+
+
+def held_out(
+    model: Network,
+    corpus: Corpus,
+    *,
+    draws: int = 1,
+    max_sequences: int | None = None,
+    sequences_per_forward: int = 16,
+    outcomes: Outcomes = "text",
+) -> HeldOut:
+    """`bound` for a run while it trains, by all its ranks together.
+
+    The noise and the sequences are the same each time, so the curve moves with the weights alone.
+    """
+    found = bound(
+        model,
+        corpus,
+        draws=draws,
+        max_sequences=max_sequences,
+        sequences_per_forward=sequences_per_forward,
+        outcomes=outcomes,
+        across_ranks=True,
+    )
+    return HeldOut(found.nats_per_token, found.standard_error)
 
 
 @torch.no_grad()
@@ -199,22 +230,31 @@ def _measure(
     max_sequences: int | None,
     sequences_per_forward: int,
     exact: bool,
+    across_ranks: bool = False,
 ) -> Bound:
     """Add up what `sums` gives of each batch: nats and the tokens that count, by sequence [n]."""
     require_same_tokenizer(model, corpus)
     ids = chosen_sequences(corpus, max_sequences)
-    ranks = np.arange(len(ids), dtype=np.uint64)
-    nats, tokens = np.zeros(len(ids)), np.zeros(len(ids))
+    places = np.arange(len(ids), dtype=np.uint64)
+    totals = np.zeros((2, len(ids)))
+    rank, ranks = (parallel.rank(), parallel.world_size()) if across_ranks else (0, 1)
+    batches = -(-len(ids) // sequences_per_forward)
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     for draw in range(draws):
-        for first in range(0, len(ids), sequences_per_forward):
+        for turn in range(0, batches, ranks):
+            # All ranks gather sharded weights, so one that has no batch left makes a pass for them.
+            is_mine = turn + rank < batches
+            first = (turn + rank if is_mine else 0) * sequences_per_forward
             part = slice(first, first + sequences_per_forward)
-            rows = corpus.masked(ids[part], ranks[part], noise, draw)
-            found, counted = sums(TrainBatch.from_numpy(rows, device))
-            nats[part] += found.double().cpu().numpy()
-            tokens[part] += counted.double().cpu().numpy()
+            rows = corpus.masked(ids[part], places[part], noise, draw)
+            found = torch.stack(sums(TrainBatch.from_numpy(rows, device))).double()
+            if is_mine:
+                totals[:, part] += found.cpu().numpy()
     model.train(was_training)
+    if across_ranks:
+        totals = parallel.sum_over_ranks(torch.from_numpy(totals).to(device)).cpu().numpy()
+    nats, tokens = totals
     seen = tokens > 0
     return _estimate(nats[seen], tokens[seen], corpus, draws, exact)
 

@@ -22,10 +22,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Self
 
-from cascade_model.commit import draft, link_new, replace_file
+from cascade_model.commit import Folder
 from cascade_model.errors import InputError
 
 HEARTBEAT = 5.0
@@ -69,7 +68,7 @@ class Owner:
 class Attempt:
     """One start of an owner's ranks."""
 
-    folder: Path
+    folder: Folder
     number: int
 
     def check(self) -> None:
@@ -80,8 +79,8 @@ class Attempt:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[Owner]:
-    """Hold a run folder while the body runs; the folder is made if it is not there.
+def hold(folder: Folder) -> Iterator[Owner]:
+    """Hold a run folder while the body runs; a local one is made if it is not there.
 
     Raises `InputError`, saying who and since when, if a living run holds it, or if another run has
     taken it over when the body fails.
@@ -103,10 +102,10 @@ def hold(folder: Path) -> Iterator[Owner]:
         _release(folder, owner)
 
 
-def begin(folder: Path, owner: Owner) -> Attempt:
+def begin(folder: Folder, owner: Owner) -> Attempt:
     """A further number for an owner that holds the folder; `LeaseLost` if it does no longer."""
 
-    def refuse_strangers(last: "_Held | None", now: float) -> None:
+    def refuse_strangers(last: "_Held | None") -> None:
         if not _is_of(last, owner):
             raise LeaseLost(_taken_over(folder, last))
 
@@ -118,60 +117,59 @@ class _Held:
     """The record that counts."""
 
     number: int
-    path: Path
     owner: Owner
     is_released: bool
 
+    @property
+    def name(self) -> str:
+        """The record's file."""
+        return _name(self.number)
 
-def _newest(folder: Path) -> _Held | None:
+
+def _newest(folder: Folder) -> _Held | None:
     while True:
-        found = [match for p in folder.glob("lease-*") if (match := _NAME.fullmatch(p.name))]
-        if not found:
+        numbers = _numbers(folder)
+        if not numbers:
             return None
-        path = folder / max(found, key=lambda match: int(match[1]))[0]
+        name = _name(numbers[-1])
         try:
-            values = json.loads(path.read_bytes())
+            values = json.loads(folder.read_bytes(name))
             return _Held(
-                number=int(path.stem.removeprefix("lease-")),
-                path=path,
+                number=numbers[-1],
                 owner=Owner(**values["owner"]),
                 is_released=values["is_released"],
             )
         except FileNotFoundError:
             continue  # a higher one has just taken its place
         except (ValueError, TypeError, KeyError):
-            raise InputError(f"{path} is damaged; delete it if no run uses the folder") from None
+            raise InputError(
+                f"{folder.path(name)} is damaged; delete it if no run uses the folder"
+            ) from None
 
 
-def _draw(folder: Path, owner: Owner, refuse: Callable[[_Held | None, float], None]) -> int:
-    """Create the record of the next number, unless `refuse(last, now)` raises."""
+def _draw(folder: Folder, owner: Owner, refuse: Callable[[_Held | None], None]) -> int:
+    """Create the record of the next number, unless `refuse(last)` raises."""
     data = _record(owner, is_released=False)
     while True:
         last = _newest(folder)
         number = last.number + 1 if last else 1
-        target = folder / f"lease-{number:08d}.json"
-        try:
-            with draft(target, lambda file: file.write(data)) as finished:
-                # The time of the disk, as the record's is: clocks of machines differ.
-                refuse(last, finished.stat().st_mtime)
-                link_new(finished, target)
-        except FileExistsError:
-            continue
-        for path in folder.glob("lease-*.json"):
-            match = _NAME.fullmatch(path.name)
-            if match and int(match[1]) < number:
-                path.unlink(missing_ok=True)
+        refuse(last)
+        if folder.create(_name(number), data) != data:
+            continue  # another was faster
+        for each in _numbers(folder):
+            if each < number:
+                folder.remove(_name(each))
         return number
 
 
-def _refuse_the_living(folder: Path, last: _Held | None, now: float) -> None:
+def _refuse_the_living(folder: Folder, last: _Held | None) -> None:
     if last is None or last.is_released:
         return
     with contextlib.suppress(FileNotFoundError):
-        silence = now - last.path.stat().st_mtime
+        silence = folder.now() - folder.modified(last.name)
         if silence <= SILENCE and not _is_dead_here(last.owner):
             raise InputError(
-                f"output={folder} is in use by {last.owner} (last sign of life "
+                f"output={folder.url} is in use by {last.owner} (last sign of life "
                 f"{max(silence, 0):.0f} s ago); end that run or choose another output; "
                 f"{SILENCE:.0f} s after its last sign of life the same command takes its place"
             )
@@ -190,20 +188,32 @@ def _is_dead_here(owner: Owner) -> bool:
     return False
 
 
-def _beat(folder: Path, owner: Owner, ended: threading.Event) -> None:
-    """Give signs of life until the end, or until the folder is another's."""
+def _beat(folder: Folder, owner: Owner, ended: threading.Event) -> None:
+    """Give signs of life until the end, or until the folder is another's.
+
+    A store that does not answer is asked again at the next beat.
+    """
     while not ended.wait(HEARTBEAT):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             last = _newest(folder)
             if last is None or not _is_of(last, owner):
                 return
-            os.utime(last.path)
+            folder.touch(last.name)
 
 
-def _release(folder: Path, owner: Owner) -> None:
+def _release(folder: Folder, owner: Owner) -> None:
     last = _newest(folder)
     if last is not None and _is_of(last, owner):
-        replace_file(last.path, _record(owner, is_released=True))
+        folder.replace(last.name, _record(owner, is_released=True))
+
+
+def _numbers(folder: Folder) -> list[int]:
+    """The numbers that were drawn and not removed, the highest last."""
+    return sorted(int(match[1]) for name in folder.list() if (match := _NAME.fullmatch(name)))
+
+
+def _name(number: int) -> str:
+    return f"lease-{number:08d}.json"
 
 
 def _is_of(last: _Held | None, owner: Owner) -> bool:
@@ -214,10 +224,10 @@ def _record(owner: Owner, is_released: bool) -> bytes:
     return (json.dumps({"owner": asdict(owner), "is_released": is_released}) + "\n").encode()
 
 
-def _taken_over(folder: Path, last: _Held | None) -> str:
+def _taken_over(folder: Folder, last: _Held | None) -> str:
     holder = last.owner if last else "nobody known: its lease was deleted"
     return (
-        f"output={folder} was taken over by {holder}; this run stops and writes nothing more "
+        f"output={folder.url} was taken over by {holder}; this run stops and writes nothing more "
         "there, choose another output for it"
     )
 

@@ -1,71 +1,119 @@
-"""What a run tells while it goes: metrics.jsonl, TensorBoard, and the sums between two lines."""
+"""What a run tells while it goes: metrics.jsonl, TensorBoard and the loss curve in its folder.
 
+Telling never ends a run: what cannot be written is told on stderr once, kept, and written with what
+follows. In an object store, which has no appending, the whole file is put anew at a bounded rate.
+"""
+
+import contextlib
 import json
-from dataclasses import dataclass, field
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from cascade_model.commit import replace_file
+from cascade_model.commit import Folder, reason_of
+
+METRICS = "metrics.jsonl"
+BOARD = "tensorboard"
+CURVE = "loss.png"
+PUT_EVERY = 30.0
+"""Seconds between two puts of the metrics to a store, and between two drawings of the curve."""
 
 
-@dataclass(kw_only=True)
-class Window:
-    """Sums since the last line of metrics.
-
-    It travels in the checkpoint, so that a resumed run writes the same lines.
-    """
-
-    sums: list[float] = field(default_factory=list)
-    """Loss sum, maskable tokens, then per mask-rate band: loss sums, row counts."""
-    norm: float = 0.0
-    waited: float = 0.0
-    seconds: float = 0.0
-    steps: int = 0
-
-    def add(self, sums: list[float], norm: float, waited: float, seconds: float) -> None:
-        """Add one step: its sums over all ranks, gradient norm, and this rank's seconds."""
-        self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(sums), sums, strict=True)]
-        self.norm += norm
-        self.waited += waited
-        self.seconds += seconds
-        self.steps += 1
-
-    def means(self, tokens_per_step: int) -> dict[str, Any]:
-        """Loss per maskable token, mean cross entropy of the masked rows by band, speeds."""
-        bands = (len(self.sums) - 2) // 2
-        totals, counts = self.sums[2 : 2 + bands], self.sums[2 + bands :]
-        return {
-            "loss": self.sums[0] / max(self.sums[1], 1.0),
-            "loss_by_mask_rate": [
-                total / count if count else None
-                for total, count in zip(totals, counts, strict=True)
-            ],
-            "grad_norm": self.norm / self.steps,
-            "tokens_per_second": self.steps * tokens_per_step / max(self.seconds, 1e-9),
-            "data_wait_rate": self.waited / max(self.seconds, 1e-9),
-            "seconds": self.seconds,
-        }
+def tell(line: str) -> None:
+    """One line for the person who watches; stderr, so that stdout stays the job's result."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 class MetricsLog:
-    """metrics.jsonl and tensorboard/ in a run folder; one writer, the first rank."""
+    """The metrics of a run; one writer, the first rank."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Folder, step: int) -> None:
         """Open for the steps after `step`; lines beyond it, of an attempt that died, are cut."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path = folder / "metrics.jsonl"
-        self._lines = [line for line in read_metrics(self._path) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in self._lines)
-        replace_file(self._path, text.encode())
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._folder = folder
+        self._lines = [line for line in read_metrics(folder) if line["step"] <= step]
+        self._file: BinaryIO | None = None
+        self._due = {METRICS: 0.0, CURVE: 0.0}
+        self._failing: set[str] = set()
+        with contextlib.ExitStack() as kept:
+            place = folder.path(BOARD)
+            if not folder.is_local:
+                place = kept.enter_context(tempfile.TemporaryDirectory())
+            self._place, self._kept = Path(place), kept.pop_all()
+        self._board: SummaryWriter | None = SummaryWriter(str(self._place), purge_step=step + 1)
+        with self._telling(METRICS):
+            self._put()
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line and the same values as TensorBoard scalars."""
+    def write(self, line: dict[str, Any], tokens_left: int) -> None:
+        """Append one line, and the same values as TensorBoard scalars; show it to the user.
+
+        `tokens_left` says how long the run will still take at this line's speed.
+        """
+        line["seconds_left"] = tokens_left / max(line["tokens_per_second"], 1e-9)
         self._lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._append()
+        with self._telling(BOARD):
+            self._scalars(line)
+        tell(progress_line(line))
+
+    def save(self) -> None:
+        """Bring everything to the folder, as a checkpoint is being written there."""
+        with self._telling(METRICS):
+            if self._file is None:
+                self._put()
+        with self._telling(BOARD):
+            self._save_board()
+        if time.monotonic() >= self._due[CURVE]:
+            with self._telling(CURVE):
+                self._draw()
+
+    def close(self) -> list[dict[str, Any]]:
+        """Bring everything to the folder, the newest curve too, and return all lines of the run."""
+        self._due[CURVE] = 0.0
+        self.save()
+        self.abandon()
+        return self._lines
+
+    def abandon(self) -> None:
+        """Let go of the files, with nothing more written; harmless after `close`."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
+            self._board = None
+        self._kept.close()
+
+    def _append(self) -> None:
+        """Bring the newest line to the folder: at once where that is appending, else if due."""
+        with self._telling(METRICS):
+            if self._file is None:
+                if self._folder.is_local or time.monotonic() >= self._due[METRICS]:
+                    self._put()
+                return
+            try:
+                self._file.write(_text(self._lines[-1:]))
+            except OSError:
+                self._file.close()
+                self._file = None  # all lines are written the next time
+                raise
+
+    def _put(self) -> None:
+        """Write all lines anew; a local file is then open for the next ones."""
+        self._folder.replace(METRICS, _text(self._lines))
+        self._due[METRICS] = time.monotonic() + PUT_EVERY
+        if self._folder.is_local:
+            self._file = Path(self._folder.path(METRICS)).open("ab", buffering=0)  # noqa: SIM115
+
+    def _scalars(self, line: dict[str, Any]) -> None:
+        if self._board is None:
+            return
         for name, value in line.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._board.add_scalar(name, value, line["step"])
@@ -73,20 +121,52 @@ class MetricsLog:
             if value is not None:
                 self._board.add_scalar(f"loss_by_mask_rate/{number}", value, line["step"])
 
-    def close(self) -> list[dict[str, Any]]:
-        """Flush both and return all lines of the run."""
-        self._file.close()
-        self._board.close()
-        return self._lines
+    def _save_board(self) -> None:
+        if self._board is None:
+            return
+        self._board.flush()
+        if not self._folder.is_local:
+            for path in self._place.iterdir():
+                (self._folder / BOARD).replace(path.name, path.read_bytes())
+
+    def _draw(self) -> None:
+        from cascade_model.loss_curve import draw
+
+        self._folder.replace(CURVE, draw(self._lines))
+        self._due[CURVE] = time.monotonic() + PUT_EVERY
+
+    @contextlib.contextmanager
+    def _telling(self, name: str) -> Iterator[None]:
+        """A disk that is full or a store that does not answer is told, once in a row."""
+        try:
+            yield
+        except Exception as error:  # each store has errors of its own
+            if name not in self._failing:
+                tell(f"{self._folder.path(name)} cannot be written: {reason_of(error)}")
+            self._failing.add(name)
+        else:
+            self._failing.discard(name)
 
 
 def progress_line(line: dict[str, Any]) -> str:
     """One line of metrics for a person."""
-    return (
-        f"step {line['step']:>6}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
-        f"grad norm {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} data tokens/s  "
-        f"data wait {100 * line['data_wait_rate']:.1f} %"
-    )
+    parts = [
+        f"step {line['step']:>6}",
+        f"loss {_number(line['loss'], '.4f')}",
+        f"lr {line['lr']:.2e}",
+        f"grad norm {_number(line['grad_norm'], '.2f')}",
+        f"{line['tokens_per_second']:,.0f} data tokens/s",
+        f"data wait {100 * line['data_wait_rate']:.1f} %",
+    ]
+    if line.get("mfu") is not None:
+        parts.append(f"MFU {100 * line['mfu']:.0f} %")
+    if line.get("skipped_steps"):
+        parts.append(f"{line['skipped_steps']} steps skipped")
+    if line.get("held_out_loss") is not None:
+        parts.append(f"held out {line['held_out_loss']:.4f}")
+    if line.get("seconds_left"):
+        parts.append(f"{_duration(line['seconds_left'])} left")
+    return "  ".join(parts)
 
 
 def speed(lines: list[dict[str, Any]]) -> tuple[float, float]:
@@ -99,14 +179,34 @@ def speed(lines: list[dict[str, Any]]) -> tuple[float, float]:
     return seconds, tokens / max(seconds, 1e-9)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last line cut by a crash is left out."""
-    if not path.exists():
+def read_metrics(folder: Folder) -> list[dict[str, Any]]:
+    """The whole lines of a run folder's metrics; a last line cut by a crash is left out."""
+    try:
+        text = folder.read_bytes(METRICS).decode(errors="replace")
+    except FileNotFoundError:
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for each in text.splitlines():
         try:
-            lines.append(json.loads(text))
+            lines.append(json.loads(each))
         except ValueError:
             break
     return lines
+
+
+def _text(lines: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _duration(seconds: float) -> str:
+    """The two largest of days, hours, minutes and seconds."""
+    left, parts = round(seconds), []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        count, left = divmod(left, size)
+        if count or (parts and unit != "s") or unit == "s":
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])

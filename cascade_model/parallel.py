@@ -1,18 +1,15 @@
-"""The ranks of a training run: process group, sharding and the few collectives that are needed.
+"""The ranks of a training run: their process group and the few collectives that are needed.
 
 Everything works for one process without a group, so the trainer has a single path.
 """
 
+import atexit
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from cascade_model.errors import InputError
 
@@ -20,9 +17,19 @@ Result = TypeVar("Result")
 
 
 def join_group(device: torch.device) -> None:
-    """Join the process group that `torchrun` announces; a no-op alone or where one exists."""
+    """Join the process group that `torchrun` announces, and leave it when the process ends.
+
+    A no-op alone or where one exists, which then is its maker's to end.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    """End the group's threads while Python is whole; ended with it, they may abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -67,6 +74,17 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     return told[0]
 
 
+def only_first_rank(work: Callable[[], Result]) -> Result:
+    """`on_first_rank` for what cannot travel, such as an open file: the other ranks get None."""
+    mine: list[Any] = [None]
+
+    def keep() -> None:
+        mine[0] = work()
+
+    on_first_rank(keep)
+    return mine[0]
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum of a small tensor over all ranks, the same bits on each."""
     if world_size() > 1:
@@ -75,36 +93,16 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> None:
-    """FSDP2: each layer is a unit, the rest (embedding, last norm, head) is the root's.
+def sum_named(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The sums over all ranks of scalars of one type, the same bits on each, in one exchange."""
+    totals = sum_over_ranks(torch.stack(list(values.values())))
+    return dict(zip(values, totals.tolist(), strict=True))
 
-    With one rank the model stays as it is. Every rank must hold equal weights beforehand.
-    """
+
+def first_of(value: Result | None) -> Result | None:
+    """The value of the lowest rank that has one, on every rank; each rank must call it."""
     if world_size() == 1:
-        return
-    mesh = init_device_mesh(device.type, (world_size(),))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights, whole and on the CPU, on every rank; each rank must call it."""
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
-        for name, value in model.state_dict().items()
-    }
-
-
-def gradient_norm(model: nn.Module) -> torch.Tensor:
-    """The 2-norm of all gradients of all ranks, float32 scalar; the same bits on each rank."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, norm_type=2.0)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def scale_gradients(model: nn.Module, factor: float) -> None:
-    """Multiply every gradient in place."""
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
+        return value
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return next((each for each in found if each is not None), None)

@@ -6,40 +6,37 @@ run takes the steps that the uninterrupted one would have taken.
 """
 
 import contextlib
-import functools
-import json
-import sys
+import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
-from cascade_model import checkpoint, lease, parallel
+from cascade_model import lease, not_finite, parallel, sharding
 from cascade_model.batch import TrainBatch
-from cascade_model.checkpoint import Checkpoint
-from cascade_model.commit import replace_file
-from cascade_model.config import ModelConfig, NoiseConfig, OptimizerConfig, TrainerConfig
-from cascade_model.corpus import Batch, Corpus
-from cascade_model.errors import InputError
-from cascade_model.flex import flex_training
-from cascade_model.loss import LossParts
-from cascade_model.metrics import MetricsLog, Window, progress_line, speed
+from cascade_model.checkpoint import Checkpoint, Checkpoints, Keep, Saving, load, require_same
+from cascade_model.commit import Folder
+from cascade_model.config import NoiseConfig, OptimizerConfig, TrainerConfig
+from cascade_model.corpus import Corpus
+from cascade_model.errors import Stopped
+from cascade_model.feed import feed, spans
+from cascade_model.flops import device_peak
+from cascade_model.metrics import MetricsLog, tell
 from cascade_model.networks import Network, build_network
+from cascade_model.objective import LossParts
 from cascade_model.optim import learning_rate, make_optimizer, set_learning_rate
-from cascade_model.settings import check, to_dict
+from cascade_model.phases import noise_at, require_phases
+from cascade_model.progress import Progress, model_at, sums_of, work_of
+from cascade_model.run_record import MODEL, facts_of, finished_summary, write_summary
+from cascade_model.settings import to_dict
+from cascade_model.stopping import signals_noted
 from cascade_model.weights import Published, save_model
+from cascade_model.window import HeldOut, Window
 
 LossFn = Callable[[Network, TrainBatch], LossParts]
-SUMMARY = "summary.json"
-
-
-def tell(line: str) -> None:
-    """One line for the person who watches; stderr, so that stdout stays the job's result."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
 
 
 @dataclass(kw_only=True)
@@ -49,7 +46,9 @@ class Trainer:
     `model` holds the initial weights, equal on every rank. `objective` describes `loss_fn` and is
     compared on resume. `settings` is the job's resolved configuration, kept in each checkpoint.
     `owner` holds the run folder; without one, this process does while it trains. `published` is
-    what the initial weights came from, passed on to `model/` for an export.
+    what the initial weights came from, passed on to `model/` for an export. `on_save` is called on
+    every rank when a save has begun; `stop_wanted` is asked on every rank once a step for a reason
+    to stop, one rank's being enough; `held_out` is run by all ranks together.
     """
 
     model: Network
@@ -59,154 +58,151 @@ class Trainer:
     objective: dict[str, Any]
     optimizer: OptimizerConfig
     trainer: TrainerConfig
-    folder: Path
+    folder: Folder
     settings: dict[str, Any] = field(default_factory=dict)
     owner: lease.Owner | None = None
     published: Published | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    on_save: Callable[[Saving], None] = lambda saving: None
+    stop_wanted: Callable[[], str | None] = lambda: None
+    held_out: Callable[[Network], HeldOut] | None = None
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, from the newest complete checkpoint if there is one.
 
         Returns the run's summary (on every rank) and leaves `model/` and `summary.json` in the run
-        folder; a run that is finished is left as it is. Raises `InputError` when the loss stops
-        being finite or another run holds the folder, `LeaseLost` when another took it over,
-        `CheckpointMismatch` when the folder's checkpoint belongs to another run.
+        folder; a run that is finished is left as it is. SIGTERM and SIGINT, or a reason from
+        `stop_wanted`, save at the end of the step and raise `Stopped`. Raises `InputError` when the
+        loss stops being finite or another run holds the folder, `LeaseLost` when another took it
+        over, `CheckpointMismatch` when the folder's checkpoint belongs to another run.
         """
         parallel.join_group(self.device)
-        self._local = sequences_per_rank(self.trainer, parallel.world_size())
+        self._passes = len(spans(0, self.trainer, parallel.rank(), parallel.world_size()))
+        self._length = self.corpus.sequence_length
+        self._total = self.trainer.num_steps * self.trainer.sequences_per_step
+        require_phases(self.trainer, self.model.config, self.corpus.block_size, self._length)
         with contextlib.ExitStack() as held:
             self._attempt = parallel.on_first_rank(lambda: self._take_folder(held))
-            found = self._found()
-            finished = functools.partial(finished_summary, self.folder, found, self.trainer)
+            self._checkpoints = self._open_checkpoints()
+            found = self._checkpoints.newest()
+            if found is not None:
+                require_same(found, self._facts())
+            finished = partial(finished_summary, self.folder, found, self.trainer)
             return parallel.on_first_rank(finished) or self._run(found)
 
     def _take_folder(self, held: contextlib.ExitStack) -> lease.Attempt:
         owner = self.owner or held.enter_context(lease.hold(self.folder))
         return lease.begin(self.folder, owner)
 
-    def _found(self) -> Checkpoint | None:
-        """The checkpoint to go on from, of this very run."""
-        found = checkpoint.newest_on_all_ranks(self.folder / "checkpoints", tell)
-        if found is not None:
-            checkpoint.require_same(found, self._facts())
-        return found
+    def _open_checkpoints(self) -> Checkpoints:
+        config = self.trainer
+        keep = Keep(last=config.keep_last, every=config.keep_every, best=config.keep_best)
+        return Checkpoints(
+            self.folder / "checkpoints",
+            keep,
+            self._attempt.check,
+            tell,
+            attempt=self._attempt.number,
+        )
 
     def _run(self, found: Checkpoint | None) -> dict[str, Any]:
         """The steps that are left."""
-        self._shard()
+        sharding.prepare(self.model, self.trainer, self.device)
         self._adam = make_optimizer(self.model, self.optimizer)
-        step, samples, window = self._resume(found)
-        log = MetricsLog(self.folder, step) if parallel.rank() == 0 else None
-        total = self.trainer.num_steps * self.trainer.sequences_per_step
-        with contextlib.closing(self._read_ahead(samples, total)) as self._batches:
-            while samples < total:
-                rate = self._step(step + 1, samples, total, window)
-                step, samples = step + 1, samples + self.trainer.sequences_per_step
-                if step % self.trainer.log_every == 0 or samples >= total:
-                    self._log(log, window, rate, step, samples)
-                    window = Window()
-                if step % self.trainer.checkpoint_every == 0 or samples >= total:
-                    self._save(step, samples, window)
-        return self._finish(log, step, samples)
+        self._at = at = self._resume(found)
+        batches = feed(self.corpus, self.noise, self.trainer, at.step)
+        with contextlib.ExitStack() as opened:
+            self._log = parallel.only_first_rank(lambda: self._open_log(opened))
+            self._noted = opened.enter_context(signals_noted())
+            self._batches = opened.enter_context(contextlib.closing(batches))
+            if not at.is_told:
+                self._tell()
+            while at.samples < self._total:
+                is_stopping = self._step()
+                if is_stopping and at.samples < self._total:
+                    self._stop()
+                held_out = self._tell()
+                if at.step % self.trainer.checkpoint_every == 0 or at.samples >= self._total:
+                    self._save(held_out)
+            self._checkpoints.finish()
+            return self._finish()
 
-    def _read_ahead(self, samples: int, total: int) -> Generator[Batch, None, None]:
-        """This rank's micro-batches from here to the end."""
-        return self.corpus.batches(
-            (span for first in self._steps(samples, total) for span in self._spans(first)),
-            self.noise,
-            depth=2 * -(-self._local // self.trainer.sequences_per_forward),
-        )
-
-    def _steps(self, samples: int, total: int) -> range:
-        """The first sample of each step that is left."""
-        return range(samples, total, self.trainer.sequences_per_step)
-
-    def _spans(self, samples: int) -> Iterator[tuple[int, int]]:
-        """First sample and size of each of this rank's micro-batches in a step."""
-        first = samples + parallel.rank() * self._local
-        for offset in range(0, self._local, self.trainer.sequences_per_forward):
-            yield first + offset, min(self.trainer.sequences_per_forward, self._local - offset)
-
-    def _shard(self) -> None:
-        self.model.to(self.device)
-        if self.trainer.attention == "flex":
-            check(
-                self.device.type == "cuda",
-                "trainer.attention=flex needs a GPU; use trainer.attention=grouped",
-            )
-            self.model.training_attention = flex_training
-        parallel.shard(self.model, self.model.layers, self.device)
-        self.model.train()
-
-    def _facts(self) -> dict[str, Any]:
-        return facts_of(self.model.config, self.corpus, self.noise, self.objective, self.trainer)
-
-    def _resume(self, found: Checkpoint | None) -> tuple[int, int, Window]:
+    def _resume(self, found: Checkpoint | None) -> Progress:
         if found is None:
-            return 0, 0, Window()
-        checkpoint.load(found, self.model, self._adam)
+            return Progress()
+        load(found, self.model, self._adam)
         if parallel.rank() == 0:
             tell(f"resuming from {found.path} (step {found.step}, {found.samples} samples)")
-        return found.step, found.samples, Window(**found.facts["window"])
+        return Progress.from_facts(found.facts["progress"])
 
-    def _save(self, step: int, samples: int, window: Window) -> None:
-        facts = self._facts() | {
-            "step": step,
-            "samples": samples,
-            "world_size": parallel.world_size(),
-            "settings": self.settings,
-            "window": to_dict(window),
-        }
-        folder, keep_last = self.folder / "checkpoints", self.trainer.keep_last
-        check = self._attempt.check
-        checkpoint.save(folder, self.model, self._adam, facts, keep_last, check)
+    def _open_log(self, opened: contextlib.ExitStack) -> MetricsLog:
+        log = MetricsLog(self.folder, self._at.step)
+        opened.callback(log.abandon)
+        peak = device_peak(self.device, self.trainer.precision)
+        self._peak = None if peak is None else peak * parallel.world_size()
+        return log
 
-    def _step(self, step: int, samples: int, total: int, window: Window) -> float:
+    def _work_at(self, step: int) -> tuple[int, float]:
+        return work_of(
+            model_at(step, self.model.config, self.trainer), self._noise_at(step), self._length
+        )
+
+    def _noise_at(self, step: int) -> NoiseConfig:
+        return noise_at(step, self.noise, self.trainer, self._length)
+
+    def _step(self) -> bool:
         """One optimiser step over `sequences_per_step` samples of all ranks.
 
-        The loss is the sum over all ranks' masked rows divided by the global number of maskable
-        tokens. That number is known only after the last micro-batch, so the gradients are
-        accumulated over a fixed scale and corrected once. FSDP averages over ranks, which the
-        factor `world` undoes. Returns the learning rate.
+        The loss is the sum over all ranks' masked rows divided by the global count of the
+        normaliser. That is known only after the last micro-batch, so the gradients are accumulated
+        over a fixed scale and corrected once. FSDP averages over ranks, which the factor of their
+        number undoes. Returns whether any rank wants to stop.
         """
-        length, world = self.corpus.sequence_length, parallel.world_size()
-        scale = float(self.trainer.sequences_per_step * length)
+        at, started = self._at, time.perf_counter()
+        scale = float(self.trainer.sequences_per_step * self._length)
         self._adam.zero_grad(set_to_none=True)
-        started = time.perf_counter()
-        sums, waited = self._accumulate(samples, world / scale)
-        sums = parallel.sum_over_ranks(sums)
-        loss_sum, count = float(sums[0]), float(sums[1])
-        correction = scale / max(count, 1.0)
-        norm = float(parallel.gradient_norm(self.model)) * correction
-        if not (torch.isfinite(sums).all() and torch.isfinite(torch.tensor(norm))):
-            self._stop(step, samples, loss_sum, norm)
-        clip = min(1.0, self.optimizer.max_grad_norm / (norm + 1e-12))
-        parallel.scale_gradients(self.model, correction * clip)
-        tokens = samples + self.trainer.sequences_per_step
-        rate = learning_rate(tokens * length, total * length, self.optimizer)
-        set_learning_rate(self._adam, rate)
-        self._adam.step()
-        window.add(sums.tolist(), norm, waited, time.perf_counter() - started)
-        return rate
+        sums, waited = self._accumulate(parallel.world_size() / scale)
+        self._reason = self.stop_wanted() or self._noted()
+        sums["stop"] = sums["loss"].new_tensor(float(self._reason is not None))
+        totals = parallel.sum_named(sums)
+        wanting, tokens = totals.pop("stop"), int(totals.pop("tokens"))
+        correction = scale / max(totals["count"], 1.0)
+        norm = float(sharding.gradient_norm(self.model)) * correction
+        if all(map(math.isfinite, [norm, *totals.values()])):
+            self._update(correction, norm)
+            at.window.add(totals, norm)
+            at.skipped_in_a_row = 0
+        else:  # every rank holds the same sums, so all of them come here in the same step
+            self._pass_over(totals["loss"], norm)
+        rows, flops = self._work_at(at.step)
+        at.window.spend(
+            seconds=time.perf_counter() - started,
+            waited=waited,
+            tokens=tokens,
+            processed=rows * tokens,
+            flops=flops * tokens,
+        )
+        at.step, at.samples = at.step + 1, at.samples + self.trainer.sequences_per_step
+        at.is_told = False
+        return wanting > 0
 
-    def _accumulate(self, samples: int, factor: float) -> tuple[torch.Tensor, float]:
+    def _accumulate(self, factor: float) -> tuple[dict[str, torch.Tensor], float]:
         """Forward and backward of this rank's share.
 
-        Returns float64 [2 + 2 bands]: loss sum, maskable tokens, then the loss sum and the row
-        count of each mask-rate band; and the seconds spent waiting for data.
+        Returns float64 sums by name (`Window.sums`, and the data `tokens`), and the seconds spent
+        waiting for data.
         """
-        totals, waited = None, 0.0
-        for _ in self._spans(samples):
+        totals: dict[str, torch.Tensor] = {}
+        waited = 0.0
+        for _ in range(self._passes):
             asked = time.perf_counter()
             batch = TrainBatch.from_numpy(next(self._batches), self.device)
             waited += time.perf_counter() - asked
             with self._precision():
                 parts = self.loss_fn(self.model, batch)
             (parts.sum * factor).backward()
-            sums = _vector(parts)
-            totals = sums if totals is None else totals + sums
-        assert totals is not None
+            for name, value in sums_of(parts, batch).items():
+                totals[name] = totals[name] + value if name in totals else value
         return totals, waited
 
     def _precision(self) -> contextlib.AbstractContextManager:
@@ -214,124 +210,108 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def _stop(self, step: int, samples: int, loss_sum: float, norm: float) -> None:
-        """Every rank holds the same sums, so all of them come here in the same step."""
-        path = self.folder / f"not_finite_step_{step:08d}.json"
-        parallel.on_first_rank(lambda: self._keep_evidence(path, step, samples, loss_sum, norm))
-        raise InputError(
-            f"the loss or its gradient is not finite at step {step} (sample ids in {path}); "
-            f"lower optimizer.peak_lr={self.optimizer.peak_lr} and run again"
+    def _update(self, correction: float, norm: float) -> None:
+        clip = min(1.0, self.optimizer.max_grad_norm / (norm + 1e-12))
+        sharding.scale_gradients(self.model, correction * clip)
+        tokens = (self._at.samples + self.trainer.sequences_per_step) * self._length
+        self._at.rate = learning_rate(tokens, self._total * self._length, self.optimizer)
+        set_learning_rate(self._adam, self._at.rate)
+        self._adam.step()
+
+    def _pass_over(self, loss: float, norm: float) -> None:
+        """Leave the weights as they are, write the samples down, and go on only if that is asked.
+
+        Raises `InputError` with `not_finite=stop`, or after too many such steps running.
+        """
+        at = self._at
+        at.window.skipped += 1
+        at.skipped_in_a_row += 1
+        told = self._on_first(
+            lambda: not_finite.write_down(
+                self.folder, self.corpus, self._noise_at(at.step), self.trainer, at, loss, norm
+            )
+        )
+        not_finite.require_patience(at, self.trainer, self.optimizer, told)
+        if parallel.rank() == 0:
+            tell(f"{told}; no weight was moved")
+
+    def _tell(self) -> HeldOut | None:
+        """Evaluate and log, where that is due after this step."""
+        at, config = self._at, self.trainer
+        is_last, every = at.samples >= self._total, config.evaluate_every
+        held_out = None
+        if self.held_out and every and (at.step % every == 0 or is_last):
+            with self._precision():
+                held_out = self.held_out(self.model)
+            sharding.reshard(self.model)
+        if held_out or at.step % config.log_every == 0 or is_last:
+            self._on_first(lambda: self._write_line(held_out))
+            at.window = Window()
+        at.is_told = True
+        return held_out
+
+    def _write_line(self, held_out: HeldOut | None) -> None:
+        at, failures = self._at, self._checkpoints.failures
+        block_size = model_at(at.step - 1, self.model.config, self.trainer).block_size
+        self._log.write(
+            {
+                "step": at.step,
+                "samples": at.samples,
+                "tokens": at.samples * self._length,
+                "block_size": block_size,
+                "lr": at.rate,
+                **at.window.means(self._peak),
+                "failed_checkpoints": failures,
+                "held_out_loss": held_out.loss if held_out else None,
+                "held_out_standard_error": held_out.standard_error if held_out else None,
+            },
+            tokens_left=(self._total - at.samples) * self._length,
         )
 
-    def _keep_evidence(
-        self, path: Path, step: int, samples: int, loss_sum: float, norm: float
-    ) -> None:
-        rows = self.corpus.batch(samples, self.trainer.sequences_per_step, self.noise)
-        record = {
-            "step": step,
-            "first_sample": samples,
-            "num_samples": self.trainer.sequences_per_step,
-            "sequence_ids": [int(i) for i in rows.sequence_ids],
-            "loss_sum": repr(loss_sum),
-            "grad_norm": repr(norm),
-        }
-        self._attempt.check()
-        replace_file(path, _json(record))
-
-    def _log(
-        self, log: MetricsLog | None, window: Window, rate: float, step: int, samples: int
-    ) -> None:
-        length = self.corpus.sequence_length
-        line = {"step": step, "samples": samples, "tokens": samples * length}
-        line |= {"lr": rate, **window.means(self.trainer.sequences_per_step * length)}
-        parallel.on_first_rank(lambda: self._write_line(log, line))
-
-    def _write_line(self, log: MetricsLog | None, line: dict[str, Any]) -> None:
-        assert log is not None
-        self._attempt.check()
-        log.write(line)
-        tell(progress_line(line))
-
-    def _finish(self, log: MetricsLog | None, step: int, samples: int) -> dict[str, Any]:
-        """Export the whole weights as a model folder and write the summary."""
-        state = parallel.full_state(self.model)
-        export = functools.partial(self._export, log, state, step, samples)
-        return parallel.on_first_rank(export)
-
-    def _export(
-        self, log: MetricsLog | None, state: dict[str, torch.Tensor], step: int, samples: int
-    ) -> dict[str, Any]:
-        assert log is not None
-        self._attempt.check()
-        lines = log.close()
-        seconds, tokens_per_second = speed(lines)
-        summary = {
-            "run": str(self.folder),
-            "model": str(self.folder / "model"),
-            "steps": step,
-            "samples": samples,
-            "tokens": samples * self.corpus.sequence_length,
-            "seconds": seconds,
-            "tokens_per_second": tokens_per_second,
+    def _save(self, held_out: HeldOut | None) -> None:
+        started = time.perf_counter()
+        facts = self._facts() | {
+            "step": self._at.step,
+            "samples": self._at.samples,
             "world_size": parallel.world_size(),
-            "first_loss": lines[0]["loss"] if lines else None,
-            "last_loss": lines[-1]["loss"] if lines else None,
+            "settings": self.settings,
+            "progress": to_dict(self._at),
         }
-        whole = build_network(self.model.config)
-        whole.load_state_dict(state)
-        save_model(self.folder / "model", whole, self.corpus.tokenizer(), self.published)
-        replace_file(self.folder / SUMMARY, _json(summary))
-        return summary
+        self._on_first(lambda: self._log.save())
+        score = None if held_out is None else held_out.loss
+        saving = self._checkpoints.save(self.model, self._adam, facts, score)
+        self._at.window.saving += time.perf_counter() - started
+        self.on_save(saving)
 
+    def _stop(self) -> None:
+        """Save at once and end the run, on all ranks for the same reason."""
+        reason = parallel.first_of(self._reason)
+        self._save(None)
+        self._checkpoints.finish()
+        raise Stopped.at(self._at.step, reason or "asked to")
 
-def facts_of(
-    model: ModelConfig,
-    corpus: Corpus,
-    noise: NoiseConfig,
-    objective: dict[str, Any],
-    trainer: TrainerConfig,
-) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it."""
-    return {
-        "model": to_dict(model),
-        "corpus_digest": corpus.digest,
-        "noise": to_dict(noise),
-        "objective": objective,
-        "sequences_per_step": trainer.sequences_per_step,
-    }
+    def _finish(self) -> dict[str, Any]:
+        """Export the whole weights as a model folder and write the summary."""
+        state = sharding.full_state(self.model)
+        return self._on_first(lambda: self._export(state))
 
+    def _export(self, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+        facts = {"steps": self._at.step, "samples": self._at.samples}
+        facts |= {"tokens": self._at.samples * self._length, "world_size": parallel.world_size()}
+        network = build_network(self.model.config)
+        network.load_state_dict(state)
+        save_model((self.folder / MODEL).url, network, self.corpus.tokenizer(), self.published)
+        return write_summary(self.folder, facts, self._log.close())
 
-def finished_summary(
-    folder: Path, found: Checkpoint | None, trainer: TrainerConfig
-) -> dict[str, Any] | None:
-    """The summary of a run that has taken all its steps and said so; none if something is left."""
-    total = trainer.num_steps * trainer.sequences_per_step
-    if found is None or found.samples < total or not (folder / "model").is_dir():
-        return None
-    try:
-        summary = json.loads((folder / SUMMARY).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return summary if summary.get("steps") == found.step else None
+    def _facts(self) -> dict[str, Any]:
+        config = self.model.config
+        return facts_of(config, self.corpus, self.noise, self.objective, self.trainer)
 
+    def _on_first(self, work: Callable[[], Any]) -> Any:
+        """Write something on the first rank, if the folder is still this attempt's."""
 
-def sequences_per_rank(config: TrainerConfig, world_size: int) -> int:
-    """Each rank's share of a step; the global batch does not depend on the number of ranks."""
-    if config.sequences_per_step % world_size:
-        raise InputError(
-            f"trainer.sequences_per_step={config.sequences_per_step} cannot be shared by "
-            f"num_workers={world_size}; use a multiple of {world_size}"
-        )
-    return config.sequences_per_step // world_size
+        def checked() -> Any:
+            self._attempt.check()
+            return work()
 
-
-def _vector(parts: LossParts) -> torch.Tensor:
-    """The detached sums of one forward pass, float64 [2 + 2 bands]."""
-    head = torch.stack(
-        [parts.sum.detach().double(), parts.sum.new_tensor(float(parts.count)).double()]
-    )
-    return torch.cat([head, parts.band_sums.double(), parts.band_counts.double()])
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+        return parallel.on_first_rank(checked)

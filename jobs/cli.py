@@ -176,6 +176,8 @@ def _draft(config_class: Any, mapping: dict[str, Any], missing: Any, base: Any =
         elif field.name in mapping and (group := _named_group(hints[field.name])):
             named = mapping[field.name]
             value = {name: _draft(group, own, missing) for name, own in named.items()}
+        elif field.name in mapping and (group := _listed_group(hints[field.name])):
+            value = tuple(_draft(group, own, missing) for own in mapping[field.name])
         elif field.name in mapping:
             value = _typed(mapping[field.name], hints[field.name])
         object.__setattr__(draft, field.name, value)
@@ -187,6 +189,13 @@ def _named_group(hint: Any) -> Any:
     args = typing.get_args(hint)
     is_named = typing.get_origin(hint) is dict and dataclasses.is_dataclass(args[1])
     return args[1] if is_named else None
+
+
+def _listed_group(hint: Any) -> Any:
+    """The dataclass of a list of groups of settings, else none."""
+    args = typing.get_args(hint)
+    is_listed = typing.get_origin(hint) is tuple and dataclasses.is_dataclass(args[0])
+    return args[0] if is_listed else None
 
 
 def _typed(value: Any, hint: Any) -> Any:
@@ -241,6 +250,8 @@ def _check_mapping(
             _check_mapping(typing.cast(type, hint), value, source, f"{prefix}{key}.")
         elif group := _named_group(hint):
             _check_named(group, value, source, f"{prefix}{key}")
+        elif group := _listed_group(hint):
+            _check_listed(group, value, source, f"{prefix}{key}")
         elif not _fits(value, hint):
             raise InputError(f"{source}: `{prefix}{key}` is {value!r}; it must be {_spoken(hint)}")
 
@@ -257,6 +268,17 @@ def _check_named(group: type, value: Any, source: str, key: str) -> None:
                 f"{source}: `{key}` has the name {name!r}; use letters, digits and underscores"
             )
         _check_mapping(group, own, source, f"{key}.{name}.")
+
+
+def _check_listed(group: type, value: Any, source: str, key: str) -> None:
+    """Refuse what is no list of groups of settings, or a group that cannot be."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(own, dict) for own in value):
+        raise InputError(f"{source}: `{key}` is {value!r}; it must be a list of groups of settings")
+    names = {field.name for field in dataclasses.fields(group)}
+    for own in value:
+        _check_mapping(group, own, source, f"{key}.")
+        if missing := sorted(names - set(own)):
+            raise InputError(f"{source}: {own} of `{key}` lacks {missing[0]}; add it")
 
 
 def build(config_class: type[Config], mapping: dict[str, Any], source: str) -> Config:
@@ -280,6 +302,8 @@ def _finished(draft: Any, source: str, prefix: str = "") -> Any:
             values[name] = {
                 key: _finished(own, source, f"{prefix}{name}.{key}.") for key, own in value.items()
             }
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            values[name] = tuple(_finished(own, source, f"{prefix}{name}.") for own in value)
     return type(draft)(**values)
 
 

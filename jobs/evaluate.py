@@ -102,7 +102,8 @@ def open_model(path: str) -> "Network":
     Raises `InputError` when the path is none of them, `CheckpointMismatch` when it is damaged.
     """
     from cascade_model import checkpoint
-    from cascade_model.trainer import tell
+    from cascade_model.commit import Folder
+    from cascade_model.metrics import tell
     from cascade_model.weights import load_model
 
     folder = Path(path)
@@ -110,10 +111,10 @@ def open_model(path: str) -> "Network":
         return load_model(path)[0]
     if (folder / "model" / "model.safetensors").exists():
         return load_model(str(folder / "model"))[0]
-    if (folder / "state").exists():
+    if (folder / "COMMIT").exists():
         return _from_checkpoint(checkpoint.verify(folder))
     if (folder / "checkpoints").exists():
-        found = checkpoint.newest(folder / "checkpoints", tell)
+        found = checkpoint.newest(Folder(folder / "checkpoints"), tell)
         if found is None:
             raise CheckpointMismatch(f"model={path} has no complete checkpoint; train further")
         return _from_checkpoint(found)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cascade_model.commit import Folder
 from cascade_model.errors import InputError
 from cascade_model.metrics import progress_line, read_metrics
 from pipelines.cluster import cores, require_resources, start_ray
@@ -161,7 +162,7 @@ def _fit(
         ),
     )
     try:
-        with _shown(folder / "metrics.jsonl"), _interruptible():
+        with _shown(folder), _interruptible():
             trainer.fit()
     except Exception as error:
         _raise_refusal(folder / _REFUSAL)
@@ -201,15 +202,15 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _shown(metrics: Path) -> Iterator[None]:
+def _shown(folder: Path) -> Iterator[None]:
     """Show the first rank's lines of metrics here while the body runs.
 
     The workers' own output stays in Ray's logs, where Ray mixes it with its own of every actor.
     """
     ended = threading.Event()
-    known = [line["step"] for line in read_metrics(metrics)]
+    known = [line["step"] for line in read_metrics(Folder(folder))]
     thread = threading.Thread(
-        target=_follow, args=(metrics, known[-1] if known else 0, ended), daemon=True
+        target=_follow, args=(folder, known[-1] if known else 0, ended), daemon=True
     )
     thread.start()
     try:
@@ -219,11 +220,11 @@ def _shown(metrics: Path) -> Iterator[None]:
         thread.join()
 
 
-def _follow(metrics: Path, shown: int, ended: threading.Event) -> None:
+def _follow(folder: Path, shown: int, ended: threading.Event) -> None:
     last = False
     while not last:
         last = ended.wait(0.5)
-        lines = read_metrics(metrics)
+        lines = read_metrics(Folder(folder))
         newest = lines[-1]["step"] if lines else 0
         if newest < shown:
             print(f"the ranks were started again; going on after step {newest}", file=sys.stderr)

@@ -125,14 +125,14 @@ def start(
 
     `train(config, device, owner)` is one rank's part. Nothing is written before all is checked.
     """
-    from cascade_model.commit import replace_file
+    from cascade_model.commit import Folder, replace_file
     from cascade_model.lease import hold
 
     summary = check_start(config, objective)
     if summary is None:
         require_room(config.num_workers, config.use_gpu)
         folder = run_folder(config.output)
-        with hold(folder) as owner:
+        with hold(Folder(folder)) as owner:
             replace_file(folder / "config.yaml", dump(config).encode())
             summary = launch(
                 partial(train, owner=owner),
@@ -152,10 +152,13 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     Returns the summary of a run that is finished already.
     """
     from cascade_model import checkpoint
-    from cascade_model.commit import require_writable
+    from cascade_model.commit import Folder, require_writable
     from cascade_model.corpus import Corpus
+    from cascade_model.feed import sequences_per_rank
     from cascade_model.manifest import MANIFEST
-    from cascade_model.trainer import facts_of, finished_summary, sequences_per_rank, tell
+    from cascade_model.metrics import tell
+    from cascade_model.phases import require_phases
+    from cascade_model.run_record import facts_of, finished_summary
 
     require_workers(config.num_workers)
     folder = run_folder(config.output)
@@ -169,12 +172,13 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     shape = starting_config(config, corpus)
     noise = noise_of(shape, corpus, config.noise, config.trainer.sequences_per_step)
     check_weight(config.weight, noise)
+    require_phases(config.trainer, shape, corpus.block_size, corpus.sequence_length)
     corpus.batch(0, 1, noise)
-    found = checkpoint.newest(folder / "checkpoints", tell)
+    found = checkpoint.newest(Folder(folder / "checkpoints"), tell)
     if found is not None:
         facts = facts_of(shape, corpus, noise, objective, config.trainer)
         checkpoint.require_same(found, facts)
-    return finished_summary(folder, found, config.trainer)
+    return finished_summary(Folder(folder), found, config.trainer)
 
 
 def fit(
@@ -187,6 +191,7 @@ def fit(
     """One rank's part, inside its process group (or alone)."""
     import torch
 
+    from cascade_model.commit import Folder
     from cascade_model.corpus import Corpus
     from cascade_model.trainer import Trainer
     from cascade_model.weights import read_published
@@ -202,7 +207,7 @@ def fit(
         objective=objective,
         optimizer=config.optimizer,
         trainer=config.trainer,
-        folder=Path(config.output).absolute(),
+        folder=Folder(Path(config.output).absolute()),
         settings=to_dict(config),
         owner=owner,
         published=None if start is None else read_published(start),

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade_model.batch import TrainBatch
+from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus
 from cascade_model.loss import diffusion_loss
 from cascade_model.metrics import read_metrics
@@ -44,7 +45,7 @@ def trainer_speed(corpus: str, run: Path) -> float:
         code = pretrain.main(words)
     if code:
         raise SystemExit(code)
-    lines = read_metrics(run / "metrics.jsonl")[1:]
+    lines = read_metrics(Folder(run))[1:]
     return statistics.median(line["tokens_per_second"] for line in lines)
 
 

@@ -1,241 +1,347 @@
-"""A checkpoint is whole or not there; damage is found before anything is opened."""
+"""A checkpoint is whole or not there, and training goes on with the same bits."""
 
 import json
+import resource
 import shutil
+import threading
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from cascade_model import checkpoint
-from cascade_model.errors import CheckpointMismatch
+from cascade_model.checkpoint import Keep
+from cascade_model.checkpoint_storage import Writer
+from cascade_model.commit import Folder
+from cascade_model.errors import CheckpointMismatch, Unfinished
+from cascade_model.staging import HostCopy
+from tests.cascade_model.checkpoint_making import (
+    attempt,
+    open_run,
+    same_state,
+    save,
+    take_step,
+    told_newest,
+    trained,
+)
 
-X = torch.arange(6.0).reshape(2, 3)
-
-
-def trained(seed: int = 0, steps: int = 2):
-    torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    for _ in range(steps):
-        take_step(model, optimizer)
-    return model, optimizer
-
-
-def take_step(model, optimizer):
-    optimizer.zero_grad()
-    model(X).square().sum().backward()
-    optimizer.step()
-
-
-def save(folder, step, keep_last=9, seed=0):
-    model, optimizer = trained(seed)
-    facts = {"step": step, "samples": 8 * step, "model": {"num_layers": 2}}
-    return checkpoint.save(folder, model, optimizer, facts, keep_last)
-
-
-def told_newest(folder):
-    told = []
-    return checkpoint.newest(folder, told.append), told
-
-
-def test_loaded_run_goes_on_with_the_same_bits(tmp_path):
-    model, optimizer = trained()
-    checkpoint.save(tmp_path, model, optimizer, {"step": 2, "samples": 16}, 1)
-    other, other_optimizer = trained(seed=7, steps=0)
-    found = checkpoint.newest_on_all_ranks(tmp_path, print)
-    checkpoint.load(found, other, other_optimizer)
-    for _ in range(3):
-        take_step(model, optimizer)
-        take_step(other, other_optimizer)
-    assert (found.step, found.samples) == (2, 16)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
-    )
-
-
-def test_weights_alone_can_be_read(tmp_path):
-    path = save(tmp_path, 2)
-    model, _ = trained(seed=3, steps=0)
-    checkpoint.load_weights(checkpoint.verify(path), model)
-    assert torch.equal(model[0].weight, trained()[0][0].weight)
-
-
-def test_newest_complete_checkpoint_is_found(tmp_path):
-    save(tmp_path, 2)
-    save(tmp_path, 10)
-    found, told = told_newest(tmp_path)
-    assert found.step == 10
-    assert told == []
-
-
-def test_no_checkpoint_is_no_error(tmp_path):
-    assert told_newest(tmp_path / "missing") == (None, [])
-
-
-def test_only_the_last_are_kept(tmp_path):
-    for step in (1, 2, 3, 4):
-        save(tmp_path, step, keep_last=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+FACTS = {"step": 2, "samples": 16}
 
 
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def contents(folder) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_loaded_run_goes_on_with_the_same_bits(tmp_path):
+    run, other = trained(), trained(seed=7, steps=0)
+    assert open_run(tmp_path).save(*run, FACTS).wait()
+    found = open_run(tmp_path).newest()
+    checkpoint.load(found, *other)
+    assert same_state(run, other)
+    for _ in range(3):
+        take_step(*run)
+        take_step(*other)
+    assert (found.step, found.samples) == (2, 16)
+    assert same_state(run, other)
+
+
+def test_a_parameter_that_was_moved_less_often_keeps_its_own_count_of_steps(tmp_path):
+    """As an expert that got no token; its bias correction would be another's otherwise."""
+    run, other = trained(), trained(seed=7, steps=0)
+    run[1].state[run[0][0].bias]["step"] -= 1
+    open_run(tmp_path).save(*run, FACTS).wait()
+    checkpoint.load(open_run(tmp_path).newest(), *other)
+    assert [float(other[1].state[p]["step"]) for p in other[0].parameters()] == [2, 1, 2, 2]
+
+
+def test_a_run_that_took_no_step_can_be_saved(tmp_path):
+    run, other = trained(steps=0), trained(seed=7, steps=1)
+    open_run(tmp_path).save(*run, FACTS).wait()
+    checkpoint.load(open_run(tmp_path).newest(), *other)
+    take_step(*run)
+    take_step(*other)
+    assert same_state(run, other)
+
+
+def test_weights_alone_can_be_read(tmp_path):
+    save(tmp_path, 2)
+    model, _ = trained(seed=3, steps=0)
+    checkpoint.load_weights(told_newest(tmp_path)[0], model)
+    assert torch.equal(model[0].weight, trained()[0][0].weight)
+
+
+@contextmanager
+def held_back(monkeypatch):
+    """Nothing is written until the event that this gives is set."""
+    go, write = threading.Event(), Writer.write_data
+
+    def waiting(self, plan, planner):
+        assert go.wait(30)
+        return write(self, plan, planner)
+
+    monkeypatch.setattr(Writer, "write_data", waiting)
+    yield go
+    go.set()
+
+
+class Alias(HostCopy):
+    """The control: no copy at all."""
+
+    def _buffer(self, name, like):
+        return like
+
+
+@pytest.mark.parametrize("copy", [HostCopy, Alias])
+def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch, copy):
+    run, other = trained(), trained(seed=7, steps=0)
+    with held_back(monkeypatch) as go:
+        checkpoints = open_run(tmp_path)
+        checkpoints._stager = copy()
+        saving = checkpoints.save(*run, FACTS)
+        for _ in range(3):
+            take_step(*run)
+        assert told_newest(tmp_path)[0] is None
+        go.set()
+        assert saving.wait()
+    checkpoint.load(told_newest(tmp_path)[0], *other)
+    assert same_state(trained(), other) is (copy is HostCopy)
+
+
+def test_a_save_waits_for_the_one_before_it_and_uses_its_memory_again(tmp_path, monkeypatch):
+    run = trained()
+    with held_back(monkeypatch) as go:
+        checkpoints = open_run(tmp_path)
+        checkpoints.save(*run, {"step": 1, "samples": 8})
+        places = {name: t.data_ptr() for name, t in checkpoints._stager._buffers.items()}
+        second = threading.Thread(target=checkpoints.save, args=(*run, FACTS))
+        second.start()
+        second.join(0.3)
+        assert second.is_alive()
+        go.set()
+        second.join(30)
+        checkpoints.finish()
+    assert {n: t.data_ptr() for n, t in checkpoints._stager._buffers.items()} == places
+    assert told_newest(tmp_path)[0].step == 2
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert told_newest(tmp_path / "missing") == (None, [])
+    assert open_run(tmp_path / "missing").newest() is None
+
+
+def test_the_newest_of_several_is_found(tmp_path):
+    for step in (2, 10):
+        save(tmp_path, step)
+    found, told = told_newest(tmp_path)
+    assert (found.step, told) == (10, [])
+
+
+def test_only_what_the_rule_keeps_stays(tmp_path):
+    checkpoints = open_run(tmp_path, keep=Keep(last=2, every=4, best=1))
+    losses = {1: 9.0, 2: 1.0, 3: 8.0, 4: 7.0, 5: None, 6: 5.0, 7: float("nan")}
+    for step, loss in losses.items():
+        checkpoints.save(*trained(), {"step": step, "samples": step}, loss).wait()
+    kept = [int(name.removeprefix("step_")) for name in names(tmp_path)]
+    assert kept == [2, 4, 6, 7]  # best, every fourth, last two
+
+
 def test_an_uncommitted_folder_does_not_count_as_kept(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
     (tmp_path / "step_00000002" / "COMMIT").unlink()
-    save(tmp_path, 3, keep_last=2)
+    save(tmp_path, 3, keep=Keep(last=2))
     assert names(tmp_path) == ["step_00000001", "step_00000003"]
 
 
-@pytest.mark.parametrize("keep_last", [1, 2, 3])
-def test_the_one_just_written_is_never_discarded(tmp_path, keep_last):
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_the_one_just_written_is_never_discarded(tmp_path, last):
     for step in (1, 2, 9):
         save(tmp_path, step)
     flip_a_bit(tmp_path / "step_00000009")  # so the run goes on from step 2
-    save(tmp_path, 3, keep_last=keep_last)
-    kept = ["step_00000001", "step_00000002", "step_00000003"][-keep_last:]
+    checkpoints = open_run(tmp_path, keep=Keep(last=last))
+    assert checkpoints.newest().step == 2
+    checkpoints.save(*trained(), {"step": 3, "samples": 24}).wait()
+    kept = ["step_00000001", "step_00000002", "step_00000003"][-last:]
     assert names(tmp_path) == [*kept, "step_00000009"]
     assert told_newest(tmp_path)[0].step == 3
+
+
+def test_a_damaged_one_takes_no_place_among_those_that_are_kept(tmp_path):
+    for step in (2, 4):
+        save(tmp_path, step)
+    flip_a_bit(tmp_path / "step_00000004")
+    checkpoints = open_run(tmp_path, keep=Keep(last=2))
+    assert checkpoints.newest().step == 2
+    checkpoints.save(*trained(), {"step": 5, "samples": 40}).wait()
+    assert names(tmp_path) == ["step_00000002", "step_00000005"]
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
+    save(tmp_path, 1)
+    flip_a_bit(tmp_path / "step_00000001")
+    save(tmp_path, 1)
+    assert told_newest(tmp_path)[0].step == 1
+    attempt(tmp_path / "step_00000001")  # the damaged attempt is gone
 
 
 class Fenced(Exception):
     """Raised by a check that says no."""
 
 
-@pytest.mark.parametrize("allowed", [0, 1, 2])
+@pytest.mark.parametrize("allowed", [0, 1, 2, 3])
 def test_a_writer_that_may_not_write_leaves_everything_as_it_was(tmp_path, allowed):
-    """The first check comes before anything is written, the second before the rename."""
+    """Asked before anything is written, before COMMIT, and before another's COMMIT is replaced."""
     save(tmp_path, 1)
-    flip_a_bit(save(tmp_path, 2))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    left = iter(range(allowed))
+    save(tmp_path, 2)
+    flip_a_bit(tmp_path / "step_00000002")
+    before, left = contents(tmp_path), iter(range(allowed))
 
     def check():
         if next(left, None) is None:
             raise Fenced
 
-    model, optimizer = trained()
-    facts = {"step": 2, "samples": 16}
-    if allowed == 2:  # the control
-        checkpoint.save(tmp_path, model, optimizer, facts, 9, check)
+    saving = open_run(tmp_path, check=check).save(*trained(), FACTS)
+    if allowed == 3:  # the control
+        assert saving.wait()
         assert told_newest(tmp_path)[0].step == 2
         return
     with pytest.raises(Fenced):
-        checkpoint.save(tmp_path, model, optimizer, facts, 9, check)
-    assert names(tmp_path) == ["step_00000001", "step_00000002"]
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert after == before
-
-
-def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
-    """Wherever the writer dies, what has a final name verifies."""
-    save(tmp_path, 1)
-    steps = []
-    for name in ("_write", "fsync", "_discard", "_retain"):
-
-        def dying(*args, name=name, real=getattr(checkpoint, name)):
-            steps.append(name)
-            if len(steps) == die_at:
-                raise KeyboardInterrupt
-            return real(*args)
-
-        monkeypatch.setattr(checkpoint, name, dying)
-    die_at, died = 0, 0
-    while True:
-        steps.clear()
-        die_at += 1
-        try:
-            save(tmp_path, 2)
-        except KeyboardInterrupt:
-            died += 1
-        else:
-            break
-        for path in tmp_path.glob("step_*"):
-            if ".tmp-" not in path.name:
-                checkpoint.verify(path)
-        shutil.rmtree(tmp_path / "step_00000002", ignore_errors=True)
-    assert died > 8
+        saving.wait()
+    assert contents(tmp_path) == before
 
 
 def test_leftovers_of_a_dead_writer_are_removed(tmp_path):
     save(tmp_path, 1)
-    (tmp_path / "step_00000002.tmp-abcd" / "state").mkdir(parents=True)
-    assert checkpoint.newest_on_all_ranks(tmp_path, print).step == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    save(tmp_path, 2)
+    (tmp_path / "step_00000002" / "COMMIT").unlink()
+    dead = attempt(tmp_path / "step_00000002").rename(
+        tmp_path / "step_00000001" / "00000001-0123456789abcdef-0001"
+    )
+    save(tmp_path, 3)
+    (tmp_path / "step_00000003" / "COMMIT").unlink()
+    assert open_run(tmp_path).newest().step == 1
+    assert names(tmp_path) == ["step_00000001"]
+    assert not dead.exists()
 
 
-def shard(path):
-    return next(path.glob("state/*.distcp"))
-
-
-def flip_a_bit(path):
-    data = bytearray(shard(path).read_bytes())
-    data[len(data) // 2] ^= 1
-    shard(path).write_bytes(data)
-
-
-def cut(path):
-    shard(path).write_bytes(shard(path).read_bytes()[:-1])
-
-
-def hostile_index(path):
-    (path / "state" / ".metadata").write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")
-
-
-def change_config(path):
-    facts = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**facts, "samples": 0}))
-
-
-def change_manifest(path):
-    (path / "manifest.json").write_text('{"files": {}}')
-
-
-DAMAGES = {
-    "bit flipped": flip_a_bit,
-    "cut": cut,
-    "missing": lambda path: shard(path).unlink(),
-    "surplus": lambda path: (path / "state" / "extra").write_text("x"),
-    "hostile index": hostile_index,
-    "facts changed": change_config,
-    "manifest changed": change_manifest,
-    "manifest missing": lambda path: (path / "manifest.json").unlink(),
-    "not committed": lambda path: (path / "COMMIT").unlink(),
-    "commit empty": lambda path: (path / "COMMIT").write_text(""),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damage_is_found_and_the_one_before_is_taken(tmp_path, damage):
+def test_what_another_attempt_leaves_beside_does_no_harm(tmp_path):
     save(tmp_path, 1)
-    newest = save(tmp_path, 2)
-    damage(newest)
-    with pytest.raises(CheckpointMismatch, match="step_00000002"):
-        checkpoint.verify(newest)
-    found, told = told_newest(tmp_path)
-    assert found.step == 1
-    assert len(told) == 1
-    assert "falling back" in told[0]
-
-
-def test_commit_of_another_checkpoint_is_refused(tmp_path):
-    first, second = save(tmp_path, 1), save(tmp_path, 2, seed=5)
-    shutil.copy(first / "COMMIT", second / "COMMIT")
-    with pytest.raises(CheckpointMismatch, match="sha256 recorded"):
-        checkpoint.verify(second)
-
-
-def test_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
-    flip_a_bit(save(tmp_path, 1))
-    save(tmp_path, 1)
+    beside = tmp_path / "step_00000001" / "00000000-0123456789abcdef-0001"
+    shutil.copytree(attempt(tmp_path / "step_00000001"), beside)
+    flip_a_bit(tmp_path / "step_00000001", beside)
     assert told_newest(tmp_path)[0].step == 1
+    flip_a_bit(tmp_path / "step_00000001")  # the control: in the attempt that counts it does
+    with pytest.raises(CheckpointMismatch):
+        checkpoint.verify(tmp_path / "step_00000001")
 
 
-def test_different_fact_is_refused_with_both_values(tmp_path):
-    found = checkpoint.verify(save(tmp_path, 1))
+def attempt_that_counts(path) -> Path:
+    return path / json.loads((path / "COMMIT").read_text())["attempt"]
+
+
+def flip_a_bit(path, folder=None):
+    file = (folder or attempt_that_counts(path)) / "rank_00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@contextmanager
+def largest_file(size):
+    """A limit on the size of files, which writing past meets as it meets a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100, 1000, 2000])
+def test_a_full_disk_fails_the_save_in_one_line_and_training_goes_on(tmp_path, size):
+    told, run = [], trained()
+    checkpoints = open_run(tmp_path, tell=told.append)
+    assert checkpoints.save(*run, {"step": 1, "samples": 8}).wait()
+    before = contents(tmp_path)
+    with largest_file(size):  # data, data, manifest
+        assert not checkpoints.save(*run, FACTS).wait()
+    assert contents(tmp_path) == before
+    assert checkpoints.failures == 1
+    [line] = told
+    for words in ("step_00000002 could not be saved", "File too large", "training goes on"):
+        assert words in line
+    with pytest.raises(Unfinished, match="run the same command again"):
+        checkpoints.finish()
+    assert checkpoints.save(*run, {"step": 3, "samples": 24}).wait()
+    checkpoints.finish()
+    assert told_newest(tmp_path)[0].step == 3
+
+
+def test_a_fault_of_ours_is_not_taken_for_the_disks(tmp_path, monkeypatch):
+    def wrong(self, plan, planner):
+        raise ZeroDivisionError
+
+    checkpoints = open_run(tmp_path)
+    monkeypatch.setattr(Writer, "write_data", wrong)
+    saving = checkpoints.save(*trained(), FACTS)
+    with pytest.raises(ZeroDivisionError):
+        saving.wait()
+
+
+def test_optimiser_state_that_has_no_place_is_refused(tmp_path):
+    model, _ = trained()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    take_step(model, optimizer)
+    with pytest.raises(ValueError, match="momentum_buffer"):
+        open_run(tmp_path).save(model, optimizer, FACTS)
+
+
+def test_other_tensors_are_refused_with_both_shapes(tmp_path):
+    save(tmp_path, 1)
+    found, (model, adam) = told_newest(tmp_path)[0], trained()
+    for other in (torch.nn.Linear(3, 5), torch.nn.Linear(3, 4).to(torch.bfloat16)):
+        wrong = torch.nn.Sequential(other, model[1])
+        with pytest.raises(CheckpointMismatch, match=r"model/0\.bias as \('F32', \(4,\)\)"):
+            checkpoint.load_weights(found, wrong)
+    with pytest.raises(CheckpointMismatch, match=r"exp_avg/0\.bias.*None"):
+        checkpoint.load(found, model, torch.optim.AdamW(model[1].parameters()))
+    checkpoint.load(found, model, adam)
+
+
+def test_a_different_fact_is_refused_with_both_values(tmp_path):
+    save(tmp_path, 1)
+    found = told_newest(tmp_path)[0]
     with pytest.raises(CheckpointMismatch, match=r"model.num_layers=2 and .*model.num_layers=6"):
         checkpoint.require_same(found, {"model": {"num_layers": 6}})
     checkpoint.require_same(found, {"model": {"num_layers": 2}})
+
+
+def test_a_tied_weight_is_saved_once(tmp_path):
+    model, _ = trained()
+    model.tied = model[0]
+    adam = torch.optim.AdamW(model.parameters())
+    open_run(tmp_path).save(model, adam, FACTS).wait()
+    assert not [name for name in told_newest(tmp_path)[0].index if "tied" in name]
+
+
+def test_data_files_are_safetensors_for_everybody(tmp_path):
+    from safetensors.torch import load_file
+
+    save(tmp_path, 1)
+    tensors = load_file(attempt(tmp_path / "step_00000001") / "rank_00000.safetensors")
+    model, adam = trained()
+    assert torch.equal(tensors["model/0.weight"], model[0].weight)
+    assert torch.equal(tensors["exp_avg/1.bias"], adam.state[model[1].bias]["exp_avg"])
+
+
+def test_checkpoints_in_memory_are_as_those_on_a_disk(tmp_path):
+    url = f"memory://{tmp_path.name}/checkpoints"
+    for step in (1, 2, 3):
+        save(url, step, keep=Keep(last=2))
+    assert [found.step for found in (told_newest(url)[0],)] == [3]
+    assert Folder(url).list() == ["step_00000002", "step_00000003"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cascade_model import lease
+from cascade_model.commit import Folder
 from cascade_model.errors import InputError
 from cascade_model.lease import LeaseLost, Owner, begin, hold
 
@@ -31,8 +32,8 @@ def make_silent(folder, seconds):
 
 
 def test_a_living_run_is_refused_with_who_and_since_when(tmp_path):
-    with hold(tmp_path / "run") as owner:
-        with pytest.raises(InputError) as caught, hold(tmp_path / "run"):
+    with hold(Folder(tmp_path / "run")) as owner:
+        with pytest.raises(InputError) as caught, hold(Folder(tmp_path / "run")):
             pass
         for words in (f"process {os.getpid()} on {owner.host}", owner.since, "end that run"):
             assert words in str(caught.value)
@@ -40,29 +41,29 @@ def test_a_living_run_is_refused_with_who_and_since_when(tmp_path):
 
 
 def test_a_run_that_ended_frees_the_folder_and_the_number_grows(tmp_path):
-    with hold(tmp_path):
+    with hold(Folder(tmp_path)):
         pass
-    with pytest.raises(KeyError), hold(tmp_path):
+    with pytest.raises(KeyError), hold(Folder(tmp_path)):
         raise KeyError("failed")
-    with hold(tmp_path) as owner:
-        assert begin(tmp_path, owner).number == 4
+    with hold(Folder(tmp_path)) as owner:
+        assert begin(Folder(tmp_path), owner).number == 4
     assert records(tmp_path) == ["lease-00000004.json"]
 
 
 def test_a_silent_run_is_replaced_and_a_quiet_one_is_not(tmp_path, monkeypatch):
     elsewhere = dataclasses.replace(Owner.here(), host="elsewhere")
     monkeypatch.setattr(Owner, "here", lambda: elsewhere)
-    first = hold(tmp_path)
+    first = hold(Folder(tmp_path))
     first.__enter__()
     monkeypatch.undo()
     make_silent(tmp_path, lease.SILENCE - 5)
     with pytest.raises(InputError, match=r"on elsewhere.*last sign of life 5\d s ago"):
-        hold(tmp_path).__enter__()
+        hold(Folder(tmp_path)).__enter__()
     make_silent(tmp_path, lease.SILENCE + 5)
-    with hold(tmp_path) as owner:
-        begin(tmp_path, owner).check()
+    with hold(Folder(tmp_path)) as owner:
+        begin(Folder(tmp_path), owner).check()
         first.__exit__(None, None, None)
-        begin(tmp_path, owner)  # the first one's end freed nothing
+        begin(Folder(tmp_path), owner)  # the first one's end freed nothing
 
 
 def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path, monkeypatch):
@@ -71,19 +72,19 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path, monkeypatc
     for namespace, is_replaced in (("pid:[1]", False), (Owner.here().namespace, True)):
         folder = tmp_path / namespace.strip("pid:[]")
         gone = dataclasses.replace(Owner.here(), pid=dead.pid, namespace=namespace)
-        lease._draw(folder, gone, lambda last, now: None)
+        lease._draw(Folder(folder), gone, lambda last: None)
         if is_replaced:
-            with hold(folder):
+            with hold(Folder(folder)):
                 pass
         else:  # another container's process of that number says nothing about this one
-            with pytest.raises(InputError, match=f"process {dead.pid}"), hold(folder):
+            with pytest.raises(InputError, match=f"process {dead.pid}"), hold(Folder(folder)):
                 pass
 
 
 def test_signs_of_life_keep_a_lease_fresh(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "HEARTBEAT", 0.02)
-    with hold(tmp_path) as owner:
-        begin(tmp_path, owner)  # the owner keeps its ranks' number alive, too
+    with hold(Folder(tmp_path)) as owner:
+        begin(Folder(tmp_path), owner)  # the owner keeps its ranks' number alive, too
         make_silent(tmp_path, 1000)
         [path] = tmp_path.glob("lease-*.json")
         deadline = time.monotonic() + 5
@@ -93,19 +94,20 @@ def test_signs_of_life_keep_a_lease_fresh(tmp_path, monkeypatch):
 
 
 def test_a_new_start_of_the_same_run_fences_off_the_one_before(tmp_path):
-    with hold(tmp_path) as owner:
-        first = begin(tmp_path, owner)
+    with hold(Folder(tmp_path)) as owner:
+        first = begin(Folder(tmp_path), owner)
         first.check()
-        second = begin(tmp_path, owner)
+        second = begin(Folder(tmp_path), owner)
         with pytest.raises(LeaseLost, match="taken over by process"):
             first.check()
         second.check()
 
 
-def run_that_is_replaced(folder):
+def run_that_is_replaced(path):
+    folder = Folder(path)
     with hold(folder) as owner:
         attempt = begin(folder, owner)
-        make_silent(folder, 1000)
+        make_silent(path, 1000)
         # The control: as long as nobody took the folder, silence alone takes nothing away.
         attempt.check()
         with hold(folder) as second:
@@ -123,8 +125,8 @@ def test_a_run_that_was_replaced_can_neither_write_nor_start_ranks_and_says_so(t
 
 
 def test_a_deleted_lease_is_a_lost_one(tmp_path):
-    with hold(tmp_path) as owner:
-        attempt = begin(tmp_path, owner)
+    with hold(Folder(tmp_path)) as owner:
+        attempt = begin(Folder(tmp_path), owner)
         (tmp_path / "lease-00000002.json").unlink()
         with pytest.raises(LeaseLost, match="its lease was deleted"):
             attempt.check()
@@ -133,15 +135,16 @@ def test_a_deleted_lease_is_a_lost_one(tmp_path):
 def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "lease-00000001.json").write_text("{")
     with pytest.raises(InputError, match=r"lease-00000001\.json is damaged; delete it"):
-        hold(tmp_path).__enter__()
+        hold(Folder(tmp_path)).__enter__()
 
 
 RACER = """
 import sys, time
 from pathlib import Path
+from cascade_model.commit import Folder
 from cascade_model.errors import InputError
 from cascade_model.lease import hold
-folder, go = Path(sys.argv[1]), Path(sys.argv[2])
+folder, go = Folder(sys.argv[1]), Path(sys.argv[2])
 while not go.exists():
     pass
 try:
@@ -168,10 +171,10 @@ def test_of_many_processes_at_once_one_gets_the_folder(tmp_path):
 
 
 TRAINING = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_trainer import elbo, make
+from tests.cascade_model.training_runs import elbo, make
 from cascade_model import lease
 from cascade_model.corpus import Corpus
 lease.HEARTBEAT, lease.SILENCE = 0.1, 0.5
@@ -179,6 +182,8 @@ calls = iter(range(1000))
 
 def pausing(model, batch):
     if next(calls) == {pause_at}:
+        while not Path({folder!r}, "checkpoints/step_00000002/COMMIT").exists():
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGSTOP)
     return elbo(model, batch)
 
@@ -190,7 +195,7 @@ make(Corpus.open({corpus!r}), Path({folder!r}), loss_fn=pausing).fit()
 
 def start_training(folder, corpus, pause_at=-1, is_unfenced=False) -> subprocess.Popen:
     text = TRAINING.format(
-        tests=str(HERE), corpus=corpus, folder=str(folder), pause_at=pause_at,
+        tests=str(HERE.parent.parent), corpus=corpus, folder=str(folder), pause_at=pause_at,
         is_unfenced=is_unfenced,
     )  # fmt: skip
     return subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE, text=True)

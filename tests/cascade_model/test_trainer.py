@@ -2,93 +2,24 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from cascade_model.config import ModelConfig, OptimizerConfig, TrainerConfig
+from cascade_model.commit import Folder
+from cascade_model.config import ModelConfig
 from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch, InputError
-from cascade_model.loss import diffusion_loss
+from cascade_model.feed import sequences_per_rank
 from cascade_model.metrics import read_metrics
-from cascade_model.model import Transformer
-from cascade_model.trainer import Trainer, facts_of, sequences_per_rank
-from cascade_model.weights import load_model
-
-STEPS = TrainerConfig(
-    num_steps=6, sequences_per_step=4, sequences_per_forward=2, checkpoint_every=2, log_every=3
-)
-
-
-def elbo(model, batch):
-    return diffusion_loss(model, batch, weight="elbo")
-
-
-def make(corpus, folder, trainer=STEPS, loss_fn=elbo, **shape):
-    manifest = corpus.manifest
-    config = ModelConfig(
-        vocab_size=manifest.vocab_size,
-        mask_id=manifest.mask_id,
-        pad_id=manifest.pad_id,
-        eos_id=manifest.eos_id,
-        tokenizer_sha256=manifest.tokenizer_sha256,
-        **{
-            "hidden_size": 16,
-            "num_layers": 2,
-            "num_heads": 2,
-            "num_kv_heads": 1,
-            "head_dim": 8,
-            "intermediate_size": 32,
-            "block_size": 4,
-            **shape,
-        },
-    )
-    model = Transformer(config)
-    model.init_weights(0)
-    folder.mkdir(exist_ok=True)
-    return Trainer(
-        model=model,
-        corpus=corpus,
-        noise=manifest.noise,
-        loss_fn=loss_fn,
-        objective={"name": "diffusion", "weight": "elbo"},
-        optimizer=OptimizerConfig(peak_lr=1e-2),
-        trainer=trainer,
-        folder=folder,
-    )
+from cascade_model.run_record import facts_of
+from tests.cascade_model.training_runs import STEPS, Killed, dying, elbo, losses, make, weights
 
 
 @pytest.fixture(scope="module")
 def corpus(tiny_corpus):
     return Corpus.open(tiny_corpus)
-
-
-def weights(folder):
-    return load_model(str(folder / "model"))[0].state_dict()
-
-
-def losses(folder):
-    return [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl")]
-
-
-class Killed(Exception):
-    """Stands for the death of the process."""
-
-
-def dying(after):
-    """The loss, until it has been called `after` times."""
-    calls = iter(range(after))
-
-    def loss_fn(model, batch):
-        if next(calls, None) is None:
-            raise Killed
-        return elbo(model, batch)
-
-    return loss_fn
 
 
 @pytest.mark.parametrize("forwards", [5, 8, 11])
@@ -116,7 +47,7 @@ def test_loss_falls_and_the_run_folder_explains_itself(corpus, tmp_path):
     summary = make(corpus, tmp_path, trainer=steps).fit()
     assert summary["last_loss"] < summary["first_loss"] - 0.3
     assert summary["tokens"] == 40 * 4 * corpus.sequence_length
-    line = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    line = read_metrics(Folder(tmp_path))[-1]
     assert {"loss", "loss_by_mask_rate", "lr", "grad_norm", "tokens_per_second"} <= set(line)
     assert 0 <= line["data_wait_rate"] <= 1
     assert list((tmp_path / "tensorboard").iterdir())
@@ -202,36 +133,6 @@ def test_step_must_be_shared_evenly():
     assert sequences_per_rank(STEPS, 2) == 2
     with pytest.raises(InputError, match=r"sequences_per_step=4 .* num_workers=3"):
         sequences_per_rank(STEPS, 3)
-
-
-TWO_RANKS = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_trainer import STEPS, make
-from cascade_model.corpus import Corpus
-if __name__ == "__main__":
-    make(Corpus.open({corpus!r}), Path({folder!r})).fit()
-"""
-
-
-def test_two_ranks_take_the_same_steps_as_one(corpus, tiny_corpus, tmp_path):
-    make(corpus, tmp_path / "one").fit()
-    (tmp_path / "two").mkdir()
-    script = tmp_path / "two_ranks.py"
-    folder = str(tmp_path / "two")
-    tests = os.path.dirname(__file__)
-    script.write_text(TWO_RANKS.format(tests=tests, corpus=tiny_corpus, folder=folder))
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    for (_, one), (_, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-        assert one == pytest.approx(two, rel=1e-5)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 
 
 def test_flex_attention_without_a_gpu_is_refused(corpus, tmp_path):

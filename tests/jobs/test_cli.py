@@ -5,8 +5,9 @@ import sys
 from dataclasses import dataclass, field
 
 import pytest
+import yaml
 
-from cascade_model.config import NoiseConfig
+from cascade_model.config import NoiseConfig, Phase
 from cascade_model.errors import InputError
 from jobs.cli import build, command, dump, parse
 
@@ -152,6 +153,30 @@ def test_a_mapping_builds_the_same_config_and_names_what_is_missing():
     )
     with pytest.raises(InputError, match="args: the setting `output` is missing"):
         build(ToyConfig, {}, "args")
+
+
+def test_a_list_of_groups_is_read_checked_and_written_again(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Listed:
+        phases: tuple[Phase, ...] = ()
+
+    file = tmp_path / "phases.yaml"
+    file.write_text("phases:\n- {block_size: 1, share: 0.5}\n- {block_size: 4, share: 0.5}\n")
+    wanted = (Phase(block_size=1, share=0.5), Phase(block_size=4, share=0.5))
+    found = parse(Listed, ["--config", str(file)])
+    assert found.phases == wanted
+    assert build(Listed, yaml.safe_load(file.read_text()), "args").phases == wanted
+    file.write_text(dump(found))
+    assert parse(Listed, ["--config", str(file)]) == found
+    assert parse(Listed, []).phases == ()
+    for text, sentence in (
+        ("phases: 3", "`phases` is 3; it must be a list of groups"),
+        ("phases: [{block_size: 1}]", "lacks share"),
+        ("phases: [{size: 1, share: 1.0}]", "no setting `phases.size`"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match=sentence):
+            parse(Listed, ["--config", str(file)])
 
 
 @pytest.mark.parametrize(

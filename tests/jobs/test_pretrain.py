@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cascade_model.commit import Folder
 from cascade_model.config import TrainerConfig
 from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch, InputError
@@ -62,8 +63,8 @@ def test_training_can_start_from_a_model_folder(tiny_corpus, tmp_path):
     assert pretrain.main(flags(tiny_corpus, tmp_path / "first")) == 0
     initial = ["--initial-model", str(tmp_path / "first" / "model")]
     assert pretrain.main(flags(tiny_corpus, tmp_path / "second", *initial)) == 0
-    first = read_metrics(tmp_path / "first" / "metrics.jsonl")
-    second = read_metrics(tmp_path / "second" / "metrics.jsonl")
+    first = read_metrics(Folder(tmp_path / "first"))
+    second = read_metrics(Folder(tmp_path / "second"))
     assert second[0]["loss"] < first[0]["loss"]
 
 
@@ -221,9 +222,9 @@ def test_an_interrupted_run_on_ray_says_so_and_goes_on(tiny_corpus, tmp_path):
     told = "interrupted; what was committed stays, run the same command to go on"
     assert error.splitlines()[-1] == told
     assert "Traceback" not in error
-    last = read_metrics(run / "metrics.jsonl")[-1]["step"]
+    last = read_metrics(Folder(run))[-1]["step"]
     assert pretrain.main(flags(tiny_corpus, run, "--trainer.num-steps", str(last + 2))) == 0
-    assert read_metrics(run / "metrics.jsonl")[-1]["step"] == last + 2
+    assert read_metrics(Folder(run))[-1]["step"] == last + 2
 
 
 def test_second_command_on_a_folder_in_use_is_refused_in_one_sentence(tiny_corpus, tmp_path):
@@ -259,24 +260,26 @@ def dying_once(config, device, owner):
     from cascade_model import checkpoint
 
     mark = Path(config.output) / "died"
-    save = checkpoint.save
+    save = checkpoint.Checkpoints.save
 
     def save_and_die(*args):
         result = save(*args)
+        result.wait()
         if dist.get_rank() == 1 and not mark.exists():
             mark.write_text("once")
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    checkpoint.save = save_and_die
+    checkpoint.Checkpoints.save = save_and_die
     return pretrain.train(config, device, owner)
 
 
 def robbed(config, device, owner):
     """The real training, in a folder that another command has taken meanwhile."""
     from cascade_model import lease
+    from cascade_model.commit import Folder
 
-    lease._draw(Path(config.output), lease.Owner.here(), lambda last, now: None)
+    lease._draw(Folder(config.output), lease.Owner.here(), lambda last: None)
     return pretrain.train(config, device, owner)
 
 
@@ -307,7 +310,7 @@ def run_of_two(ray_local, tiny_corpus, tmp_path_factory):
 def test_two_ranks_on_ray_equal_one_process(run_of_two, tiny_corpus, tmp_path):
     assert pretrain.main(flags(tiny_corpus, tmp_path)) == 0
     assert json.loads((run_of_two / "summary.json").read_text())["world_size"] == 2
-    one, two = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, run_of_two))
+    one, two = (read_metrics(Folder(folder)) for folder in (tmp_path, run_of_two))
     pairs = zip(one, two, strict=True)
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in pairs)
 

@@ -1,0 +1,48 @@
+"""Which samples a rank takes in each step, cut into forward passes and read ahead.
+
+The global batch of a step does not depend on the number of ranks. Each takes a run of it of equal
+length, so where the shares are multiples of a forward pass, every number of ranks makes the same
+passes.
+"""
+
+from collections.abc import Generator
+
+from cascade_model import parallel
+from cascade_model.config import NoiseConfig, TrainerConfig
+from cascade_model.corpus import Batch, Corpus
+from cascade_model.errors import InputError
+from cascade_model.phases import noise_at
+from cascade_model.prefetch import ahead
+
+
+def sequences_per_rank(config: TrainerConfig, world_size: int) -> int:
+    """Each rank's share of a step; `InputError` where it is not a whole number."""
+    if config.sequences_per_step % world_size:
+        raise InputError(
+            f"trainer.sequences_per_step={config.sequences_per_step} cannot be shared by "
+            f"num_workers={world_size}; use a multiple of {world_size}"
+        )
+    return config.sequences_per_step // world_size
+
+
+def spans(step: int, config: TrainerConfig, rank: int, world_size: int) -> list[tuple[int, int]]:
+    """First sample and size of each of a rank's forward passes in a step, counted from 0."""
+    count, most = sequences_per_rank(config, world_size), config.sequences_per_forward
+    first = step * config.sequences_per_step + rank * count
+    return [(first + offset, min(most, count - offset)) for offset in range(0, count, most)]
+
+
+def feed(
+    corpus: Corpus, noise: NoiseConfig, config: TrainerConfig, step: int
+) -> Generator[Batch, None, None]:
+    """This rank's batches from a step, counted from 0, to the end of the run.
+
+    A thread keeps those of two steps ready; close the iterator to end it.
+    """
+    rank, ranks, length = parallel.rank(), parallel.world_size(), corpus.sequence_length
+    batches = (
+        corpus.batch(first, count, noise_at(number, noise, config, length))
+        for number in range(step, config.num_steps)
+        for first, count in spans(number, config, rank, ranks)
+    )
+    return ahead(batches, 2 * len(spans(0, config, rank, ranks)))

@@ -1,0 +1,175 @@
+"""Floating point operations of training, counted by hand from the model's shape.
+
+Only matrix products are counted, two operations for each multiplication with its addition, and of
+attention only the *useful pairs*: a query with a key that it sees. What a kernel computes beside
+them (pairs under the mask, scores computed again in the backward pass, layers or logits that are
+recomputed to save memory) is work but not use, so a model FLOPs utilisation from these numbers
+rises when such work is left out (PaLM, arXiv 2204.02311, appendix B).
+
+Per data token of a sequence of L tokens in blocks of B, in one layer:
+
+    input                rows   pairs                                      last layer's queries
+    noisy || clean        2     (L + B) / 2 noisy, the same clean          the noisy half alone
+    bidirectional         1     L                                          all
+    autoregressive        1     (L + 1) / 2                                all
+
+With a token-causal clean half its pairs are (L + 1) / 2. The output head meets the masked rows,
+or all rows of an autoregressive model. The backward pass is two products for each one of the
+forward pass. A sequence counts as one document: shorter ones see fewer pairs, so for packed short
+documents the attention's part is an upper bound.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+
+import torch
+
+from cascade_model.config import ExpertsConfig, ModelConfig
+
+_PRODUCT = 1024
+_TRIALS = 5
+# Dense peaks in FLOP/s of NVIDIA's data sheets, in bfloat16 and in float32 without tensor cores.
+# The first name that the device's own contains counts, so the narrower ones come first.
+_PEAKS = {
+    "B200": (2250e12, 75e12),
+    "H200": (989.4e12, 66.9e12),
+    "H100 PCIe": (756e12, 51.2e12),
+    "H100": (989.4e12, 66.9e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "A10": (125e12, 31.2e12),
+    "L4": (121e12, 30.3e12),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flops:
+    """Operations per data token of the forward pass, by part."""
+
+    linear: float
+    """Projections and feed-forward, the router's included."""
+    attention: float
+    """Scores and their product with the values."""
+    head: float
+    """Logits of the supervised rows."""
+
+    @property
+    def forward(self) -> float:
+        """All of the forward pass."""
+        return self.linear + self.attention + self.head
+
+    @property
+    def backward(self) -> float:
+        """For each product of the forward pass one for its input and one for its weight."""
+        return 2.0 * self.forward
+
+    @property
+    def total(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+    @property
+    def with_recompute(self) -> float:
+        """What is computed when the layers run a second time in the backward pass."""
+        return self.total + self.linear + self.attention
+
+
+def training_flops(
+    config: ModelConfig,
+    *,
+    sequence_length: int,
+    block_size: int | None = None,
+    mask_rate: float = 0.5,
+) -> Flops:
+    """Operations per data token of one training step, or of `forward` alone.
+
+    `block_size` replaces the model's own, `mask_rate` is the mean share of the tokens that is
+    masked. Adds nothing for norms, the optimiser, or the conditioning of a `dit`, which is
+    computed once per pass.
+    """
+    length, layers = sequence_length, config.num_layers
+    block = min(block_size or config.block_size, length)
+    if config.is_autoregressive:
+        halves, head_rows = [(length + 1) / 2], 1.0
+    elif config.attention == "bidirectional":
+        halves, head_rows = [float(length)], mask_rate
+    else:
+        clean = 1 if config.clean_half == "token_causal" else block
+        halves, head_rows = [(length + block) / 2, (length + clean) / 2], mask_rate
+    rows, pairs = len(halves), sum(halves)
+    queries, keys = _projections(config)
+    kept_rows = 1 if is_last_trimmed(config) else rows
+    kept_pairs = halves[0] if is_last_trimmed(config) else pairs
+    linear = sum(
+        (rows if layer < layers - 1 else kept_rows) * (queries + _feed_forward(config, layer))
+        for layer in range(layers)
+    )
+    linear += layers * rows * keys
+    per_pair = 4.0 * config.num_heads * config.head_dim
+    return Flops(
+        linear=float(linear),
+        attention=per_pair * ((layers - 1) * pairs + kept_pairs),
+        head=2.0 * config.hidden_size * config.vocab_size * head_rows,
+    )
+
+
+def is_last_trimmed(config: ModelConfig) -> bool:
+    """Whether no clean row is read, so that the last layer has no queries there (`Keep`)."""
+    reads_clean = config.logits == "shifted" and config.first_place == "clean"
+    return config.attention == "block_causal" and not reads_clean
+
+
+def device_peak(device: torch.device | str, precision: str) -> float | None:
+    """Operations per second that a device can reach at most; none for a GPU that is not known.
+
+    `precision` is float32 or bfloat16. Of a GPU the maker's figure for dense products, of a CPU
+    that of one product of 1024 x 1024 matrices with this process's threads, measured once.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _measured(precision, torch.get_num_threads())
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device), precision)
+
+
+def peak_of(name: str, precision: str) -> float | None:
+    """The maker's figure for a GPU of this name; none if it is not known."""
+    found = next((peaks for known, peaks in _PEAKS.items() if known in name), None)
+    return None if found is None else found[0 if precision == "bfloat16" else 1]
+
+
+def _projections(config: ModelConfig) -> tuple[float, float]:
+    """Operations per row for queries and output, and for keys and values."""
+    width, head = config.hidden_size, config.head_dim
+    return 4.0 * width * config.num_heads * head, 4.0 * width * config.num_kv_heads * head
+
+
+def _feed_forward(config: ModelConfig, layer: int) -> float:
+    """Operations per row of one layer's feed-forward."""
+    width, experts = config.hidden_size, config.experts
+    if config.network != "transformer":
+        return 4.0 * width * config.intermediate_size
+    if experts is None or layer < experts.first_dense_layers:
+        return 6.0 * width * config.intermediate_size
+    return 2.0 * width * experts.num_experts + 6.0 * width * _expert_width(experts)
+
+
+def _expert_width(experts: ExpertsConfig) -> int:
+    """Inner width of everything that one token passes."""
+    return experts.experts_per_token * experts.intermediate_size + experts.shared_intermediate_size
+
+
+@functools.cache
+def _measured(precision: str, threads: int) -> float:
+    """The fastest of a few products; `threads` is part of the question."""
+    kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = (torch.randn(_PRODUCT, _PRODUCT).to(kind) for _ in range(2))
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(_TRIALS):
+            started = time.perf_counter()
+            torch.mm(a, b)
+            best = min(best, time.perf_counter() - started)
+    return 2.0 * _PRODUCT**3 / best

@@ -1,0 +1,62 @@
+"""Where a run stands between two steps, and what one step adds to that."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+
+from cascade_model.batch import TrainBatch
+from cascade_model.config import ModelConfig, NoiseConfig, TrainerConfig
+from cascade_model.flops import training_flops
+from cascade_model.objective import LossParts
+from cascade_model.phases import block_size_at
+from cascade_model.window import OTHER, Window
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """The state of a run beside weights and optimiser; it travels in the checkpoint."""
+
+    step: int = 0
+    samples: int = 0
+    rate: float = 0.0
+    """Learning rate of the last step that moved the weights."""
+    skipped_in_a_row: int = 0
+    is_told: bool = True
+    """Whether this step was evaluated and logged, where that is due: not so of one at which the
+    run was stopped, which must save without delay."""
+    window: Window = field(default_factory=Window)
+
+    @classmethod
+    def from_facts(cls, values: dict[str, Any]) -> Self:
+        """Read back what `to_dict` made of it."""
+        return cls(**(values | {"window": Window(**values["window"])}))
+
+
+def sums_of(parts: LossParts, batch: TrainBatch) -> dict[str, torch.Tensor]:
+    """The detached sums of one forward pass, float64 scalars by the names of `Window.sums`; and
+    `tokens`, the data tokens."""
+    sums = {"loss": parts.sum.detach(), "count": parts.sum.new_tensor(float(parts.count))}
+    sums["tokens"] = parts.sum.new_tensor(float(batch.clean_tokens.numel()))
+    for band in range(len(parts.band_sums)):
+        sums[f"band/{band}"] = parts.band_sums[band]
+        sums[f"band/{band}_count"] = parts.band_counts[band]
+    sums |= {f"{OTHER}{name}": value.detach() for name, value in parts.others.items()}
+    return {name: value.double() for name, value in sums.items()}
+
+
+def model_at(step: int, model: ModelConfig, trainer: TrainerConfig) -> ModelConfig:
+    """The model's config with the block size that a step, counted from 0, trains with."""
+    size = block_size_at(step, trainer)
+    return model if size is None else dataclasses.replace(model, block_size=size)
+
+
+def work_of(model: ModelConfig, noise: NoiseConfig, length: int) -> tuple[int, float]:
+    """Of one data token: the rows it takes in the network, 2 where noisy and clean half stand side
+    by side, and the useful floating point operations."""
+    rate = (noise.min_rate + noise.max_rate) / 2
+    if model.block_size >= length:  # has no clean half
+        model = dataclasses.replace(model, attention="bidirectional")
+    rows = 1 if model.is_autoregressive or model.attention == "bidirectional" else 2
+    return rows, training_flops(model, sequence_length=length, mask_rate=rate).total
