@@ -12,6 +12,7 @@ STAGES = {
     "export": "model folder -> the layout of its published family",
     "teach": "corpus + autoregressive teacher -> its likeliest tokens, for distil (Ray Data)",
     "distil": "student + autoregressive teacher -> checkpoint (Ray Train)",
+    "sft": "conversations + model -> a model that answers (Ray Train)",
     "evaluate": "checkpoint -> held-out bound per token and per byte",
     "generate": "prompts -> completions, exactly once (Ray Data)",
     "serve": "checkpoint -> OpenAI-compatible endpoint (Ray Serve)",
