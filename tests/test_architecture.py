@@ -23,7 +23,7 @@ TORCH_FREE = [
     "cascade_model.mixing", "cascade_model.open_shards",
     "cascade_model.shard_cache", "cascade_model.stored", "cascade_model.provenance",
     "cascade_model.prefetch", "cascade_model.draws", "cascade_model.verification",
-    "cascade_model.sequences",
+    "cascade_model.sequences", "cascade_model.teacher_targets",
     "cascade_model.tokenizer", "cascade_model.token_sizes",
     "cascade_model.byte_pairs", "cascade_model.pre_tokens", "cascade_model.tiktoken_engine",
     "cascade_model.fast_tokenizer", "cascade_model.jinja_chat", "cascade_model.chat_template",
