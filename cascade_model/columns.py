@@ -70,7 +70,7 @@ def packed_columns(packed: Packed) -> list[pa.Array]:
     """The columns of `packed_schema`."""
     offsets = pa.array(packed.start_offsets.astype(np.int32))
     return [
-        _fixed_column(packed.tokens),
+        fixed_column(packed.tokens),
         _ragged_column(offsets, packed.document_starts.astype(np.uint32)),
         _ragged_column(offsets, packed.document_ids.astype(np.uint64)),
         _ragged_column(offsets, packed.span_starts.astype(np.uint32)),
@@ -84,7 +84,7 @@ def rows_columns(rows: Rows) -> list[pa.Array]:
     return [
         pa.array(rows.sequence_ids.astype(np.uint64)),
         *packed_columns(rows),
-        *([_fixed_column(rows.thresholds.astype(np.uint32))] if rows.thresholds.shape[1] else []),
+        *([fixed_column(rows.thresholds.astype(np.uint32))] if rows.thresholds.shape[1] else []),
         _bitmap_column(rows.is_masked),
     ]
 
@@ -94,7 +94,8 @@ def draw_columns(sequence_ids: np.ndarray, is_masked: np.ndarray) -> list[pa.Arr
     return [pa.array(sequence_ids.astype(np.uint64)), _bitmap_column(is_masked)]
 
 
-def _fixed_column(values: np.ndarray) -> pa.Array:
+def fixed_column(values: np.ndarray) -> pa.Array:
+    """Rows [n, width] as lists of one length, none of them empty."""
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
     kind = fixed(flat.type, values.shape[1])
     return pa.FixedSizeListArray.from_arrays(flat, type=kind)

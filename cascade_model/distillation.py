@@ -17,7 +17,7 @@ then has its full weight. Mask and padding are outcomes of neither. At a tempera
 are softmax(logits / T) and the KL is multiplied by T^2 (arXiv 1503.02531).
 
 Where the teacher's word comes from is a `Reference`: a network that runs beside the student
-(`Online`), or what it said of this corpus before (`stored_teaching`).
+(`Online`), or what it said of this corpus before (`stored_teaching.Stored`).
 """
 
 from collections.abc import Callable
@@ -183,15 +183,8 @@ def divergence(reference: Tensor, student: Tensor, banned: list[int]) -> Tensor:
 
 def require_teacher(teacher: ModelConfig, student: ModelConfig) -> None:
     """Raise `CheckpointMismatch`, both values shown, when this teacher cannot teach."""
-    if not teacher.is_autoregressive:
-        raise CheckpointMismatch(
-            f"the teacher has block_size={teacher.block_size} and logits={teacher.logits}; it must "
-            "be autoregressive: block_size=1, logits=shifted, first_place=clean"
-        )
-    if student.is_autoregressive:
-        raise CheckpointMismatch(
-            "the student is autoregressive like the teacher; give it model.block_size above 1"
-        )
+    require_autoregressive(teacher)
+    require_student(student)
     for name in ("tokenizer_sha256", "vocab_size"):
         theirs, ours = getattr(teacher, name), getattr(student, name)
         if theirs != ours:
@@ -199,3 +192,20 @@ def require_teacher(teacher: ModelConfig, student: ModelConfig) -> None:
                 f"the teacher has {name}={theirs} and the student {name}={ours}; teacher and "
                 "student must share one tokenizer"
             )
+
+
+def require_autoregressive(teacher: ModelConfig) -> None:
+    """Raise `CheckpointMismatch` unless row i-1 of the teacher is its distribution of token i."""
+    if not teacher.is_autoregressive:
+        raise CheckpointMismatch(
+            f"the teacher has block_size={teacher.block_size} and logits={teacher.logits}; it must "
+            "be autoregressive: block_size=1, logits=shifted, first_place=clean"
+        )
+
+
+def require_student(student: ModelConfig) -> None:
+    """Raise `CheckpointMismatch` when there are no masked tokens to teach."""
+    if student.is_autoregressive:
+        raise CheckpointMismatch(
+            "the student is autoregressive like the teacher; give it model.block_size above 1"
+        )

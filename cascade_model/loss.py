@@ -231,11 +231,16 @@ def in_chunks(
     function: Callable[..., Tensor], hidden: Tensor, *others: Tensor, vocabulary: int
 ) -> Tensor:
     """`function` over chunks of the rows [r, ...] of its arguments, its results joined."""
-    size = max(1, _LOGITS_PER_CHUNK // vocabulary)
+    size = rows_per_chunk(vocabulary)
     if len(hidden) <= size:
         return function(hidden, *others)
     chunks = zip(*(rows.split(size) for rows in (hidden, *others)), strict=True)
     return torch.cat([_recomputed(function, chunk) for chunk in chunks])
+
+
+def rows_per_chunk(vocabulary: int) -> int:
+    """Rows whose logits may exist at once."""
+    return max(1, _LOGITS_PER_CHUNK // vocabulary)
 
 
 def _recomputed(function: Callable[..., Tensor], chunk: tuple[Tensor, ...]) -> Tensor:

@@ -39,14 +39,14 @@ class MetricsLog:
         self._lines = [line for line in read_metrics(folder) if line["step"] <= step]
         self._file: BinaryIO | None = None
         self._due = {METRICS: 0.0, CURVE: 0.0}
-        self._is_failing = False
+        self._failing: set[str] = set()
         with contextlib.ExitStack() as kept:
             place = folder.path(BOARD)
             if not folder.is_local:
                 place = kept.enter_context(tempfile.TemporaryDirectory())
             self._place, self._kept = Path(place), kept.pop_all()
         self._board: SummaryWriter | None = SummaryWriter(str(self._place), purge_step=step + 1)
-        with self._telling():
+        with self._telling(METRICS):
             self._put()
 
     def write(self, line: dict[str, Any], tokens_left: int) -> None:
@@ -57,21 +57,19 @@ class MetricsLog:
         line["seconds_left"] = tokens_left / max(line["tokens_per_second"], 1e-9)
         self._lines.append(line)
         self._append()
-        with self._telling():
+        with self._telling(BOARD):
             self._scalars(line)
         tell(progress_line(line))
 
     def save(self) -> None:
         """Bring everything to the folder, as a checkpoint is being written there."""
-        with self._telling():
+        with self._telling(METRICS):
             if self._file is None:
                 self._put()
-            if self._board is not None:
-                self._board.flush()
-            if not self._folder.is_local:
-                for path in self._place.iterdir():
-                    (self._folder / BOARD).replace(path.name, path.read_bytes())
-            if time.monotonic() >= self._due[CURVE]:
+        with self._telling(BOARD):
+            self._save_board()
+        if time.monotonic() >= self._due[CURVE]:
+            with self._telling(CURVE):
                 self._draw()
 
     def close(self) -> list[dict[str, Any]]:
@@ -94,11 +92,17 @@ class MetricsLog:
 
     def _append(self) -> None:
         """Bring the newest line to the folder: at once where that is appending, else if due."""
-        with self._telling():
-            if self._file is not None:
+        with self._telling(METRICS):
+            if self._file is None:
+                if self._folder.is_local or time.monotonic() >= self._due[METRICS]:
+                    self._put()
+                return
+            try:
                 self._file.write(_text(self._lines[-1:]))
-            elif self._folder.is_local or time.monotonic() >= self._due[METRICS]:
-                self._put()
+            except OSError:
+                self._file.close()
+                self._file = None  # all lines are written the next time
+                raise
 
     def _put(self) -> None:
         """Write all lines anew; a local file is then open for the next ones."""
@@ -117,6 +121,14 @@ class MetricsLog:
             if value is not None:
                 self._board.add_scalar(f"loss_by_mask_rate/{number}", value, line["step"])
 
+    def _save_board(self) -> None:
+        if self._board is None:
+            return
+        self._board.flush()
+        if not self._folder.is_local:
+            for path in self._place.iterdir():
+                (self._folder / BOARD).replace(path.name, path.read_bytes())
+
     def _draw(self) -> None:
         from cascade_model.loss_curve import draw
 
@@ -124,19 +136,16 @@ class MetricsLog:
         self._due[CURVE] = time.monotonic() + PUT_EVERY
 
     @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _telling(self, name: str) -> Iterator[None]:
         """A disk that is full or a store that does not answer is told, once in a row."""
         try:
             yield
         except Exception as error:  # each store has errors of its own
-            if self._file is not None:
-                self._file.close()
-                self._file = None  # the whole file is written the next time
-            if not self._is_failing:
-                tell(f"metrics in {self._folder.url} are not written: {reason_of(error)}")
-            self._is_failing = True
+            if name not in self._failing:
+                tell(f"{self._folder.path(name)} cannot be written: {reason_of(error)}")
+            self._failing.add(name)
         else:
-            self._is_failing = False
+            self._failing.discard(name)
 
 
 def progress_line(line: dict[str, Any]) -> str:

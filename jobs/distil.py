@@ -1,7 +1,10 @@
-"""Distil an autoregressive teacher into a block-diffusion student: pretrain with another loss."""
+"""Distil an autoregressive teacher into a block-diffusion student: pretrain with another loss.
+
+The teacher runs beside the student (`teacher`), or has spoken before (`cascade teach`, `targets`).
+"""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cascade_model.config import TeacherWeight
 from cascade_model.settings import check
@@ -10,14 +13,20 @@ from jobs.objectives import LossConfig, auxiliary, auxiliary_objective, check_au
 from jobs.ranks import Started
 from jobs.training import fit, start, starting_config
 
+if TYPE_CHECKING:
+    from cascade_model.distillation import Reference
+    from cascade_model.trainer import LossFn
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistilConfig(LossConfig):
     """Train a student on a prepared corpus against an autoregressive teacher's distributions."""
 
-    teacher: str
+    teacher: str | None = None
     """Model folder of an autoregressive model (block size 1, shifted logits) with the corpus's
-    tokenizer."""
+    tokenizer, which runs beside the student; or else `targets`."""
+    targets: str | None = None
+    """Folder or URL of what a teacher said of this corpus, as `cascade teach` wrote it."""
     alpha: float = 0.5
     """Share of the teacher: loss = (1 - alpha) x cross entropy + alpha x w x KL."""
     teacher_weight: TeacherWeight = "right_context"
@@ -29,6 +38,11 @@ class DistilConfig(LossConfig):
 
     def __post_init__(self) -> None:
         LossConfig.__post_init__(self)
+        check(
+            (self.teacher is None) != (self.targets is None),
+            f"teacher={self.teacher} and targets={self.targets}: give one of the two, a model "
+            "folder or what `cascade teach` wrote",
+        )
         check(0.0 <= self.alpha <= 1.0, f"alpha={self.alpha} must be in 0..1; use 0.5")
         check(
             0.0 < self.temperature < float("inf"),
@@ -38,32 +52,55 @@ class DistilConfig(LossConfig):
 
 def run(config: DistilConfig) -> dict[str, Any]:
     """Check the settings, train, and return the run's summary."""
-    check_teacher(config)
-    check_auxiliary(config)
+    check_settings(config)
     return start(config, train, objective(config))
 
 
+def check_settings(config: DistilConfig) -> None:
+    """Refuse what this stage alone knows of, before any worker starts."""
+    check_teacher(config)
+    check_auxiliary(config)
+
+
 def check_teacher(config: DistilConfig) -> None:
-    """Refuse a teacher that does not fit the student, before any worker starts."""
+    """Refuse a teacher, or its targets, that do not fit the student, before any worker starts."""
     from cascade_model.corpus import Corpus
     from cascade_model.distillation import require_teacher
     from cascade_model.weights import read_config
 
     corpus = Corpus.open(config.corpus)
-    require_teacher(read_config(config.teacher), starting_config(config, corpus))
+    shape = starting_config(config, corpus)
+    if config.teacher is not None:
+        require_teacher(read_config(config.teacher), shape)
+    else:
+        from cascade_model.stored_teaching import require_targets
+        from cascade_model.teacher_targets import TeacherTargets
+
+        targets = TeacherTargets(str(config.targets), corpus.manifest)
+        require_targets(targets.manifest, shape, config.temperature)
 
 
 def objective(config: DistilConfig) -> dict[str, Any]:
     """What is minimised; a run goes on with the same only."""
-    from cascade_model.weights import weights_digest
-
     return {
         "name": "distillation",
         **axes(config),
         "temperature": config.temperature,
-        "teacher": weights_digest(config.teacher),
+        **teacher_of(config),
         **auxiliary_objective(config),
     }
+
+
+def teacher_of(config: DistilConfig) -> dict[str, str]:
+    """Digests of the teacher's weights and of its targets, where they are stored."""
+    if config.teacher is not None:
+        from cascade_model.weights import weights_digest
+
+        return {"teacher": weights_digest(config.teacher)}
+    from cascade_model.teacher_targets import read_targets
+
+    found = read_targets(str(config.targets))
+    return {"teacher": found.teacher, "targets": found.digest}
 
 
 def axes(config: DistilConfig) -> dict[str, Any]:
@@ -74,18 +111,38 @@ def axes(config: DistilConfig) -> dict[str, Any]:
 
 def train(config: DistilConfig, device: str, started: Started) -> dict[str, Any]:
     """One rank's part."""
+    return fit(config, device, objective(config), loss_of(config, device), started)
+
+
+def loss_of(config: DistilConfig, device: str) -> "LossFn":
+    """What one rank minimises."""
     from functools import partial
 
-    from cascade_model.distillation import Online, distillation_loss
-    from cascade_model.model import never_emitted
-    from cascade_model.weights import load_model
+    from cascade_model.distillation import distillation_loss
 
-    teacher = load_model(config.teacher)[0].to(device).eval().requires_grad_(False)
-    reference = Online(teacher, never_emitted(teacher.config), config.temperature)
-    loss_fn = partial(
-        distillation_loss, reference=reference, **axes(config), auxiliary=auxiliary(config)
+    return partial(
+        distillation_loss,
+        reference=reference_of(config, device),
+        **axes(config),
+        auxiliary=auxiliary(config),
     )
-    return fit(config, device, objective(config), loss_fn, started)
+
+
+def reference_of(config: DistilConfig, device: str) -> "Reference":
+    """Where this rank takes the teacher's word from."""
+    if config.teacher is not None:
+        from cascade_model.distillation import Online
+        from cascade_model.model import never_emitted
+        from cascade_model.weights import load_model
+
+        teacher = load_model(config.teacher)[0].to(device).eval().requires_grad_(False)
+        return Online(teacher, never_emitted(teacher.config), config.temperature)
+    from cascade_model.corpus import Corpus
+    from cascade_model.stored_teaching import Stored
+    from cascade_model.teacher_targets import TeacherTargets
+
+    manifest = Corpus.open(config.corpus).manifest
+    return Stored(TeacherTargets(str(config.targets), manifest, cache=config.cache))
 
 
 main = command(DistilConfig, run)

@@ -5,7 +5,6 @@ The ranks' own output stays in Ray's logs, where Ray mixes it with its own of ev
 
 import sys
 import time
-from pathlib import Path
 
 from cascade_model.commit import Folder
 from cascade_model.metrics import progress_line, read_metrics
@@ -40,4 +39,4 @@ class Progress:
 
     def _lines(self) -> list:
         self._asked = time.monotonic()
-        return read_metrics(Path(self._folder.url) / "metrics.jsonl")
+        return read_metrics(self._folder)

@@ -14,14 +14,16 @@ SOURCES = sorted(
 )
 TORCH_FREE = [
     "cascade_model.errors", "cascade_model.settings", "cascade_model.config",
-    "cascade_model.phases", "cascade_model.schema", "cascade_model.noise",
+    "cascade_model.phases", "cascade_model.window", "cascade_model.stopping",
+    "cascade_model.schema", "cascade_model.columns", "cascade_model.manifest",
+    "cascade_model.noise",
     "cascade_model.commit", "cascade_model.hashing", "cascade_model.local_files",
     "cascade_model.lease", "cascade_model.checkpoint_files", "cascade_model.checkpoint_reading",
     "cascade_model.checkpoint_commit", "cascade_model.retention",
     "cascade_model.mixing", "cascade_model.open_shards",
     "cascade_model.shard_cache", "cascade_model.stored", "cascade_model.provenance",
     "cascade_model.prefetch", "cascade_model.draws", "cascade_model.verification",
-    "cascade_model.sequences",
+    "cascade_model.sequences", "cascade_model.teacher_targets",
     "cascade_model.tokenizer", "cascade_model.token_sizes",
     "cascade_model.byte_pairs", "cascade_model.pre_tokens", "cascade_model.tiktoken_engine",
     "cascade_model.fast_tokenizer", "cascade_model.jinja_chat", "cascade_model.chat_template",

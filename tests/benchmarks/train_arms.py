@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cascade_model.batch import TrainBatch
+from cascade_model.commit import Folder
 from cascade_model.config import ModelConfig, NoiseConfig, OptimizerConfig, TrainerConfig
 from cascade_model.corpus import Corpus
 from cascade_model.loss import LossParts, diffusion_loss
@@ -151,7 +152,7 @@ def timed_steps(
             log_every=total,
             **settings,
         ),
-        folder=folder,
+        folder=Folder(folder),
         device=torch.device(device),
     )
     try:

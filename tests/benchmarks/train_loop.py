@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade_model.batch import TrainBatch
+from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus
 from cascade_model.flops import training_flops
 from cascade_model.loss import diffusion_loss
@@ -43,7 +44,7 @@ def trained_lines(corpus: str, run: Path) -> list[dict[str, Any]]:
         code = pretrain.main(words)
     if code:
         raise SystemExit(code)
-    return read_metrics(run / "metrics.jsonl")[1:]
+    return read_metrics(Folder(run))[1:]
 
 
 def forward_and_backward(model: Network, batch: TrainBatch) -> None:

@@ -174,7 +174,7 @@ TRAINING = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_trainer import elbo, make
+from tests.cascade_model.training_runs import elbo, make
 from cascade_model import lease
 from cascade_model.corpus import Corpus
 lease.HEARTBEAT, lease.SILENCE = 0.1, 0.5
@@ -195,7 +195,7 @@ make(Corpus.open({corpus!r}), Path({folder!r}), loss_fn=pausing).fit()
 
 def start_training(folder, corpus, pause_at=-1, is_unfenced=False) -> subprocess.Popen:
     text = TRAINING.format(
-        tests=str(HERE), corpus=corpus, folder=str(folder), pause_at=pause_at,
+        tests=str(HERE.parent.parent), corpus=corpus, folder=str(folder), pause_at=pause_at,
         is_unfenced=is_unfenced,
     )  # fmt: skip
     return subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE, text=True)

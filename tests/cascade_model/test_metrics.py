@@ -1,84 +1,166 @@
-"""Lines of metrics are the same whether a run was interrupted or not."""
+"""Lines of metrics are the same whether a run was interrupted or not, and reach disk or store."""
 
-import dataclasses
 import json
+import os
 
 import pytest
 
-from cascade_model.metrics import MetricsLog, Window, progress_line, read_metrics, speed
+from cascade_model import metrics
+from cascade_model.commit import Folder
+from cascade_model.metrics import MetricsLog, progress_line, read_metrics, speed
 
-STEPS = [
-    ([4.0, 8.0, 3.0, 1.0, 5.0, 0.0], 1.0, 0.1, 0.5),
-    ([2.0, 4.0, 0.0, 2.0, 0.0, 4.0], 3.0, 0.2, 1.5),
-]
-
-
-def filled(steps) -> Window:
-    window = Window()
-    for step in steps:
-        window.add(*step)
-    return window
+LINE = {
+    "loss": 2.5,
+    "loss_by_mask_rate": [3.0, None],
+    "grad_norm": 2.0,
+    "tokens_per_second": 64.0,
+    "data_wait_rate": 0.15,
+    "seconds": 2.0,
+    "mfu": None,
+    "held_out_loss": None,
+    "held_out_standard_error": None,
+}
 
 
 def line(step, **changes):
-    return filled(STEPS).means(64) | {"step": step, "lr": 0.1} | changes
+    return LINE | {"step": step, "tokens": 64 * step, "lr": 0.1} | changes
 
 
-def test_means_weigh_by_tokens_and_rows_not_by_steps():
-    means = filled(STEPS).means(64)
-    assert means["loss"] == 6.0 / 12.0
-    assert means["loss_by_mask_rate"] == [3.0 / 5.0, 3.0 / 4.0]
-    assert means["grad_norm"] == 2.0
-    assert means["tokens_per_second"] == 2 * 64 / 2.0
-    assert means["data_wait_rate"] == pytest.approx(0.15)
-
-
-def test_a_band_without_rows_has_no_mean():
-    assert filled(STEPS[:1]).means(64)["loss_by_mask_rate"] == [3.0 / 5.0, None]
-
-
-def test_a_window_that_travelled_through_json_goes_on_as_if_nothing_happened():
-    window = Window(**json.loads(json.dumps(dataclasses.asdict(filled(STEPS[:1])))))
-    window.add(*STEPS[1])
-    assert window == filled(STEPS)
-
-
-def test_steps_of_another_number_of_bands_are_a_fault():
-    with pytest.raises(ValueError, match="zip"):
-        filled(STEPS).add([1.0, 2.0], 0.0, 0.0, 0.0)
+def steps(folder):
+    return [each["step"] for each in read_metrics(Folder(folder))]
 
 
 def test_lines_of_an_attempt_that_died_are_cut_and_written_anew(tmp_path):
-    log = MetricsLog(tmp_path, 0)
+    log = MetricsLog(Folder(tmp_path), 0)
     for step in (2, 4, 6):
-        log.write(line(step))
+        log.write(line(step), 0)
     log.close()
-    log = MetricsLog(tmp_path, 4)
-    log.write(line(6, loss=9.0))
+    log = MetricsLog(Folder(tmp_path), 4)
+    log.write(line(6, loss=9.0), 0)
     found = log.close()
     assert [each["step"] for each in found] == [2, 4, 6]
     assert found[-1]["loss"] == 9.0
-    assert read_metrics(tmp_path / "metrics.jsonl") == found
+    assert read_metrics(Folder(tmp_path)) == found
 
 
 def test_a_last_line_cut_by_a_crash_is_left_out(tmp_path):
+    assert read_metrics(Folder(tmp_path)) == []
+    text = "".join(json.dumps(line(step)) + "\n" for step in (2, 4))
     path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == []
-    text = json.dumps(line(2)) + "\n" + json.dumps(line(4))
     path.write_text(text)
-    assert [each["step"] for each in read_metrics(path)] == [2, 4]
-    path.write_text(text[:-3])
-    assert [each["step"] for each in read_metrics(path)] == [2]
+    assert steps(tmp_path) == [2, 4]
+    path.write_text(text[:-5])
+    assert steps(tmp_path) == [2]
 
 
-def test_the_speed_of_a_run_weighs_its_lines_by_their_time():
-    lines = [
-        {"seconds": 1.0, "tokens_per_second": 100.0},
-        {"seconds": 3.0, "tokens_per_second": 20.0},
-    ]
-    assert speed(lines) == (4.0, 160.0 / 4.0)
-    assert speed([]) == (0, 0.0)
+def test_each_line_is_on_disk_when_it_is_written(tmp_path):
+    log = MetricsLog(Folder(tmp_path), 0)
+    log.write(line(2), 0)
+    assert steps(tmp_path) == [2]
+    log.abandon()
+    assert steps(tmp_path) == [2]
+    assert not (tmp_path / "loss.png").exists()
 
 
-def test_a_line_can_be_shown_to_a_person():
-    assert progress_line(line(12)).startswith("step     12  loss 0.5000  lr 1.00e-01")
+def test_the_curve_is_drawn_at_the_end_and_seldom_before(tmp_path, monkeypatch):
+    log = MetricsLog(Folder(tmp_path), 0)
+    log.write(line(2), 0)
+    log.save()
+    first = (tmp_path / "loss.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    log.write(line(4, loss=1.0), 0)
+    log.save()
+    assert (tmp_path / "loss.png").read_bytes() == first
+    log.close()
+    assert (tmp_path / "loss.png").read_bytes() != first
+
+
+def test_tensorboard_holds_the_same_values(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(Folder(tmp_path), 0)
+    log.write(line(2), 0)
+    log.write(line(4, held_out_loss=3.5), 0)
+    log.close()
+    log = MetricsLog(Folder(tmp_path), 2)
+    log.write(line(4, loss=1.0, held_out_loss=3.0), 0)
+    log.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(each.step, each.value) for each in found.Scalars("loss")] == [(2, 2.5), (4, 1.0)]
+    assert [each.value for each in found.Scalars("held_out_loss")] == [3.0]
+    assert [each.value for each in found.Scalars("loss_by_mask_rate/0")] == [3.0, 3.0]
+
+
+def test_a_full_disk_is_told_once_and_what_is_missing_follows(tmp_path, capsys):
+    log = MetricsLog(Folder(tmp_path), 0)
+    log.write(line(2), 0)
+    full = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    log._file.close()
+    log._file = full
+    log.write(line(4), 0)
+    assert steps(tmp_path) == [2]
+    assert "cannot be written: No space left on device" in capsys.readouterr().err
+    log.write(line(6), 0)
+    assert steps(tmp_path) == [2, 4, 6]
+    log.abandon()
+
+
+def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
+    log = MetricsLog(Folder(tmp_path), 0)
+    log._file.close()
+    log._file = None
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    for step in (2, 4, 6):
+        log.write(line(step), 0)
+    assert capsys.readouterr().err.count("metrics.jsonl cannot be written") == 1
+    os.rmdir(tmp_path / "metrics.jsonl")
+    log.save()
+    assert steps(tmp_path) == [2, 4, 6]
+    log.abandon()
+
+
+def test_a_store_gets_the_lines_at_a_bounded_rate_and_all_files_when_saved(s3_url, monkeypatch):
+    folder = Folder(s3_url)
+    log = MetricsLog(folder, 0)
+    log.write(line(2), 0)
+    assert steps(s3_url) == []
+    monkeypatch.setattr(metrics, "PUT_EVERY", 0.0)
+    log.save()
+    assert steps(s3_url) == [2]
+    assert folder.read_bytes("loss.png").startswith(b"\x89PNG")
+    [events] = (folder / "tensorboard").list()
+    size = (folder / "tensorboard").size(events)
+    log.write(line(4), 0)
+    assert steps(s3_url) == [2, 4]
+    log.close()
+    assert (folder / "tensorboard").size(events) > size
+    log = MetricsLog(folder, 2)
+    assert steps(s3_url) == [2]
+    log.close()
+    assert len((folder / "tensorboard").list()) == 2
+
+
+def test_a_progress_line_tells_what_a_person_asks_first():
+    told = line(7, seconds_left=3725.0, mfu=0.4, skipped_steps=2, held_out_loss=3.0)
+    assert progress_line(told).split("  ")[-9:] == [
+        "loss 2.5000", "lr 1.00e-01", "grad norm 2.00", "64 data tokens/s", "data wait 15.0 %",
+        "MFU 40 %", "2 steps skipped", "held out 3.0000", "1 h 2 min left",
+    ]  # fmt: skip
+    plain = progress_line(line(7, loss=None, grad_norm=None))
+    assert "loss -" in plain
+    assert "MFU" not in plain
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(4.4, "4 s"), (60, "1 min 0 s"), (3600, "1 h 0 min"), (200_000, "2 d 7 h")],
+)
+def test_time_left_has_two_units(seconds, told):
+    assert f"  {told} left" in progress_line(line(1, seconds_left=seconds))
+
+
+def test_speed_is_of_all_lines():
+    seconds, rate = speed([line(1), line(2, tokens_per_second=16.0, seconds=6.0)])
+    assert seconds == 8.0
+    assert rate == (64.0 * 2 + 16.0 * 6) / 8

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cascade_model.checkpoint import verify
 from cascade_model.commit import Folder
 from cascade_model.config import TrainerConfig
 from cascade_model.corpus import Corpus
@@ -46,7 +47,7 @@ def test_run_folder_explains_itself(tiny_corpus, tmp_path, capsys):
         log_every=2,
         checkpoint_every=2,
     )
-    facts = json.loads((run / "checkpoints" / "step_00000004" / "config.json").read_text())
+    facts = facts_of(run)
     assert facts["settings"]["trainer"] == read_yaml(str(run / "config.yaml"))["trainer"]
     assert load_model(str(run / "model"))[0].config.block_size == 4
     assert "loss per maskable token" in capsys.readouterr().out
@@ -63,8 +64,8 @@ def test_training_can_start_from_a_model_folder(tiny_corpus, tmp_path):
     assert pretrain.main(flags(tiny_corpus, tmp_path / "first")) == 0
     initial = ["--initial-model", str(tmp_path / "first" / "model")]
     assert pretrain.main(flags(tiny_corpus, tmp_path / "second", *initial)) == 0
-    first = read_metrics(tmp_path / "first" / "metrics.jsonl")
-    second = read_metrics(tmp_path / "second" / "metrics.jsonl")
+    first = read_metrics(Folder(tmp_path / "first"))
+    second = read_metrics(Folder(tmp_path / "second"))
     assert second[0]["loss"] < first[0]["loss"]
 
 
@@ -75,7 +76,7 @@ def test_one_block_shifted_is_an_autoregressive_model(tiny_corpus, tmp_path):
 
 
 def facts_of(folder):
-    return json.loads((folder / "checkpoints" / "step_00000004" / "config.json").read_text())
+    return verify(folder / "checkpoints" / "step_00000004").facts
 
 
 def test_a_bidirectional_model_draws_a_rate_for_each_sequence(tiny_corpus, tmp_path):
@@ -226,9 +227,9 @@ def test_an_interrupted_run_on_ray_says_so_and_goes_on(tiny_corpus, tmp_path):
     told = "interrupted; what was committed stays, run the same command to go on"
     assert error.splitlines()[-1] == told
     assert "Traceback" not in error
-    last = read_metrics(run / "metrics.jsonl")[-1]["step"]
+    last = read_metrics(Folder(run))[-1]["step"]
     assert pretrain.main(flags(tiny_corpus, run, "--trainer.num-steps", str(last + 2))) == 0
-    assert read_metrics(run / "metrics.jsonl")[-1]["step"] == last + 2
+    assert read_metrics(Folder(run))[-1]["step"] == last + 2
 
 
 def test_second_command_on_a_folder_in_use_is_refused_in_one_sentence(tiny_corpus, tmp_path):
@@ -264,24 +265,26 @@ def dying_once(config, device, started):
     from cascade_model import checkpoint
 
     mark = Path(config.output) / "died"
-    save = checkpoint.save
+    save = checkpoint.Checkpoints.save
 
     def save_and_die(*args):
         result = save(*args)
+        result.wait()
         if dist.get_rank() == 1 and not mark.exists():
             mark.write_text("once")
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    checkpoint.save = save_and_die
+    checkpoint.Checkpoints.save = save_and_die
     return pretrain.train(config, device, started)
 
 
 def robbed(config, device, started):
     """The real training, in a folder that another command has taken meanwhile."""
     from cascade_model import lease
+    from cascade_model.commit import Folder
 
-    lease._draw(Path(config.output), lease.Owner.here(), lambda last, now: None)
+    lease._draw(Folder(config.output), lease.Owner.here(), lambda last: None)
     return pretrain.train(config, device, started)
 
 
@@ -312,7 +315,7 @@ def run_of_two(ray_local, tiny_corpus, tmp_path_factory):
 def test_two_ranks_on_ray_equal_one_process(run_of_two, tiny_corpus, tmp_path):
     assert pretrain.main(flags(tiny_corpus, tmp_path)) == 0
     assert json.loads((run_of_two / "summary.json").read_text())["world_size"] == 2
-    one, two = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, run_of_two))
+    one, two = (read_metrics(Folder(folder)) for folder in (tmp_path, run_of_two))
     pairs = zip(one, two, strict=True)
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in pairs)
 
