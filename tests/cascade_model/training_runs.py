@@ -91,6 +91,7 @@ def run_ranks(folder: Path, corpus: str, body: str, ranks: int = 2, code: int = 
         "import torch\n"
         "from tests.cascade_model.training_runs import *\n"
         "from cascade_model import parallel\n"
+        "from cascade_model.corpus import Corpus\n"
         f"folder, corpus = Path({str(folder)!r}), Corpus.open({corpus!r})\n"
         "rank = int(os.environ.get('RANK', '0'))\n"
         f"{body}"
