@@ -10,6 +10,7 @@ import torch
 
 from cascade_model import parallel
 from cascade_model.errors import InputError
+from tests.cascade_model.training_runs import run_ranks
 
 RANKS = """
 import json, sys
@@ -111,3 +112,25 @@ def test_alone_everything_is_local():
 
     with pytest.raises(InputError, match="no"):
         parallel.on_first_rank(refuse)
+
+
+END = """
+import atexit
+import torch.distributed as dist
+atexit.register(lambda: (folder / (str(rank) + ".ended")).write_text(str(dist.is_initialized())))
+parallel.join_group(torch.device("cpu"))
+parallel.join_group(torch.device("cpu"))
+assert parallel.world_size() == 2
+if rank == 1 and {fails}:
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rank_leaves_its_group_before_python_ends(tmp_path, tiny_corpus, fails):
+    shown = run_ranks(tmp_path, tiny_corpus, END.format(fails=fails), code=int(fails))
+    ended = [tmp_path / f"{rank}.ended" for rank in (0, 1)]
+    assert ended[1].read_text() == "False"
+    if not fails:  # else the launcher may end the other rank first
+        assert ended[0].read_text() == "False"
+    assert "terminate called" not in shown

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import signal
+import time
 
 import pytest
 import torch
@@ -209,3 +211,33 @@ def test_infinity_on_one_rank_is_seen_by_both(run, corpus):
     assert record["sequence_ids"] == [int(i) for i in expected]
     lines = read_metrics(Folder(folder / "skipped"))
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 0]
+
+
+PREEMPTED = """
+def slow(model, batch):
+    time.sleep(0.05)
+    return elbo(model, batch)
+
+if __name__ == "__main__":
+    steps = dataclasses.replace(STEPS, num_steps=2000, checkpoint_every=2000, log_every=1)
+    try:
+        make(corpus, folder / "run", steps, slow).fit()
+    except Exception as error:
+        (folder / f"end_{rank}").write_text(str(error))
+        raise SystemExit(error.exit_code)
+"""
+
+
+def test_a_preempted_launcher_gives_its_ranks_the_time_to_save(tiny_corpus, tmp_path):
+    def preempt(process):
+        until = time.monotonic() + 120
+        while len(read_metrics(Folder(tmp_path / "run"))) < 3 and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+
+    run_ranks(tmp_path, tiny_corpus, PREEMPTED, code=None, meanwhile=preempt)
+    ends = [(tmp_path / f"end_{rank}").read_text() for rank in (0, 1)]
+    assert ends[0] == ends[1]
+    step = int(re.fullmatch(r"stopped at step (\d+) \(SIGTERM\); run the same .*", ends[0])[1])
+    assert 3 <= step < 2000
+    assert (tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / "COMMIT").exists()
