@@ -1,5 +1,6 @@
 """The baselines are the published loops: they pass the conformance cases of their systems."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -118,8 +119,8 @@ def training_pair(tmp_path, **choices):
     """A batch of one-document sequences and a model whose every gradient can be compared."""
     corpus = train_arms.corpus_of(tmp_path / "corpus", 128, sequences=8)
     model = train_arms.model_of(corpus, TINY, **choices)
-    batch = TrainBatch.from_numpy(corpus.batch(0, 3, corpus.manifest.noise), "cpu")
-    return model, batch
+    noise = dataclasses.replace(corpus.manifest.noise, block_size=model.config.block_size)
+    return model, TrainBatch.from_numpy(corpus.batch(0, 3, noise), "cpu")
 
 
 def loss_and_gradients(model, batch, loss):
