@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cascade_model.checkpoint import verify
 from cascade_model.commit import Folder
 from cascade_model.config import TrainerConfig
 from cascade_model.corpus import Corpus
@@ -46,7 +47,7 @@ def test_run_folder_explains_itself(tiny_corpus, tmp_path, capsys):
         log_every=2,
         checkpoint_every=2,
     )
-    facts = json.loads((run / "checkpoints" / "step_00000004" / "config.json").read_text())
+    facts = verify(run / "checkpoints" / "step_00000004").facts
     assert facts["settings"]["trainer"] == read_yaml(str(run / "config.yaml"))["trainer"]
     assert load_model(str(run / "model"))[0].config.block_size == 4
     assert "loss per maskable token" in capsys.readouterr().out
@@ -75,7 +76,7 @@ def test_one_block_shifted_is_an_autoregressive_model(tiny_corpus, tmp_path):
 
 
 def facts_of(folder):
-    return json.loads((folder / "checkpoints" / "step_00000004" / "config.json").read_text())
+    return verify(folder / "checkpoints" / "step_00000004").facts
 
 
 def test_a_bidirectional_model_draws_a_rate_for_each_sequence(tiny_corpus, tmp_path):
