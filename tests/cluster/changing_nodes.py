@@ -99,10 +99,7 @@ def ranks_by_step(run: Path) -> dict[int, int]:
     found = {}
     for commit in sorted((run / "checkpoints").glob("step_*/COMMIT")):
         attempt = json.loads(commit.read_text())["attempt"]
-        manifest = commit.parent / attempt / "manifest.json"
-            f"{json.loads(commit.read_text())['attempt']}/manifest.json"
-        )
-        facts = json.loads(manifest.read_text())["facts"]
+        facts = json.loads((commit.parent / attempt / "manifest.json").read_text())["facts"]
         found[facts["step"]] = facts["world_size"]
     return found
 
