@@ -10,15 +10,15 @@ speed is a share of the device's peak that is assumed, or measured by a few pass
 import dataclasses
 import importlib
 import os
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cascade_model.errors import InputError
 from cascade_model.settings import check
-from jobs.cli import command
+from jobs.cli import actions, command
 from jobs.plan_table import table
 from jobs.training_settings import TrainingConfig
 
@@ -240,49 +240,42 @@ def _probe(config: Any, module: Any, corpus: "Corpus", noise: "NoiseConfig") -> 
     count = min(trainer.sequences_per_forward, per_rank)
     batch = TrainBatch.from_numpy(corpus.batch(0, count, noise), device)
     half = trainer.precision == "bfloat16"
-    passes, steps = [], []
-    for _ in range(_PASSES):
-        started = time.perf_counter()
+    moved = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients() -> None:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
             loss = loss_fn(model, batch).sum
-        torch.autograd.backward(loss)
-        _wait(device)
-        passes.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        adam.step()
-        _wait(device)
-        steps.append(time.perf_counter() - started)
-        adam.zero_grad()
-    seconds = min(passes) + min(steps) * count / per_rank
+        for parameter, gradient in zip(moved, torch.autograd.grad(loss, moved), strict=True):
+            parameter.grad = gradient
+
+    seconds = _fastest(gradients, device) + _fastest(adam.step, device) * count / per_rank
     return count * corpus.sequence_length / seconds
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        import torch
+def _fastest(work: Callable[[], Any], device: str) -> float:
+    """Seconds of the fastest of a few tries."""
+    import torch
 
-        torch.cuda.synchronize()
+    best = float("inf")
+    for _ in range(_PASSES):
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def plan_stage(stage: str, argv: Sequence[str]) -> int:
     """`cascade plan STAGE`: the stage's settings, and a group `plan`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    usage = f"usage: cascade plan {{{','.join(STAGES)}}} [--config FILE.yaml]... [flags]"
-    if not words or words[0] in ("-h", "--help"):
-        print(f"{usage}\n\n{__doc__}")
-        return 0 if words else 2
-    stage = words[0]
-    if stage not in STAGES:
-        print(f"cascade plan: no stage {stage!r} trains\n{usage}", file=sys.stderr)
-        return 2
 
     def run_stage(config: TrainingConfig) -> dict[str, Any]:
         return run(stage, config)
 
-    return command(_config_of(stage), run_stage, stage)(words[1:])
+    return command(config_of(stage), run_stage, stage)(argv)
 
 
-def _config_of(stage: str) -> type[Any]:
+def config_of(stage: str) -> type[Any]:
     """The stage's settings with the plan's own beside them."""
     settings = getattr(importlib.import_module(f"jobs.{stage}"), STAGES[stage])
     choices = ("plan", PlanChoices, field(default_factory=PlanChoices))
@@ -296,6 +289,13 @@ def _config_of(stage: str) -> type[Any]:
         namespace={"__doc__": settings.__doc__},
     )
 
+
+main = actions(
+    "plan",
+    pretrain=("pretraining on a corpus", partial(plan_stage, "pretrain")),
+    distil=("distillation from an autoregressive teacher", partial(plan_stage, "distil")),
+    sft=("going on with conversations", partial(plan_stage, "sft")),
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -45,7 +45,6 @@ def make(corpus, folder, trainer=STEPS, loss_fn=elbo, more=None, **shape) -> Tra
     )
     model = build_network(config)
     model.init_weights(0)
-    folder.mkdir(exist_ok=True)
     return Trainer(
         model=model,
         corpus=corpus,
@@ -54,7 +53,7 @@ def make(corpus, folder, trainer=STEPS, loss_fn=elbo, more=None, **shape) -> Tra
         objective={"name": "diffusion", "weight": "elbo"},
         optimizer=OptimizerConfig(peak_lr=1e-2),
         trainer=trainer,
-        folder=Folder(folder),
+        folder=folder if isinstance(folder, Folder) else Folder(folder),
         **(more or {}),
     )
 
