@@ -8,7 +8,7 @@ run takes the steps that the uninterrupted one would have taken.
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -110,10 +110,12 @@ class Trainer:
         sharding.prepare(self.model, self.trainer, self.device)
         self._adam = make_optimizer(self.model, self.optimizer)
         self._at = at = self._resume(found)
+        self._saving: Saving | None = None
         batches = feed(self.corpus, self.noise, self.trainer, at.step)
         with contextlib.ExitStack() as opened:
             self._log = parallel.only_first_rank(lambda: self._open_log(opened))
             self._noted = opened.enter_context(signals_noted())
+            opened.enter_context(self._save_ended())
             self._batches = opened.enter_context(contextlib.closing(batches))
             if not at.is_told:
                 self._tell()
@@ -126,6 +128,17 @@ class Trainer:
                     self._save(held_out)
             self._checkpoints.finish()
             return self._finish()
+
+    @contextlib.contextmanager
+    def _save_ended(self) -> Iterator[None]:
+        """If the body fails, the save that is on its way still ends before the folder is let go."""
+        try:
+            yield
+        except Exception:
+            if self._saving is not None:
+                with contextlib.suppress(Exception):
+                    self._saving.wait()
+            raise
 
     def _resume(self, found: Checkpoint | None) -> Progress:
         if found is None:
@@ -279,9 +292,9 @@ class Trainer:
         }
         self._on_first(lambda: self._log.save())
         score = None if held_out is None else held_out.loss
-        saving = self._checkpoints.save(self.model, self._adam, facts, score)
+        self._saving = self._checkpoints.save(self.model, self._adam, facts, score)
         self._at.window.saving += time.perf_counter() - started
-        self.on_save(saving)
+        self.on_save(self._saving)
 
     def _stop(self) -> None:
         """Save at once and end the run, on all ranks for the same reason."""
