@@ -25,22 +25,35 @@ from dataclasses import dataclass
 
 import torch
 
-from cascade_model.config import ExpertsConfig, ModelConfig
+from cascade_model.config import ModelConfig
 
 _PRODUCT = 1024
 _TRIALS = 5
-# Dense peaks in FLOP/s of NVIDIA's data sheets, in bfloat16 and in float32 without tensor cores.
-# The first name that the device's own contains counts, so the narrower ones come first.
-_PEAKS = {
-    "B200": (2250e12, 75e12),
-    "H200": (989.4e12, 66.9e12),
-    "H100 PCIe": (756e12, 51.2e12),
-    "H100": (989.4e12, 66.9e12),
-    "A100": (312e12, 19.5e12),
-    "L40S": (362e12, 91.6e12),
-    "A10": (125e12, 31.2e12),
-    "L4": (121e12, 30.3e12),
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Of NVIDIA's data sheets: dense products without sparsity, float32 without tensor cores."""
+
+    bfloat16: float
+    """FLOP/s."""
+    float32: float
+    """FLOP/s."""
+    memory: float
+    """Bytes; of the smaller one where a name has two."""
+
+
+GPUS = {
+    "B200": Gpu(2250e12, 75e12, 180e9),
+    "H200": Gpu(989.4e12, 66.9e12, 141e9),
+    "H100 PCIe": Gpu(756e12, 51.2e12, 80e9),
+    "H100": Gpu(989.4e12, 66.9e12, 80e9),
+    "A100": Gpu(312e12, 19.5e12, 40e9),
+    "L40S": Gpu(362e12, 91.6e12, 48e9),
+    "A10": Gpu(125e12, 31.2e12, 24e9),
+    "L4": Gpu(121e12, 30.3e12, 24e9),
 }
+"""The first name that the device's own contains counts, so the narrower ones come first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,13 +144,13 @@ def device_peak(device: torch.device | str, precision: str) -> float | None:
         return _measured(precision, torch.get_num_threads())
     if device.type != "cuda":
         return None
-    return peak_of(torch.cuda.get_device_name(device), precision)
+    gpu = gpu_of(torch.cuda.get_device_name(device))
+    return None if gpu is None else getattr(gpu, precision)
 
 
-def peak_of(name: str, precision: str) -> float | None:
-    """The maker's figure for a GPU of this name; none if it is not known."""
-    found = next((peaks for known, peaks in _PEAKS.items() if known in name), None)
-    return None if found is None else found[0 if precision == "bfloat16" else 1]
+def gpu_of(name: str) -> Gpu | None:
+    """The maker's figures for a GPU of this name; none if it is not known."""
+    return next((gpu for known, gpu in GPUS.items() if known in name), None)
 
 
 def _projections(config: ModelConfig) -> tuple[float, float]:
@@ -148,17 +161,22 @@ def _projections(config: ModelConfig) -> tuple[float, float]:
 
 def _feed_forward(config: ModelConfig, layer: int) -> float:
     """Operations per row of one layer's feed-forward."""
-    width, experts = config.hidden_size, config.experts
-    if config.network != "transformer":
-        return 4.0 * width * config.intermediate_size
-    if experts is None or layer < experts.first_dense_layers:
-        return 6.0 * width * config.intermediate_size
-    return 2.0 * width * experts.num_experts + 6.0 * width * _expert_width(experts)
+    products = 6.0 if config.network == "transformer" else 4.0
+    router = config.experts.num_experts if config.experts and has_experts(config, layer) else 0
+    return config.hidden_size * (products * active_width(config, layer) + 2.0 * router)
 
 
-def _expert_width(experts: ExpertsConfig) -> int:
-    """Inner width of everything that one token passes."""
+def active_width(config: ModelConfig, layer: int) -> int:
+    """Inner width of everything that one token passes in a layer's feed-forward."""
+    experts = config.experts
+    if experts is None or not has_experts(config, layer):
+        return config.intermediate_size
     return experts.experts_per_token * experts.intermediate_size + experts.shared_intermediate_size
+
+
+def has_experts(config: ModelConfig, layer: int) -> bool:
+    """Whether the layer, counted from 0, is a mixture of experts."""
+    return config.experts is not None and layer >= config.experts.first_dense_layers
 
 
 @functools.cache

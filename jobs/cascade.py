@@ -7,6 +7,7 @@ STAGES = {
     "tokenizer": "corpus -> tokenizer.json",
     "prepare": "corpus -> pre-masked Arrow shards (Ray Data)",
     "shards": "look into a corpus: verify, show, stats, documents, materialise",
+    "plan": "a training job's memory, work, time and storage, before it starts",
     "pretrain": "shards -> block-diffusion or autoregressive checkpoint (Ray Train)",
     "convert": "published checkpoint -> model folder, or a block-diffusion start",
     "export": "model folder -> the layout of its published family",

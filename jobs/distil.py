@@ -10,11 +10,12 @@ from cascade_model.config import TeacherWeight
 from cascade_model.settings import check
 from jobs.cli import command
 from jobs.objectives import LossConfig, auxiliary, auxiliary_objective, check_auxiliary
+from jobs.ranks import Started
 from jobs.training import fit, start, starting_config
 
 if TYPE_CHECKING:
     from cascade_model.distillation import Reference
-    from cascade_model.lease import Owner
+    from cascade_model.trainer import LossFn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,9 +52,14 @@ class DistilConfig(LossConfig):
 
 def run(config: DistilConfig) -> dict[str, Any]:
     """Check the settings, train, and return the run's summary."""
+    check_settings(config)
+    return start(config, train, objective(config))
+
+
+def check_settings(config: DistilConfig) -> None:
+    """Refuse what this stage alone knows of, before any worker starts."""
     check_teacher(config)
     check_auxiliary(config)
-    return start(config, train, objective(config))
 
 
 def check_teacher(config: DistilConfig) -> None:
@@ -103,19 +109,23 @@ def axes(config: DistilConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def train(config: DistilConfig, device: str, owner: "Owner | None" = None) -> dict[str, Any]:
+def train(config: DistilConfig, device: str, started: Started) -> dict[str, Any]:
     """One rank's part."""
+    return fit(config, device, objective(config), loss_of(config, device), started)
+
+
+def loss_of(config: DistilConfig, device: str) -> "LossFn":
+    """What one rank minimises."""
     from functools import partial
 
     from cascade_model.distillation import distillation_loss
 
-    loss_fn = partial(
+    return partial(
         distillation_loss,
         reference=reference_of(config, device),
         **axes(config),
         auxiliary=auxiliary(config),
     )
-    return fit(config, device, objective(config), loss_fn, owner)
 
 
 def reference_of(config: DistilConfig, device: str) -> "Reference":

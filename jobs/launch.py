@@ -1,73 +1,103 @@
-"""Where training meets Ray Train: the only file that knows both.
+"""Where training meets Ray Train: the command's side.
 
 Ray places the ranks, gives them a process group and restarts them after a death. What is durable is
-decided by our own COMMIT, so nothing is reported to Ray: a restarted rank looks for the newest
-complete checkpoint in the run folder by itself.
+decided by our own COMMIT: a restarted rank looks for the newest complete checkpoint in the run
+folder by itself. A signal to the command, or a machine that Ray loses, is a wish that the ranks
+meet at the end of their step (`ranks`).
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cascade_model.commit import Folder
-from cascade_model.errors import InputError
-from cascade_model.metrics import progress_line, read_metrics
-from pipelines.cluster import cores, require_resources, start_ray
+from cascade_model.errors import InputError, Stopped, Unfinished
+from cascade_model.settings import check
+from cascade_model.stopping import signals_noted
+from jobs import run_folder
+from jobs.progress import Progress
+from jobs.ranks import CHECKPOINTS, Started, run_rank
+from pipelines.cluster import require_resources, start_ray
 
-Train = Callable[[Any, str], dict[str, Any]]
-"""(config, device type) -> summary; runs in every rank, inside its process group."""
+if TYPE_CHECKING:
+    from cascade_model.lease import Owner
 
-_REFUSAL = "refused.json"
-_MARK = "launched"
-_PATHS = ("corpus", "output", "teacher", "targets", "initial_model")
+Train = Callable[[Any, str, Started], dict[str, Any]]
+"""(config, device type, what started it) -> summary; runs in every rank, in its process group."""
+
+SUMMARY = "summary.json"
+_PATHS = ("corpus", "output", "teacher", "initial_model", "targets")
 # Ray Train asks for the ranks' machines again every 60 s; a cluster has this long to grow.
 _STARTS = 30
+_LOOK_EVERY = 0.5
+_RAY_FILES = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
 
 
-def run_folder(output: str) -> Path:
-    """The run folder as an absolute path, not made yet; all ranks must see the same disk.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where the ranks run, how many of them, and what they survive."""
 
-    Raises `InputError` for a URL, a file in the way, or a place that cannot be written.
-    """
-    if "://" in output:
-        raise InputError(
-            f"output={output} is a URL; a run folder must be a path on a disk that all workers see"
+    num_workers: int
+    min_workers: int | None = None
+    use_gpu: bool = False
+    label_selector: dict[str, str] | None = None
+    max_failures: int = 2
+    max_preemptions: int = -1
+    collective_timeout_s: float = 600.0
+    resize_after_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        check(
+            self.num_workers >= 0,
+            f"num_workers={self.num_workers} must be 0 (no Ray) or more; use 2",
         )
-    folder = Path(output).absolute()
-    nearest = next(p for p in (folder, *folder.parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(
-            f"output={output} cannot be made: {nearest} is no folder that can be written; "
-            "choose another path"
+        check(
+            self.min_workers is None or 1 <= self.min_workers <= self.num_workers,
+            f"min_workers={self.min_workers} must be in 1..{self.num_workers}, which is "
+            "num_workers; use 1, or leave it out for a fixed number of ranks",
         )
-    return folder
+        check(
+            not self.label_selector or self.num_workers > 0,
+            "label_selector names machines of a Ray cluster and num_workers=0 uses no Ray; "
+            "use num_workers=1",
+        )
+        for name in ("collective_timeout_s", "resize_after_s"):
+            check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0; use 60")
+        for name in ("max_failures", "max_preemptions"):
+            value = getattr(self, name)
+            check(value >= -1, f"{name}={value} must be 0 or more, or -1 for no limit")
+
+    @property
+    def device(self) -> str:
+        """Kind of device of each rank."""
+        return "cuda" if self.use_gpu else "cpu"
+
+    @property
+    def sizes(self) -> range:
+        """Every number of ranks that the run may have."""
+        most = max(self.num_workers, 1)
+        return range(self.min_workers or most, most + 1)
 
 
-def require_workers(num_workers: int) -> None:
-    """Raise `InputError` for a number of ranks that cannot be."""
-    if num_workers < 0:
-        raise InputError(f"num_workers={num_workers} must be 0 (no Ray) or more; use 2")
-
-
-def require_room(num_workers: int, use_gpu: bool) -> None:
+def require_room(placement: Placement) -> None:
     """Raise `InputError` for more ranks than there is room for; call it before anything is written.
 
     Starts Ray. A cluster that may grow is not judged here: `launch` gives it half an hour.
     """
-    if num_workers == 0:
+    num_workers, use_gpu = placement.sizes.start, placement.use_gpu
+    if placement.num_workers == 0:
         _require_gpu(use_gpu)
         return
-    start_ray(num_workers)
-    asks = f"num_workers={num_workers} with use_gpu={use_gpu}"
+    start_ray(placement.num_workers)
+    name = "num_workers" if placement.min_workers is None else "min_workers"
+    asks = f"{name}={num_workers} with use_gpu={use_gpu}"
     if use_gpu:
         require_resources(0, num_workers, asks, "use fewer ranks or use_gpu=False")
     else:
@@ -78,39 +108,197 @@ def launch(
     train: Train,
     config: Any,
     *,
-    folder: Path,
-    num_workers: int,
-    use_gpu: bool = False,
-    max_failures: int = 2,
+    folder: Folder,
+    placement: Placement,
+    owner: "Owner | None" = None,
 ) -> dict[str, Any]:
-    """Run `train(config, device)` on `num_workers` ranks and return the run's summary.
+    """Run `train(config, device, started)` on the ranks and return the run's summary.
 
     0 workers: in this process, without Ray. A user's mistake inside a rank comes out here as the
-    same `InputError`, without Ray's traceback.
+    same `InputError`, without Ray's traceback. Raises `Stopped` after a signal, when all is saved,
+    and `Unfinished` when ranks died or hung more often than they may.
     """
-    require_workers(num_workers)
-    device = "cuda" if use_gpu else "cpu"
-    if num_workers == 0:
-        _require_gpu(use_gpu)
-        return train(config, device)
-    refusal, mark = folder / _REFUSAL, folder / _MARK
-    refusal.unlink(missing_ok=True)
+    if placement.num_workers == 0:
+        _require_gpu(placement.use_gpu)
+        return train(config, placement.device, Started(owner=owner))
+    left = placement.max_preemptions
+    while True:
+        error = _launch_once(train, config, folder, placement, owner)
+        if error is None:
+            return json.loads(folder.read_bytes(SUMMARY))
+        if not isinstance(error, _Preempted) or left == 0:
+            raise error
+        left -= 1
+        print(f"{error}; starting again on the other machines", file=sys.stderr, flush=True)
+
+
+class _Preempted(Stopped):
+    """The ranks saved and left because a machine is being taken away."""
+
+
+def _launch_once(
+    train: Train, config: Any, folder: Folder, placement: Placement, owner: "Owner | None"
+) -> InputError | None:
+    """One run of Ray Train; what its ranks left as their reason to end without a summary."""
     # A name used twice would silently continue Ray's own notes of the earlier run.
     name = f"launch-{time.time_ns()}"
-    mark.write_text(name, encoding="utf-8")
+    run_folder.mark(folder, name)
     try:
-        _fit(train, config, folder, num_workers, device, max_failures, name)
-        _raise_refusal(refusal)
+        settings = {
+            "train": train,
+            "config": config,
+            "folder": folder.url,
+            "device": placement.device,
+            "launch": name,
+            "owner": owner,
+        }
+        try:
+            signal = _fit(settings, folder, placement)
+        except Exception as error:
+            told = run_folder.take_outcome(folder)
+            raise told or _cause_of(error, placement) or error from None
+        outcome = run_folder.take_outcome(folder)
+        if isinstance(outcome, Stopped) and signal is None:
+            return _Preempted(str(outcome).partition(";")[0])
+        return outcome
     finally:
-        _unmark(mark, name)
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        run_folder.unmark(folder, name)
+        _remove_rays_notes(folder / CHECKPOINTS)
 
 
-def _unmark(mark: Path, name: str) -> None:
-    """Remove the mark, unless a run that took the folder over has put its own."""
-    with contextlib.suppress(FileNotFoundError):
-        if mark.read_text(encoding="utf-8") == name:
-            mark.unlink()
+def _fit(settings: dict[str, Any], folder: Folder, placement: Placement) -> str | None:
+    """Let Ray Train run, show what the ranks write, pass a signal on to them.
+
+    Returns the signal that came, if one did. Ray runs in a thread of its own: in the main thread it
+    would take SIGINT over, end the process with code 1, and never give the signal back.
+    """
+    trainer = _trainer(settings, folder, placement)
+    failure: list[BaseException] = []
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            ended.set()
+
+    progress, asked = Progress(folder), None
+    with signals_noted() as signalled:
+        threading.Thread(target=run, daemon=True).start()
+        while not ended.wait(_LOOK_EVERY):
+            progress.show()
+            if asked is None and (asked := signalled()):
+                _pass_on(asked, folder, settings["launch"])
+    progress.show(is_last=True)
+    if failure:
+        raise failure[0]
+    return asked
+
+
+def _pass_on(signal: str, folder: Folder, launch: str) -> None:
+    """Ask the ranks to stop; where none is at work yet, there is nothing to wait for."""
+    run_folder.ask_to_stop(folder, launch, signal)
+    if not run_folder.has_begun(folder, launch):
+        raise Stopped.at(0, f"{signal} before the ranks had begun")
+    print(f"{signal}: saving at the end of this step", file=sys.stderr, flush=True)
+
+
+def _trainer(settings: dict[str, Any], folder: Folder, placement: Placement) -> Any:
+    timeout = placement.collective_timeout_s
+    # Ray's default of 2 s is how long a death goes unseen; all are read when Ray Train starts. A
+    # rank that stands still answers no question about its health and joins no report.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(timeout)
+    start_ray(placement.num_workers)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from jobs.resizing import SaveBeforeResize
+
+    least, most = placement.sizes.start, placement.num_workers
+    filesystem, path = _storage(folder)
+    return TorchTrainer(
+        run_rank,
+        train_loop_config=settings,
+        torch_config=TorchConfig(
+            backend="nccl" if placement.use_gpu else "gloo", timeout_s=max(1, round(timeout))
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=most if least == most else (least, most),
+            use_gpu=placement.use_gpu,
+            label_selector=placement.label_selector,
+            elastic_resize_monitor_interval_s=placement.resize_after_s,
+        ),
+        run_config=RunConfig(
+            name=CHECKPOINTS,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(
+                max_failures=placement.max_failures,
+                max_preemption_failures=placement.max_preemptions,
+                controller_failure_limit=_STARTS,
+            ),
+            # Typed for user callbacks only; Ray passes all others to its controller.
+            callbacks=[SaveBeforeResize(folder.url, settings["launch"], timeout)],  # pyright: ignore
+        ),
+    )
+
+
+def _storage(folder: Folder) -> tuple[Any, str]:
+    """The run folder as Ray wants it. Its storage is our folder of checkpoints, as it registers
+    none from elsewhere; notes that it left there are of another launch."""
+    import fsspec
+    import pyarrow.fs
+
+    _remove_rays_notes(folder / CHECKPOINTS)
+    if folder.is_local:
+        return pyarrow.fs.LocalFileSystem(), folder.url
+    system, path = fsspec.core.url_to_fs(folder.url)
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(system)), str(path)
+
+
+def _remove_rays_notes(folder: Folder) -> None:
+    for name in _RAY_FILES:
+        folder.remove(name)
+    folder.remove_if_empty()
+
+
+def _cause_of(error: Exception, placement: Placement) -> InputError | None:
+    """What the user should know behind an error of Ray Train; none for a fault of ours."""
+    ranks = getattr(error, "worker_failures", {})
+    told = [failure for failure in ranks.values() if isinstance(failure, InputError)]
+    if told:
+        return told[0]
+    asks = f"num_workers={placement.num_workers} with use_gpu={placement.use_gpu}"
+    if "StartupTimeout" in type(getattr(error, "controller_failure", None)).__name__:
+        return InputError(
+            f"{asks}: the cluster did not give that many machines in half an hour; use fewer "
+            "ranks, or let the cluster grow larger"
+        )
+    if ranks and all(_is_loss(failure) for failure in ranks.values()):
+        first = min(ranks, key=lambda rank: (_is_collateral(ranks[rank]), rank))
+        reason = str(ranks[first]).strip().splitlines()[0].rstrip(".:")
+        return Unfinished(
+            f"rank {first} was lost ({reason}) after max_failures={placement.max_failures} "
+            "restarts; look at its machine and run the same command again, which goes on from the "
+            "newest checkpoint"
+        )
+    return None
+
+
+def _is_loss(failure: Exception) -> bool:
+    """Whether a rank died, hung, or failed because another one did."""
+    return "WorkerHealthCheck" in type(failure).__name__ or _is_collateral(failure)
+
+
+def _is_collateral(failure: Exception) -> bool:
+    """Whether a rank failed in a collective, waiting for one that is gone."""
+    name, text = type(failure).__name__, str(failure)
+    words = ("gloo", "nccl", "Connection closed by peer", "Connection reset by peer")
+    return name.startswith("Dist") or any(word.lower() in text.lower() for word in words)
 
 
 def with_absolute_paths(config: Any) -> Any:
@@ -126,169 +314,12 @@ def absolute(place: str) -> str:
     return place if "://" in place else str(Path(place).absolute())
 
 
-def _fit(
-    train: Train,
-    config: Any,
-    folder: Path,
-    num_workers: int,
-    device: str,
-    max_failures: int,
-    name: str,
-) -> None:
-    # Ray's default of 2 s is how long a death goes unseen; it is read when Ray Train starts.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    start_ray(num_workers)
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    use_gpu = device == "cuda"
-    trainer = TorchTrainer(
-        _rank,
-        train_loop_config={
-            "train": train,
-            "config": config,
-            "folder": str(folder),
-            "device": device,
-            "mark": name,
-        },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
-        run_config=RunConfig(
-            name=name,
-            storage_path=str(folder / "ray"),
-            failure_config=FailureConfig(
-                max_failures=max_failures, controller_failure_limit=_STARTS
-            ),
-        ),
-    )
-    try:
-        with _shown(folder), _interruptible():
-            trainer.fit()
-    except Exception as error:
-        _raise_refusal(folder / _REFUSAL)
-        raise _mistake_in(error, num_workers, use_gpu) or error from None
-
-
-def _mistake_in(error: Exception, num_workers: int, use_gpu: bool) -> InputError | None:
-    """The user's mistake behind an error of Ray Train, or None."""
-    ranks = getattr(error, "worker_failures", {})
-    told = [failure for failure in ranks.values() if isinstance(failure, InputError)]
-    if told:
-        return told[0]
-    if "StartupTimeout" in type(getattr(error, "controller_failure", None)).__name__:
-        return InputError(
-            f"num_workers={num_workers} with use_gpu={use_gpu}: the cluster did not give that many "
-            "machines in half an hour; use fewer ranks, or let the cluster grow larger"
-        )
-    return None
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """An interrupt inside is a `KeyboardInterrupt`, as everywhere.
-
-    Ray Train takes SIGINT over, stops its ranks, ends the process itself with code 1, and never
-    gives the signal back.
-    """
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if is_main:
-            signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _shown(folder: Path) -> Iterator[None]:
-    """Show the first rank's lines of metrics here while the body runs.
-
-    The workers' own output stays in Ray's logs, where Ray mixes it with its own of every actor.
-    """
-    ended = threading.Event()
-    known = [line["step"] for line in read_metrics(Folder(folder))]
-    thread = threading.Thread(
-        target=_follow, args=(folder, known[-1] if known else 0, ended), daemon=True
-    )
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _follow(folder: Path, shown: int, ended: threading.Event) -> None:
-    last = False
-    while not last:
-        last = ended.wait(0.5)
-        lines = read_metrics(Folder(folder))
-        newest = lines[-1]["step"] if lines else 0
-        if newest < shown:
-            print(f"the ranks were started again; going on after step {newest}", file=sys.stderr)
-            shown = newest
-        for line in lines:
-            if line["step"] > shown:
-                print(progress_line(line), file=sys.stderr, flush=True)
-                shown = line["step"]
-
-
-def _rank(settings: dict[str, Any]) -> None:
-    """One rank under Ray Train.
-
-    A user's mistake is written to the run folder before it is raised: the attempt that Ray starts
-    next finds it and ends at once, in place of failing the same way again.
-    """
-    import ray.train
-    import torch
-
-    folder = Path(settings["folder"])
-    require_shared(folder, settings["mark"])
-    refusal = folder / _REFUSAL
-    if refusal.exists():
-        return
-    if settings["device"] == "cpu":
-        ranks_here = ray.train.get_context().get_local_world_size()
-        torch.set_num_threads(max(1, cores() // ranks_here))
-    try:
-        settings["train"](settings["config"], settings["device"])
-    except InputError as error:
-        _write_refusal(refusal, error)
-        raise
-
-
-def require_shared(folder: Path, mark: str) -> None:
-    """Raise `InputError` in a rank that does not see the run folder of the command."""
-    try:
-        found = (folder / _MARK).read_text(encoding="utf-8")
-    except OSError:
-        found = ""
-    if found != mark:
-        raise InputError(
-            f"output={folder} on the machine {socket.gethostname()} is not the run folder that the "
-            "command made; give a folder on a disk that all machines share"
-        )
-
-
-def _write_refusal(path: Path, error: InputError) -> None:
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(error.to_data()))
-    draft.replace(path)
-
-
-def _raise_refusal(path: Path) -> None:
-    if path.exists():
-        refusal = json.loads(path.read_text(encoding="utf-8"))
-        path.unlink()
-        raise InputError.from_data(refusal)
-
-
 def _require_gpu(use_gpu: bool) -> None:
     if not use_gpu:
         return
     import torch
 
-    if not torch.cuda.is_available():
-        raise InputError("use_gpu=True and this machine has no CUDA device; use use_gpu=False")
+    check(
+        torch.cuda.is_available(),
+        "use_gpu=True and this machine has no CUDA device; use use_gpu=False",
+    )

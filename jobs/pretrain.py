@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from cascade_model.config import Outcomes
 from jobs.cli import command
 from jobs.objectives import LossConfig, auxiliary, auxiliary_objective, check_auxiliary
+from jobs.ranks import Started
 from jobs.training import fit, start
 
 if TYPE_CHECKING:
-    from cascade_model.lease import Owner
+    from cascade_model.trainer import LossFn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +27,13 @@ class PretrainConfig(LossConfig):
 
 def run(config: PretrainConfig) -> dict[str, Any]:
     """Check the settings, train, and return the run's summary."""
-    check_auxiliary(config)
+    check_settings(config)
     return start(config, train, objective(config))
+
+
+def check_settings(config: PretrainConfig) -> None:
+    """Refuse what this stage alone knows of, before any worker starts."""
+    check_auxiliary(config)
 
 
 def objective(config: PretrainConfig) -> dict[str, Any]:
@@ -40,14 +46,18 @@ def axes(config: PretrainConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("weight", "normaliser", "outcomes")}
 
 
-def train(config: PretrainConfig, device: str, owner: "Owner | None" = None) -> dict[str, Any]:
+def train(config: PretrainConfig, device: str, started: Started) -> dict[str, Any]:
     """One rank's part."""
+    return fit(config, device, objective(config), loss_of(config, device), started)
+
+
+def loss_of(config: PretrainConfig, device: str) -> "LossFn":
+    """What one rank minimises."""
     from functools import partial
 
     from cascade_model.loss import diffusion_loss
 
-    loss_fn = partial(diffusion_loss, **axes(config), auxiliary=auxiliary(config))
-    return fit(config, device, objective(config), loss_fn, owner)
+    return partial(diffusion_loss, **axes(config), auxiliary=auxiliary(config))
 
 
 main = command(PretrainConfig, run)

@@ -14,7 +14,10 @@ from cascade_model.settings import check
 from jobs import pretrain
 from jobs.cli import command
 from jobs.objectives import check_auxiliary
+from jobs.pretrain import loss_of, objective
 from jobs.training import start
+
+__all__ = ["SftConfig", "check_settings", "loss_of", "main", "objective", "run"]
 
 if TYPE_CHECKING:
     from cascade_model.manifest import Manifest
@@ -44,11 +47,16 @@ class SftConfig(pretrain.PretrainConfig):
 
 def run(config: SftConfig) -> dict[str, Any]:
     """Check the settings, train, and return the run's summary."""
+    check_settings(config)
+    return start(config, pretrain.train, objective(config))
+
+
+def check_settings(config: SftConfig) -> None:
+    """Refuse what this stage alone knows of, before any worker starts."""
     from cascade_model.corpus import Corpus
 
     check_conversations(config, Corpus.open(config.corpus).manifest)
     check_auxiliary(config)
-    return start(config, pretrain.train, pretrain.objective(config))
 
 
 def check_conversations(config: SftConfig, manifest: "Manifest") -> None:

@@ -4,118 +4,41 @@ A job adds two things: `objective`, which says what is minimised and is compared
 and the loss itself.
 """
 
+import contextlib
 import dataclasses
+import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from cascade_model.config import (
-    ModelConfig,
-    NoiseConfig,
-    Normaliser,
-    OptimizerConfig,
-    TrainerConfig,
-    TrainingNoise,
-    Weight,
-)
+from cascade_model.commit import Folder
+from cascade_model.config import ModelConfig, NoiseConfig, TrainingNoise, Weight
 from cascade_model.errors import CheckpointMismatch
-from cascade_model.settings import (
-    check,
-    to_dict,
-)
-from cascade_model.shard_cache import CacheConfig
+from cascade_model.settings import check, to_dict
 from jobs.cli import dump
-from jobs.launch import launch, require_room, require_workers, run_folder, with_absolute_paths
+from jobs.launch import Placement, launch, require_room, with_absolute_paths
+from jobs.ranks import CHECKPOINTS, Started
+from jobs.run_folder import run_folder
+from jobs.training_settings import HeldOutChoices, ModelShape, NoiseChoices, TrainingConfig
+
+__all__ = [
+    "HeldOutChoices",
+    "ModelShape",
+    "NoiseChoices",
+    "TrainingConfig",
+    "check_start",
+    "fit",
+    "start",
+    "starting_config",
+]
 
 if TYPE_CHECKING:
     from cascade_model.corpus import Corpus
     from cascade_model.lease import Owner
     from cascade_model.networks import Network
     from cascade_model.trainer import LossFn
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelShape:
-    """The model's own choices; vocabulary and special tokens come from the corpus."""
-
-    hidden_size: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 4
-    head_dim: int = 64
-    intermediate_size: int = 768
-    rope_theta: float = 10000.0
-    max_sequence_length: int = 1024
-    """Longest prompt plus completion, in tokens."""
-    qk_norm: bool = False
-    tied_head: bool = True
-    attention: Literal["block_causal", "bidirectional"] = "block_causal"
-    """block_causal: a token sees its own block and those before it. bidirectional: its whole
-    document, as in LLaDA."""
-    block_size: int | None = None
-    """Tokens per diffusion block; none: the corpus's. It must divide the corpus's."""
-    logits: Literal["aligned", "shifted"] = "aligned"
-    """aligned: row i predicts token i. shifted: row i-1 predicts token i."""
-    first_place: Literal["clean", "noisy", "own"] = "clean"
-    """With shifted logits, the row that predicts a block's first token."""
-    clean_half: Literal["block_causal", "token_causal"] = "block_causal"
-    """What a committed token sees: its whole block and all before, or only the tokens before it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NoiseChoices:
-    """What differs from the corpus's own mask recipe. Its stored masks are used as long as the
-    first five settings and the padding are left alone."""
-
-    seed: int | None = None
-    per: Literal["block", "sequence"] | None = None
-    """Whether each block draws a mask rate of its own or the whole sequence shares one; none: the
-    corpus's, and one per sequence for a bidirectional model."""
-    min_rate: float | None = None
-    """Lowest mask rate."""
-    max_rate: float | None = None
-    """Highest mask rate."""
-    strata: int | None = None
-    """Sequences over which the mask rates are stratified."""
-    complement: bool = False
-    """Show each sequence twice running, the second time with exactly the other tokens masked."""
-    padding: Literal["never", "eos"] = "never"
-    """never: padding carries no loss. eos: it holds EOS, is masked and counts as text does (LLaDA's
-    fine-tuning)."""
-    short_rate: float = 0.0
-    """Share of the steps whose sequences are cut to a random length (LLaDA: 0.01)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingConfig:
-    """What to train on, what, for how long and where."""
-
-    corpus: str
-    """Folder or URL that `cascade prepare` wrote."""
-    output: str
-    """Run folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/, summary.json.
-    A run that is there goes on from its newest complete checkpoint; one in use is refused."""
-    model: ModelShape = field(default_factory=ModelShape)
-    initial_model: str | None = None
-    """Model folder to start from; its shape then replaces `model`."""
-    noise: NoiseChoices = field(default_factory=NoiseChoices)
-    weight: Weight = "elbo"
-    """Weight of a masked token: elbo is 1 / mask rate, unit is 1, cart grows with the visible
-    tokens nearby (Dream)."""
-    normaliser: Normaliser = "maskable"
-    """What the weighted sum is divided by: the tokens that could have been masked, those that were,
-    or each document by its own tokens and then the mean over documents."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    num_workers: int = 2
-    """Ranks on Ray Train; 0 trains in this process, without Ray."""
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    use_gpu: bool = False
-    """One GPU per rank."""
-    max_failures: int = 2
-    """Restarts after a rank died, each from the newest complete checkpoint; -1: no limit."""
+    from cascade_model.window import HeldOut
 
 
 def start(
@@ -123,27 +46,52 @@ def start(
 ) -> dict[str, Any]:
     """Check the settings, train what is left to train, print and return the run's summary.
 
-    `train(config, device, owner)` is one rank's part. Nothing is written before all is checked.
+    `train(config, device, started)` is one rank's part. Nothing is written before all is checked.
+    Under `torchrun` every process comes here; the first one checks and holds the folder for all.
     """
-    from cascade_model.commit import Folder, replace_file
+    from cascade_model import parallel
+
+    placement = placement_of(config)
+    if config.num_workers == 0:
+        _join_torchrun(placement)
+    summary = parallel.on_first_rank(lambda: check_start(config, objective))
+    if summary is None:
+        require_room(placement)
+        folder = run_folder(config.output)
+        with contextlib.ExitStack() as held:
+            owner = parallel.on_first_rank(lambda: _take(folder, config, held))
+            settings = with_absolute_paths(config)
+            summary = launch(train, settings, folder=folder, placement=placement, owner=owner)
+    if parallel.rank() == 0:
+        print_summary(summary)
+    return summary
+
+
+def placement_of(config: TrainingConfig) -> Placement:
+    """Where and on how many ranks, checked."""
+    names = [f.name for f in dataclasses.fields(Placement)]
+    return Placement(**{name: getattr(config, name) for name in names})
+
+
+def _take(folder: Folder, config: TrainingConfig, held: contextlib.ExitStack) -> "Owner":
+    """Hold the folder for this run and write its settings there."""
     from cascade_model.lease import hold
 
-    summary = check_start(config, objective)
-    if summary is None:
-        require_room(config.num_workers, config.use_gpu)
-        folder = run_folder(config.output)
-        with hold(Folder(folder)) as owner:
-            replace_file(folder / "config.yaml", dump(config).encode())
-            summary = launch(
-                partial(train, owner=owner),
-                with_absolute_paths(config),
-                folder=folder,
-                num_workers=config.num_workers,
-                use_gpu=config.use_gpu,
-                max_failures=config.max_failures,
-            )
-    print_summary(summary)
-    return summary
+    owner = held.enter_context(hold(folder))
+    folder.replace("config.yaml", dump(config).encode())
+    return owner
+
+
+def _join_torchrun(placement: Placement) -> None:
+    """Join the processes that `torchrun` started, each on a GPU of its own."""
+    import torch
+
+    from cascade_model import parallel
+
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if placement.use_gpu and number < torch.cuda.device_count():
+        torch.cuda.set_device(number)
+    parallel.join_group(torch.device(placement.device))
 
 
 def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, Any] | None:
@@ -152,33 +100,55 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     Returns the summary of a run that is finished already.
     """
     from cascade_model import checkpoint
-    from cascade_model.commit import Folder, require_writable
+    from cascade_model.commit import require_writable
     from cascade_model.corpus import Corpus
-    from cascade_model.feed import sequences_per_rank
     from cascade_model.manifest import MANIFEST
     from cascade_model.metrics import tell
     from cascade_model.phases import require_phases
     from cascade_model.run_record import facts_of, finished_summary
 
-    require_workers(config.num_workers)
     folder = run_folder(config.output)
-    require_writable(folder)
+    require_writable(folder.url)
     check(
-        not (folder / MANIFEST).exists(),
+        not folder.exists(MANIFEST),
         f"output={config.output} holds a corpus; choose a folder of the run's own",
     )
-    sequences_per_rank(config.trainer, max(config.num_workers, 1))
+    require_shares(config)
     corpus = Corpus.open(config.corpus)
     shape = starting_config(config, corpus)
     noise = noise_of(shape, corpus, config.noise, config.trainer.sequences_per_step)
     check_weight(config.weight, noise)
+    check(
+        config.trainer.attention == "grouped" or config.use_gpu,
+        f"trainer.attention={config.trainer.attention} needs GPUs; use "
+        "trainer.attention=grouped, or use_gpu=True",
+    )
+    if config.trainer.evaluate_every is not None:
+        Corpus.open(config.corpus, split="held_out")
     require_phases(config.trainer, shape, corpus.block_size, corpus.sequence_length)
     corpus.batch(0, 1, noise)
-    found = checkpoint.newest(Folder(folder / "checkpoints"), tell)
+    found = checkpoint.newest(folder / CHECKPOINTS, tell)
     if found is not None:
         facts = facts_of(shape, corpus, noise, objective, config.trainer)
         checkpoint.require_same(found, facts)
-    return finished_summary(Folder(folder), found, config.trainer)
+    return finished_summary(folder, found, config.trainer)
+
+
+def require_shares(config: TrainingConfig) -> None:
+    """Raise `InputError` unless a step can be shared by every number of ranks the run may have."""
+    from cascade_model import parallel
+    from cascade_model.sharding import require_replicas
+
+    sizes = placement_of(config).sizes if config.num_workers else [parallel.world_size()]
+    together = config.trainer.sequences_per_step
+    bad = [str(size) for size in sizes if together % size]
+    check(
+        not bad,
+        f"trainer.sequences_per_step={together} cannot be shared by num_workers="
+        f"{' or '.join(bad)}; use a multiple of {math.lcm(*sizes)}",
+    )
+    for size in sizes:
+        require_replicas(config.trainer, size)
 
 
 def fit(
@@ -186,12 +156,11 @@ def fit(
     device: str,
     objective: dict[str, Any],
     loss_fn: "LossFn",
-    owner: "Owner | None",
+    started: Started,
 ) -> dict[str, Any]:
     """One rank's part, inside its process group (or alone)."""
     import torch
 
-    from cascade_model.commit import Folder
     from cascade_model.corpus import Corpus
     from cascade_model.trainer import Trainer
     from cascade_model.weights import read_published
@@ -207,12 +176,32 @@ def fit(
         objective=objective,
         optimizer=config.optimizer,
         trainer=config.trainer,
-        folder=Folder(Path(config.output).absolute()),
+        folder=run_folder(config.output),
         settings=to_dict(config),
-        owner=owner,
+        owner=started.owner,
         published=None if start is None else read_published(start),
         device=torch.device(device),
+        on_save=started.on_save,
+        stop_wanted=started.stop_wanted,
+        held_out=held_out_of(config),
     ).fit()
+
+
+def held_out_of(config: TrainingConfig) -> "Callable[[Network], HeldOut] | None":
+    """What a run measures while it trains, if it does: the bound, under its own outcomes."""
+    if config.trainer.evaluate_every is None:
+        return None
+    from cascade_model.corpus import Corpus
+    from cascade_model.evaluation import held_out
+
+    return partial(
+        held_out,
+        corpus=Corpus.open(config.corpus, split="held_out"),
+        draws=config.held_out.draws,
+        max_sequences=config.held_out.sequences,
+        sequences_per_forward=config.trainer.sequences_per_forward,
+        outcomes=getattr(config, "outcomes", "text"),
+    )
 
 
 def check_weight(weight: Weight, noise: NoiseConfig) -> None:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cascade_model.attention import clean_mask, dense, training_mask
 from cascade_model.config import ExpertsConfig
-from cascade_model.flops import device_peak, is_last_trimmed, peak_of, training_flops
+from cascade_model.flops import GPUS, device_peak, gpu_of, is_last_trimmed, training_flops
 from cascade_model.loss import diffusion_loss
 from cascade_model.model import Transformer
 from cascade_model.networks import build_network
@@ -77,7 +77,7 @@ def test_counts_are_those_of_torch_but_for_the_pairs_nobody_sees(changes, monkey
     """Torch counts every pair of the dense path, masked or not, so the attention's part is in the
     ratio of the pairs. A fused projection of queries, keys and values makes the clean rows' last
     queries as well, which nobody uses. Everything else agrees to the operation."""
-    monkeypatch.setattr("cascade_model.loss.grouped_clean", dense_clean)
+    monkeypatch.setattr("cascade_model.training_input.grouped_clean", dense_clean)
     config = tiny_config(**({"max_sequence_length": LENGTH} | changes))
     is_masked = torch.rand(N, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.5
     all_rows = N * (LENGTH - 1)  # nothing predicts a first token
@@ -163,12 +163,14 @@ def test_a_dit_computes_its_conditioning_beside_the_tokens():
 
 
 def test_peaks_of_known_gpus_and_of_this_cpu():
-    assert peak_of("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
-    assert peak_of("NVIDIA H100 PCIe", "bfloat16") == 756e12
-    assert peak_of("NVIDIA L40S", "bfloat16") == 362e12
-    assert peak_of("NVIDIA L4", "bfloat16") == 121e12
-    assert peak_of("NVIDIA A100-SXM4-80GB", "float32") == 19.5e12
-    assert peak_of("Voodoo 3", "bfloat16") is None
+    peaks = {
+        name: gpu.bfloat16
+        for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA L40S", "NVIDIA L4")
+        if (gpu := gpu_of(name))
+    }
+    assert list(peaks.values()) == [989.4e12, 756e12, 362e12, 121e12]
+    assert gpu_of("NVIDIA A100-SXM4-80GB") is GPUS["A100"]
+    assert gpu_of("Voodoo 3") is None
     assert device_peak("meta", "float32") is None
     here = device_peak("cpu", "float32")
     assert here is not None

@@ -1,16 +1,24 @@
-"""Where training meets Ray Train: the run folder, what is refused before it, and what ranks say."""
+"""Where training meets Ray Train: what is refused before it, and how ranks stop, hang and die."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from cascade_model.errors import CorpusMismatch, InputError
-from jobs import launch, pretrain
+from cascade_model.commit import Folder
+from cascade_model.errors import InputError, Stopped, Unfinished
+from jobs import launch, pretrain, run_folder
+from jobs.launch import Placement
+from jobs.progress import Progress
+
+pytestmark = pytest.mark.timeout(180)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,30 +36,43 @@ def test_paths_become_absolute_and_urls_and_gaps_stay(tmp_path, monkeypatch):
     assert launch.with_absolute_paths(Settings()).corpus == str(tmp_path / "shards")
 
 
-def test_a_run_folder_is_checked_but_not_made(tmp_path):
-    folder = tmp_path / "a/b"
-    assert launch.run_folder(str(folder)) == folder
-    assert not folder.exists()
-    (tmp_path / "file").touch()
-    for output in ("s3://bucket/run", str(tmp_path / "file"), str(tmp_path / "file/run")):
-        with pytest.raises(InputError, match=output):
-            launch.run_folder(output)
-
-
 def test_without_workers_training_runs_here(tmp_path):
-    def train(config, device):
-        return {"config": config, "device": device, "process": os.getpid()}
+    def train(config, device, started):
+        return {"config": config, "device": device, "owner": started.owner}
 
-    summary = launch.launch(train, 7, folder=tmp_path, num_workers=0)
-    assert summary == {"config": 7, "device": "cpu", "process": os.getpid()}
+    here = Placement(num_workers=0)
+    summary = launch.launch(train, 7, folder=Folder(tmp_path), placement=here)
+    assert summary == {"config": 7, "device": "cpu", "owner": None}
     assert not list(tmp_path.iterdir())
 
 
 def test_a_gpu_that_is_not_there_is_refused_without_ray(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match="use_gpu=True"):
-        launch.require_room(0, use_gpu=True)
-    launch.require_room(0, use_gpu=False)
+        launch.require_room(Placement(num_workers=0, use_gpu=True))
+    launch.require_room(Placement(num_workers=0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"num_workers": -2}, "num_workers=-2"),
+        ({"num_workers": 2, "min_workers": 3}, "min_workers=3 must be in 1..2"),
+        ({"num_workers": 2, "min_workers": 0}, "min_workers=0 must be in 1..2"),
+        ({"num_workers": 0, "label_selector": {"a": "b"}}, "num_workers=0 uses no Ray"),
+        ({"num_workers": 1, "max_failures": -2}, "max_failures=-2"),
+        ({"num_workers": 1, "collective_timeout_s": 0.0}, "collective_timeout_s=0.0"),
+    ],
+)
+def test_placements_that_cannot_be_are_refused(settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Placement(**settings)
+
+
+def test_sizes_are_every_number_of_ranks_that_a_run_may_have():
+    assert list(Placement(num_workers=4, min_workers=2).sizes) == [2, 3, 4]
+    assert list(Placement(num_workers=4).sizes) == [4]
+    assert list(Placement(num_workers=0).sizes) == [1]
 
 
 @pytest.mark.ray
@@ -72,21 +93,18 @@ def test_more_ranks_than_there_is_room_for_leave_nothing_behind(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_refusal_travels_as_its_own_class_and_is_shown_once(tmp_path):
-    path = tmp_path / "refused.json"
-    launch._write_refusal(path, CorpusMismatch("a is not b"))
-    with pytest.raises(CorpusMismatch, match="a is not b"):
-        launch._raise_refusal(path)
-    launch._raise_refusal(path)
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def ray_knows_this_file(ray_local):
+    """Workers cannot import a test file: its functions travel by value."""
+    from ray import cloudpickle
+
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)
+    yield ray_local
+    cloudpickle.unregister_pickle_by_value(module)
 
 
-def test_only_the_folder_with_this_launchs_mark_is_the_run_folder(tmp_path):
-    (tmp_path / "launched").write_text("launch-1")
-    launch.require_shared(tmp_path, "launch-1")
-    for folder, mark in ((tmp_path, "launch-2"), (tmp_path / "none", "launch-1")):
-        with pytest.raises(InputError, match=r"output=.* on the machine .* all machines share"):
-            launch.require_shared(folder, mark)
+never = dict  # an importable callable: no rank may reach it
 
 
 @pytest.mark.ray
@@ -94,33 +112,164 @@ def test_ranks_that_do_not_see_the_run_folder_are_told_in_one_sentence(
     ray_local, tmp_path, monkeypatch
 ):
     """The command's mark goes to a place where ranks, with the true name, do not find it."""
-    monkeypatch.setattr(launch, "_MARK", "on-another-disk")
+    monkeypatch.setattr(run_folder, "_MARK", "on-another-disk")
+    alone = Placement(num_workers=1, max_failures=0)
     with pytest.raises(InputError, match="all machines share"):
-        launch.launch(never, None, folder=tmp_path, num_workers=1, max_failures=0)
-    assert [path.name for path in tmp_path.iterdir()] == ["ray"]
+        launch.launch(never, None, folder=Folder(tmp_path), placement=alone)
+    assert list(tmp_path.iterdir()) == []
 
 
-def dying(config, device):
+def dying(config, device, started):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.ray
-def test_a_death_without_a_restart_fails_the_run(ray_local, tmp_path):
+def test_a_death_without_a_restart_fails_the_run(ray_knows_this_file, tmp_path):
     """The control of the tests that kill a rank and see the run end all the same."""
-    from ray import cloudpickle
+    alone = Placement(num_workers=1, max_failures=0)
+    with pytest.raises(Unfinished, match=r"rank 0 was lost .* max_failures=0"):
+        launch.launch(dying, None, folder=Folder(tmp_path), placement=alone)
+    assert list(tmp_path.iterdir()) == []
+
+
+def faulty(config, device, started):
+    raise ZeroDivisionError("a fault of ours")
+
+
+@pytest.mark.ray
+def test_a_fault_in_a_rank_stays_a_fault_with_its_traceback(ray_knows_this_file, tmp_path):
     from ray.train import TrainingFailedError
 
-    here = sys.modules[__name__]
-    cloudpickle.register_pickle_by_value(here)
+    alone = Placement(num_workers=1, max_failures=0)
+    with pytest.raises(TrainingFailedError, match="a fault of ours"):
+        launch.launch(faulty, None, folder=Folder(tmp_path), placement=alone)
+
+
+def stepping(folder, device, started):
+    """Ranks in step as the trainer has them: a reason of one is a reason of all."""
+    import torch
+    import torch.distributed as dist
+
+    from cascade_model import parallel
+
+    step = 0
+    while True:
+        step += 1
+        wish = started.stop_wanted()
+        asked = parallel.sum_over_ranks(torch.tensor(float(wish is not None)))
+        Path(folder, f"rank-{dist.get_rank()}").write_text(f"{os.getpid()} {step}")
+        if asked > 0:
+            raise Stopped.at(step, str(parallel.first_of(wish)))
+        time.sleep(0.05)
+
+
+def pids(folder):
+    found = {}
+    for number in (0, 1):
+        with contextlib.suppress(OSError, ValueError):
+            found[number] = int((folder / f"rank-{number}").read_text().split()[0])
+    return found
+
+
+def when_at_work(folder, act, count=2):
+    """Call `act(pids of the ranks)` in a thread, once all of them have taken a step."""
+
+    def watch():
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and len(pids(folder)) < count:
+            time.sleep(0.1)
+        act(pids(folder))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def is_alive(pid):
     try:
-        with pytest.raises(TrainingFailedError):
-            launch.launch(dying, None, folder=tmp_path, num_workers=1, max_failures=0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.ray
+def test_sigterm_to_the_command_lets_the_ranks_save_and_ends_in_one_sentence(
+    ray_knows_this_file, tmp_path, capsys
+):
+    before = signal.getsignal(signal.SIGTERM)
+    thread = when_at_work(tmp_path, lambda found: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match=r"stopped at step \d+ \(SIGTERM\); run the same") as caught:
+        launch.launch(
+            stepping, str(tmp_path), folder=Folder(tmp_path), placement=Placement(num_workers=2)
+        )
+    thread.join()
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "SIGTERM: saving" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rank-0", "rank-1"]
+    steps = {(tmp_path / f"rank-{number}").read_text().split()[1] for number in (0, 1)}
+    assert len(steps) == 1  # both at the same boundary
+
+
+@pytest.mark.ray
+def test_a_rank_that_stands_still_ends_the_run_with_its_cause_and_leaves_no_orphan(
+    ray_knows_this_file, tmp_path
+):
+    stopped = {}
+
+    def stop(found):
+        stopped.update(found, at=time.monotonic())
+        os.kill(found[1], signal.SIGSTOP)
+
+    two = Placement(num_workers=2, max_failures=0, collective_timeout_s=5.0)
+    thread = when_at_work(tmp_path, stop)
+    try:
+        with pytest.raises(Unfinished, match=r"rank [01] was lost .* max_failures=0"):
+            launch.launch(stepping, str(tmp_path), folder=Folder(tmp_path), placement=two)
+        thread.join()
+        assert time.monotonic() - stopped["at"] < 60
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and any(is_alive(stopped[n]) for n in (0, 1)):
+            time.sleep(0.2)
+        assert not any(is_alive(stopped[number]) for number in (0, 1))
     finally:
-        cloudpickle.unregister_pickle_by_value(here)
-    assert not (tmp_path / "summary.json").exists()
+        with contextlib.suppress(ProcessLookupError, KeyError):
+            os.kill(stopped[1], signal.SIGKILL)
 
 
-never = dict  # an importable callable: no rank may reach it
+def preempted_once(folder, device, started):
+    """Steps; the first time one rank hears from Ray that its machine is taken away."""
+    import ray.train
+
+    mark = Path(folder, "preempted")
+    if not mark.exists():
+        import torch.distributed as dist
+        from ray.train.v2._internal.execution.context import get_train_context
+        from ray.train.v2.api.preemption import PreemptionInfo
+
+        dist.barrier()
+        if ray.train.get_context().get_world_rank() == 1:
+            mark.write_text("once")
+            get_train_context().preemption_context.preemption_info = PreemptionInfo(
+                deadline_ms=None, preempted_node_to_ranks={"a": [1]}
+            )
+        return stepping(folder, device, started)
+    if ray.train.get_context().get_world_rank() == 0:
+        Path(folder, "summary.json").write_text('{"ended": true}')
+    return {}
+
+
+@pytest.mark.ray
+def test_ranks_of_a_machine_that_is_taken_away_save_and_start_elsewhere(
+    ray_knows_this_file, tmp_path, capsys
+):
+    summary = launch.launch(
+        preempted_once, str(tmp_path), folder=Folder(tmp_path), placement=Placement(num_workers=2)
+    )
+    assert summary == {"ended": True}
+    told = capsys.readouterr().err
+    assert "the machine of rank 1 is being taken away" in told
+    assert "starting again on the other machines" in told
 
 
 def test_metrics_are_shown_as_they_come_and_once(tmp_path, capsys):
@@ -128,9 +277,14 @@ def test_metrics_are_shown_as_they_come_and_once(tmp_path, capsys):
     values = dict.fromkeys(("loss", "lr", "tokens_per_second", "grad_norm", "data_wait_rate"), 0.5)
     lines = [{"step": step, **values} for step in (1, 2, 3)]
     file.write_text(json.dumps(lines[0]) + "\n")
-    with launch._shown(file):
+    progress = Progress(Folder(tmp_path))
+    for line in lines[1:]:
         with file.open("a") as more:
-            more.write("".join(json.dumps(line) + "\n" for line in lines[1:]))
-        time.sleep(0.1)
+            more.write(json.dumps(line) + "\n")
+        progress.show()
+        progress.show()
     shown = capsys.readouterr().err
     assert [line.split()[1] for line in shown.splitlines()] == ["2", "3"]
+    file.write_text(json.dumps(lines[0]) + "\n")  # a rank died and went on from a checkpoint
+    progress.show(is_last=True)
+    assert "the ranks were started again; going on after step 1" in capsys.readouterr().err

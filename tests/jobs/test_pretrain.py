@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cascade_model.checkpoint import verify
 from cascade_model.commit import Folder
 from cascade_model.config import TrainerConfig
 from cascade_model.corpus import Corpus
@@ -46,7 +47,7 @@ def test_run_folder_explains_itself(tiny_corpus, tmp_path, capsys):
         log_every=2,
         checkpoint_every=2,
     )
-    facts = json.loads((run / "checkpoints" / "step_00000004" / "config.json").read_text())
+    facts = facts_of(run)
     assert facts["settings"]["trainer"] == read_yaml(str(run / "config.yaml"))["trainer"]
     assert load_model(str(run / "model"))[0].config.block_size == 4
     assert "loss per maskable token" in capsys.readouterr().out
@@ -75,7 +76,7 @@ def test_one_block_shifted_is_an_autoregressive_model(tiny_corpus, tmp_path):
 
 
 def facts_of(folder):
-    return json.loads((folder / "checkpoints" / "step_00000004" / "config.json").read_text())
+    return verify(folder / "checkpoints" / "step_00000004").facts
 
 
 def test_a_bidirectional_model_draws_a_rate_for_each_sequence(tiny_corpus, tmp_path):
@@ -139,7 +140,11 @@ def test_missing_corpus_leaves_nothing_behind(tmp_path, capsys):
             "sequences_per_step=3 is odd; use 4",
         ),
         (["--noise.min-rate", "0"], "noise.min_rate=0.0"),
-        (["--output", "s3://bucket/run"], "output=s3://bucket/run is a URL"),
+        (["--min-workers", "3", "--num-workers", "2"], "min_workers=3 must be in 1..2"),
+        (
+            ["--num-workers", "4", "--min-workers", "2"],
+            "sequences_per_step=4 cannot be shared by num_workers=3; use a multiple of 12",
+        ),
         (["--output", "/dev/null/run"], "output=/dev/null/run"),
         (["--output", "/proc/x/run"], "output=/proc/x/run cannot be written"),
         (["--use-gpu", "True"], "this machine has no CUDA device"),
@@ -251,7 +256,7 @@ def test_second_command_on_a_folder_in_use_is_refused_in_one_sentence(tiny_corpu
     assert third.returncode == 0, third.stderr
 
 
-def dying_once(config, device, owner):
+def dying_once(config, device, started):
     """The real training, but the first attempt's second rank dies with the data in its hands."""
     import os
 
@@ -271,19 +276,19 @@ def dying_once(config, device, owner):
         return result
 
     checkpoint.Checkpoints.save = save_and_die
-    return pretrain.train(config, device, owner)
+    return pretrain.train(config, device, started)
 
 
-def robbed(config, device, owner):
+def robbed(config, device, started):
     """The real training, in a folder that another command has taken meanwhile."""
     from cascade_model import lease
     from cascade_model.commit import Folder
 
     lease._draw(Folder(config.output), lease.Owner.here(), lambda last: None)
-    return pretrain.train(config, device, owner)
+    return pretrain.train(config, device, started)
 
 
-def refusing(config, device):
+def refusing(config, device, started):
     raise CheckpointMismatch("teacher=here has A and the student B; use one tokenizer")
 
 
@@ -332,17 +337,17 @@ def test_run_that_was_replaced_says_so_in_one_sentence(ray_knows_this_file, tiny
     config = parse(pretrain.PretrainConfig, flags(tiny_corpus, tmp_path, *more, workers=1))
     with pytest.raises(InputError, match="was taken over by process"):
         training.start(config, robbed, pretrain.objective(config))
-    assert not (tmp_path / "checkpoints").exists()
-    assert not (tmp_path / "refused.json").exists()
+    assert not list(tmp_path.glob("checkpoints/step_*"))
+    assert not (tmp_path / "outcome.json").exists()
 
 
 @pytest.mark.ray
 def test_mistake_inside_a_rank_comes_out_as_itself(ray_knows_this_file, tmp_path):
     with pytest.raises(CheckpointMismatch, match="teacher=here"):
-        launch.launch(refusing, None, folder=tmp_path, num_workers=1, max_failures=1)
-    assert not (tmp_path / "refused.json").exists()
-
-
-def test_negative_workers_are_refused(tmp_path):
-    with pytest.raises(InputError, match="num_workers=-2"):
-        launch.launch(refusing, None, folder=tmp_path, num_workers=-2)
+        launch.launch(
+            refusing,
+            None,
+            folder=Folder(tmp_path),
+            placement=launch.Placement(num_workers=1, max_failures=1),
+        )
+    assert list(tmp_path.iterdir()) == []

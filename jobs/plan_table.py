@@ -1,0 +1,87 @@
+"""The numbers of a plan as lines for a person."""
+
+from typing import Any
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_PARTS = {
+    "parameters": "weights",
+    "gradients": "gradients",
+    "optimizer": "AdamW's moments",
+    "gathered": "gathered for a pass",
+    "activations": "activations",
+    "logits": "logits",
+    "teacher": "teacher",
+}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Everything that `plan.run` found, by group."""
+    rows = [*_head(report), *_memory(report), *_work(report), *_storage(report)]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}   {value}".rstrip() for name, value in rows)
+
+
+def _head(report: dict[str, Any]) -> list[tuple[str, str]]:
+    few, many = report["fewest_ranks"], report["ranks"]
+    ranks = str(many) if few == many else f"{few} to {many}; memory is that of {few}"
+    state = "is finished already" if report["is_finished"] else "nothing was written"
+    return [
+        (f"plan: {report['stage']}", f"{report['output']} ({state})"),
+        ("parameters", f"{report['parameters']:,}"),
+        ("ranks", f"{ranks}, {report['precision']}"),
+    ]
+
+
+def _memory(report: dict[str, Any]) -> list[tuple[str, str]]:
+    parts = report["memory"]
+    rows = [("memory of a rank, at most", size(report["memory_on_device"]))]
+    rows += [(f"  {told}", size(parts[name])) for name, told in _PARTS.items() if parts[name]]
+    other = "without" if report["recompute"] else "with"
+    rows.append((f"  {other} trainer.recompute", size(report["memory_with_other_recompute"])))
+    rows.append(("  copy being saved (host)", size(parts["staging"])))
+    there = report["memory_there"]
+    if there is not None:
+        fits = report["memory_on_device"] <= there
+        cure = "" if fits else ": DOES NOT FIT; lower trainer.sequences_per_forward, or recompute"
+        rows.append(("  there is", f"{size(there)}{cure}"))
+    return rows
+
+
+def _work(report: dict[str, Any]) -> list[tuple[str, str]]:
+    rate, seconds = report["tokens_per_second"], report["seconds"]
+    told = f"{report['tokens']:,} in {report['steps']:,} steps, {report['epochs']:.2f} x the corpus"
+    return [
+        ("tokens", told),
+        ("useful FLOPs", f"{report['flops']:.3g}, {report['flops_per_step']:.3g} a step"),
+        ("tokens/s", "not known" if rate is None else f"{rate:,.0f}"),
+        ("  basis", report["basis"]),
+        ("time", "not known" if seconds is None else duration(seconds)),
+    ]
+
+
+def _storage(report: dict[str, Any]) -> list[tuple[str, str]]:
+    kept = f"{report['kept_checkpoints']} x {size(report['checkpoint_bytes'])} of checkpoints"
+    rest = f"{size(report['model_bytes'])} model, {size(report['metrics_bytes'])} metrics"
+    return [
+        ("storage", f"{size(report['storage'])}: {kept}, {rest}"),
+        ("  at most meanwhile", size(report["storage_at_most"])),
+    ]
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that leaves one to three digits before the point: 1.23 GB."""
+    unit = 0
+    while count >= 1000 and unit < len(_UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.3g} {_UNITS[unit]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units: 2 d 3 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    days, hours, left = minutes // 1440, minutes // 60 % 24, minutes % 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {left} min" if hours else f"{left} min"
