@@ -1,47 +1,115 @@
-"""Write a model folder back in the layout of its published family, for other programs.
+"""Write a model for other people: safetensors, config, tokenizer and a model card.
 
-A model that was only converted gives its checkpoint back bit for bit; a trained one its weights in
-the same layout. One that was made from an autoregressive checkpoint and trained into block
-diffusion is written as A2D (`families.exporting`).
+A model that came from a published checkpoint is written in its family's layout, for other programs:
+one that was only converted bit for bit as it was, a trained one with its new weights, and one that
+was trained from autoregressive into block diffusion as A2D (`families.exporting`). A model of our
+own has no published layout and keeps this project's.
 """
 
+import json
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cascade_model.errors import InputError
 from jobs.cli import command
 
+if TYPE_CHECKING:
+    from cascade_model.commit import Folder
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
-    """Turn a model folder back into its published layout."""
+    """Turn a model into a folder to publish."""
 
     model: str
-    """Model folder to export."""
+    """Model folder to export, or the run folder that holds it."""
     output: str
     """Folder to write; it must not exist or be empty."""
     like: str | None = None
     """Folder whose published config is used: the one this model was trained from. None: the
     model's own."""
+    run: str | None = None
+    """Run folder that the card tells of; none: the one that the model lies in, if it does."""
+    evaluation: str | None = None
+    """JSON that `cascade evaluate --output` wrote for this model, for the card."""
+    licence: str | None = None
+    """Licence of the weights, as an SPDX name (apache-2.0), for the card."""
+    title: str | None = None
+    """Name on the card; none: that of the output folder."""
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
     """Read and write; returns a summary."""
-    from cascade_model.commit import require_writable
+    from cascade_model.commit import Folder, replace_file, require_writable
     from cascade_model.families import export
-    from cascade_model.weights import load_model, read_published
+    from cascade_model.weights import load_model, read_published, require_text, save_model
+    from jobs.model_card import CARD, card
 
     require_writable(config.output)
-    published = read_published(config.like or config.model)
+    folder = _model_folder(Folder(config.model))
+    evaluation = _evaluation(config.evaluation)
+    origin = _origin(config.run, folder)
+    published = read_published(config.like or folder.url)
+    model, tokenizer = load_model(folder.url, dtype=None)
+    family = model.config.family if published else None
+    told = card(
+        model.config,
+        title=config.title or Path(config.output).name,
+        origin=origin,
+        licence=config.licence,
+        evaluation=evaluation,
+        layout=family,
+    )
     if published is None:
-        raise InputError(
-            f"model={config.like or config.model} came from no published checkpoint; give "
-            "--like with the folder it was trained from, if there is one"
-        )
-    model, tokenizer = load_model(config.model, dtype=None)
-    export(model, config.output, published.config, dtypes=published.dtypes, tokenizer=tokenizer)
-    print(f"wrote {config.output}: {model.config.family} layout")
+        _require_empty(Path(config.output))
+        save_model(config.output, model, require_text(tokenizer, folder.url))
+    else:
+        types = published.dtypes
+        export(model, config.output, published.config, dtypes=types, tokenizer=tokenizer)
+    replace_file(Path(config.output) / CARD, told.encode())
+    print(f"wrote {config.output}: {family or 'our own'} layout, with its card in {CARD}")
     return {"output": config.output, "family": model.config.family}
+
+
+def _model_folder(folder: "Folder") -> "Folder":
+    """The model folder itself, or that of a run."""
+    inside = folder / "model"
+    is_run = not folder.exists("config.json") and inside.exists("config.json")
+    return inside if is_run else folder
+
+
+def _origin(run: str | None, model: "Folder") -> Any:
+    """What the card can tell of the training."""
+    from cascade_model.commit import Folder
+    from jobs.model_card import Origin
+
+    if run is not None:
+        return Origin.of_run(Folder(run))
+    above = Folder(model.url.rpartition("/")[0] or "/")
+    has_one = model.url.endswith("/model") and above.exists("summary.json")
+    return Origin.of_run(above) if has_one else Origin()
+
+
+def _evaluation(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if "nats_per_token" in found:
+            return found
+    except (OSError, ValueError, TypeError):
+        pass
+    raise InputError(
+        f"evaluation={path} is no JSON of `cascade evaluate --output`; write one with it"
+    )
+
+
+def _require_empty(output: Path) -> None:
+    if output.exists() and any(output.iterdir()):
+        raise InputError(
+            f"output={output} exists and is no empty folder; choose another folder or empty it"
+        )
 
 
 main = command(ExportConfig, run)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+from cascade_model.corpus import Corpus
 from cascade_model.families import read_checkpoint
 from cascade_model.tokenizer import byte_tokenizer
 from cascade_model.weights import load_model, save_model
-from jobs import convert, export
+from jobs import convert, evaluate, export, pretrain
 from tests.cascade_model.families.published_cases import DATA, file_contents
 
 
@@ -85,12 +87,56 @@ def test_a_published_folder_itself_is_exported(source):
     assert read_checkpoint(found).config == read_checkpoint(source).config
 
 
-def test_a_model_of_our_own_has_no_published_layout(source, capsys):
+def test_a_model_of_our_own_is_exported_as_it_is_with_a_card_that_says_what_is_not_known(source):
     folder = converted(source)
     model, tokenizer = load_model(folder)
     own = folder.with_name("own")
     save_model(own, model, tokenizer)
-    assert export.main(["--model", str(own), "--output", str(own.with_name("out"))]) == 2
-    assert "came from no published checkpoint; give --like" in " ".join(
-        capsys.readouterr().err.replace("│", " ").split()
-    )
+    found = exported(own, "--licence", "apache-2.0", "--title", "Small one")
+    again = load_model(found)[0].state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    card = (found / "README.md").read_text()
+    values = yaml.safe_load(card.split("---")[1])
+    assert values["license"] == "apache-2.0"
+    assert "# Small one" in card
+    assert f"| block size | {model.config.block_size} |" in card
+    assert "No run folder was given." in card
+    assert "Not measured." in card
+    assert export.main(["--model", str(own), "--output", str(found)]) == 2  # not empty
+
+
+def test_the_card_of_a_trained_model_tells_what_its_run_folder_knows(tiny_corpus, tmp_path):
+    words = ["--corpus", tiny_corpus, "--output", str(tmp_path / "run"), "--num-workers", "0"]
+    words += ["--trainer.num-steps", "2", "--trainer.sequences-per-step", "4"]
+    words += ["--trainer.evaluate-every", "2", "--held-out.sequences", "4"]
+    words += ["--model.hidden-size", "16", "--model.num-layers", "1", "--model.head-dim", "8"]
+    assert pretrain.main(words) == 0
+    measured = str(tmp_path / "bound.json")
+    words = ["--model", str(tmp_path / "run"), "--corpus", tiny_corpus, "--output", measured]
+    assert evaluate.main([*words, "--max-sequences", "4", "--untrained", "False"]) == 0
+    found = exported(tmp_path / "run", "--evaluation", measured)
+    card = (found / "README.md").read_text()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    digest = Corpus.open(tiny_corpus).digest
+    for line in (
+        "| objective | diffusion |",
+        f"| corpus (digest) | {digest} |",
+        "| steps | 2 |",
+        "| tokens | 512 |",
+        "| weight | elbo |",
+        "| started from | fresh weights |",
+        f"{summary['held_out_loss']:.4f} nats/token",
+        "| held-out bound (NELBO) |",
+        "Not stated by whoever exported it.",
+    ):
+        assert line in card, line
+    assert load_model(found)[0].config.block_size == 4
+
+
+def test_what_is_no_evaluation_and_no_run_is_refused(source, tmp_path, capsys):
+    folder = converted(source)
+    for flag in ("--evaluation", "--run"):
+        words = ["--model", str(folder), "--output", str(tmp_path / "out")]
+        assert export.main([*words, flag, str(source)]) == 2
+        assert f"{flag[2:]}={source}" in " ".join(capsys.readouterr().err.replace("│", "").split())
+        assert not (tmp_path / "out").exists()

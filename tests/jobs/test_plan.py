@@ -1,0 +1,176 @@
+"""What `cascade plan` reckons against what the same job then does."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from cascade_model.checkpoint import verify
+from cascade_model.commit import Folder
+from cascade_model.metrics import read_metrics
+from jobs import plan, pretrain
+from jobs.plan_table import duration, size
+
+SHAPE = ["--model.hidden-size", "64", "--model.num-layers", "3", "--model.num-heads", "4"]
+SHAPE += ["--model.num-kv-heads", "2", "--model.head-dim", "16", "--model.intermediate-size", "96"]
+STEPS = ["--trainer.num-steps", "4", "--trainer.sequences-per-step", "8"]
+STEPS += ["--trainer.sequences-per-forward", "4", "--trainer.log-every", "2"]
+STEPS += ["--trainer.checkpoint-every", "2", "--trainer.keep-last", "1"]
+
+
+def flags(corpus, output, *more):
+    words = ["--corpus", str(corpus), "--output", str(output), "--num-workers", "0"]
+    return [*words, *SHAPE, *STEPS, *more]
+
+
+def planned(words, monkeypatch):
+    """The numbers of `cascade plan pretrain`."""
+    found = []
+    real = plan.table
+    monkeypatch.setattr(plan, "table", lambda report: found.append(report) or real(report))
+    assert plan.main(["pretrain", *words]) == 0
+    return found[0]
+
+
+def test_a_plan_writes_nothing_and_its_storage_is_what_the_job_leaves(
+    tiny_corpus, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    report = planned(flags(tiny_corpus, run), monkeypatch)
+    assert not run.exists()
+    shown = capsys.readouterr().out
+    assert "nothing was written" in shown
+    assert f"parameters                 {report['parameters']:,}" in shown
+    assert pretrain.main(flags(tiny_corpus, run)) == 0
+    found = verify(run / "checkpoints" / "step_00000004")
+    assert {entry.dtype for entry in found.index.values()} == {"F32"}
+    tensors = sum(4 * math.prod(entry.shape) for entry in found.index.values())
+    assert tensors == report["checkpoint_bytes"]
+    headers = sum(f.bytes for f in found.files.values()) - tensors
+    assert 0 < headers < 20_000  # the safetensors headers alone
+    kept = [path.name for path in (run / "checkpoints").iterdir() if path.is_dir()]
+    assert len(kept) == report["kept_checkpoints"] == 1
+    weights = (run / "model" / "model.safetensors").stat().st_size
+    assert 0 <= weights - report["model_bytes"] < 20_000
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["tokens"]) == (report["steps"], report["tokens"])
+    again = planned(flags(tiny_corpus, run), monkeypatch)
+    assert again["is_finished"]
+
+
+def test_the_work_is_what_the_run_counts_of_itself(tiny_corpus, tmp_path, monkeypatch):
+    """The utilisation in the metrics is useful FLOP/s over the peak, so both give the same work."""
+    from cascade_model.flops import device_peak
+
+    run = tmp_path / "run"
+    report = planned(flags(tiny_corpus, run), monkeypatch)
+    assert pretrain.main(flags(tiny_corpus, run)) == 0
+    lines = read_metrics(Folder(run))
+    peak = device_peak("cpu", "float32")
+    counted = sum(line["mfu"] * line["seconds"] * peak for line in lines)
+    assert counted == pytest.approx(report["flops"], rel=1e-9)
+
+
+PEAK = """
+import resource, sys
+from jobs import pretrain
+pretrain.main(sys.argv[1:-1])
+open(sys.argv[-1], "w").write(str(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+"""
+
+
+def test_memory_is_within_a_factor_of_a_real_runs_peak(tiny_corpus, tmp_path, monkeypatch):
+    """A run of 7 M parameters, less what the same run of a tiny model takes: the estimate covers it
+    and is less than 1.7 times as much. It is an upper bound, as not all of it is there at once."""
+    large = ["--model.hidden-size", "512", "--model.intermediate-size", "1024"]
+    large += ["--model.head-dim", "64", "--model.num-heads", "8", "--model.num-kv-heads", "8"]
+    large += ["--trainer.num-steps", "2", "--trainer.sequences-per-step", "32"]
+    large += ["--trainer.sequences-per-forward", "32", "--trainer.log-every", "1"]
+    peaks = []
+    for name, more in (("small", []), ("large", large)):
+        words = flags(tiny_corpus, tmp_path / name, *more)
+        out = tmp_path / f"{name}.txt"
+        done = subprocess.run([sys.executable, "-c", PEAK, *words, str(out)], timeout=240)
+        assert done.returncode == 0
+        peaks.append(int(out.read_text()))
+    report = planned(flags(tiny_corpus, tmp_path / "plan", *large), monkeypatch)
+    estimate = report["memory_on_device"] + report["memory"]["staging"]
+    assert peaks[1] - peaks[0] < estimate < 1.7 * (peaks[1] - peaks[0])
+
+
+def test_a_probe_measures_this_machine(tiny_corpus, tmp_path, monkeypatch):
+    words = flags(tiny_corpus, tmp_path / "run", "--plan.probe", "True")
+    report = planned(words, monkeypatch)
+    assert "measured here" in report["basis"]
+    assert report["seconds"] == report["tokens"] / report["tokens_per_second"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_device_is_planned_for_by_name(tiny_corpus, tmp_path, monkeypatch):
+    more = ["--plan.device", "H100", "--trainer.precision", "bfloat16", "--num-workers", "8"]
+    report = planned(flags(tiny_corpus, tmp_path / "run", *more), monkeypatch)
+    assert report["tokens_per_second"] == pytest.approx(
+        8 * 989.4e12 * 0.35 / report["flops_per_token"]
+    )
+    assert report["memory_there"] == 80e9
+    assert report["memory"]["gathered"] > 0
+
+
+def test_a_schedule_of_block_sizes_is_added_up_by_phase(tiny_corpus, tmp_path, monkeypatch):
+    file = tmp_path / "phases.yaml"
+    file.write_text(
+        "trainer: {block_sizes: [{block_size: 1, share: 0.5}, {block_size: 4, share: 0.5}]}\n"
+    )
+    one = planned(flags(tiny_corpus, tmp_path / "a", "--model.block-size", "1"), monkeypatch)
+    four = planned(flags(tiny_corpus, tmp_path / "b"), monkeypatch)
+    both = planned([*flags(tiny_corpus, tmp_path / "c"), "--config", str(file)], monkeypatch)
+    assert both["flops"] == pytest.approx((one["flops"] + four["flops"]) / 2)
+    assert one["flops"] < four["flops"]
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--model.block-size", "8"], "block_size=8"),
+        (["--trainer.attention", "flex"], "trainer.attention=flex needs GPUs"),
+        (["--num-workers", "3"], "sequences_per_step=8 cannot be shared by num_workers=3"),
+        (["--trainer.replicas", "2", "--num-workers", "1"], "trainer.replicas=2"),
+        (["--plan.device", "Voodoo"], "plan.device=Voodoo is not known; use one of B200"),
+        (["--plan.device", "H100", "--plan.probe", "True"], "plan.probe measures this machine"),
+        (["--plan.peak-share", "0"], "plan.peak_share=0.0"),
+        (["--ar-weight", "0.3"], "clean_half"),
+    ],
+)
+def test_what_the_job_would_refuse_is_refused(tiny_corpus, tmp_path, capsys, more, sentence):
+    assert plan.main(["pretrain", *flags(tiny_corpus, tmp_path / "run", *more)]) in (2, 3)
+    assert sentence in " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_beside_the_student_is_part_of_the_plan(tiny_corpus, tmp_path, monkeypatch):
+    words = flags(tiny_corpus, tmp_path / "teacher", "--model.block-size", "1")
+    assert pretrain.main([*words, "--model.logits", "shifted"]) == 0
+    alone = planned(flags(tiny_corpus, tmp_path / "run"), monkeypatch)
+    found = []
+    monkeypatch.setattr(plan, "table", lambda report: found.append(report) or "")
+    teacher = ["--teacher", str(tmp_path / "teacher" / "model")]
+    assert plan.main(["distil", *flags(tiny_corpus, tmp_path / "run"), *teacher]) == 0
+    assert found[0]["memory"]["teacher"] == 4 * alone["parameters"]
+    assert 1 < found[0]["flops"] / alone["flops"] < 1.4
+
+
+def test_stages_that_do_not_train_have_no_plan(capsys):
+    assert plan.main(["serve"]) == 2
+    assert "no stage 'serve' trains" in capsys.readouterr().err
+    assert plan.main(["--help"]) == 0
+
+
+def test_units_are_those_that_people_read():
+    assert [size(n) for n in (0, 999, 1000, 12_340_000, 2.5e12)] == [
+        "0 B", "999 B", "1 kB", "12.3 MB", "2.5 TB",
+    ]  # fmt: skip
+    assert [duration(s) for s in (5, 125, 3600 * 5 + 60, 86400 * 2 + 3600 * 3)] == [
+        "5 s", "2 min", "5 h 1 min", "2 d 3 h",
+    ]  # fmt: skip
