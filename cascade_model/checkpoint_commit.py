@@ -16,7 +16,7 @@ from cascade_model.checkpoint_files import (
     step_name,
     steps_in,
 )
-from cascade_model.checkpoint_reading import OtherFormat, attempt_of, score_of
+from cascade_model.checkpoint_reading import OtherFormat, attempt_of, is_ours, score_of
 from cascade_model.commit import Folder
 from cascade_model.errors import CheckpointMismatch, Unfinished
 from cascade_model.retention import Keep, is_measured, kept_steps
@@ -78,8 +78,11 @@ def retain(folder: Folder, keep: Keep, step: int, damaged: set[int]) -> None:
     for each in steps_in(folder):
         if each > step:
             continue
-        with contextlib.suppress(OtherFormat):  # not ours to remove
-            is_committed, score = score_of(folder / step_name(each))
+        target = folder / step_name(each)
+        with contextlib.suppress(OtherFormat):
+            if not is_ours(target):
+                continue  # nor to be removed
+            is_committed, score = score_of(target)
             if is_committed and each not in damaged:
                 scores[each] = score
             else:
@@ -106,7 +109,7 @@ def tidy(folder: Folder) -> None:
         if COMMIT in names:
             with contextlib.suppress(CheckpointMismatch):
                 tidy_step(target, attempt_of(target))
-        elif all(ATTEMPT.fullmatch(name) for name in names):
+        elif is_ours(target):
             folder.remove(step_name(step))
 
 

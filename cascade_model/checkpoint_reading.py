@@ -185,6 +185,11 @@ def _entry(values: dict[str, Any], files: dict[str, File]) -> Entry:
     return entry if is_whole(entry) else _fail()
 
 
+def is_ours(folder: Folder) -> bool:
+    """Whether a step's folder holds nothing but what this program writes there."""
+    return all(name == COMMIT or ATTEMPT.fullmatch(name) for name in folder.list())
+
+
 def attempt_of(folder: Folder) -> str:
     """The attempt that COMMIT names; `CheckpointMismatch` when it is damaged."""
     return _commit(folder)[0]

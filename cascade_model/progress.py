@@ -31,7 +31,8 @@ class Progress:
     @classmethod
     def from_facts(cls, values: dict[str, Any]) -> Self:
         """Read back what `to_dict` made of it."""
-        return cls(**(values | {"window": Window(**values["window"])}))
+        fields: dict[str, Any] = {**values, "window": Window(**values["window"])}
+        return cls(**fields)
 
 
 def sums_of(parts: LossParts, batch: TrainBatch) -> dict[str, torch.Tensor]:

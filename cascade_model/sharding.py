@@ -35,10 +35,7 @@ def prepare(model: Network, config: TrainerConfig, device: torch.device) -> None
         )
         model.training_attention = flex_training
     for layer in model.layers:
-        if config.recompute:
-            layer.forward = _recomputed(layer.forward)
-        if config.compile:
-            layer.compile()
+        layer.forward = wrapped(layer.forward, config)
     shard(model, config, device)
     model.train()
 
@@ -109,9 +106,17 @@ def scale_gradients(model: nn.Module, factor: float) -> None:
             parameter.grad.mul_(factor)
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, whose inner values are computed again when gradients need them.
+def wrapped(
+    forward: Callable[..., Any], config: TrainerConfig, backend: str = "inductor"
+) -> Callable[..., Any]:
+    """A layer's forward, compiled and recomputed as the settings say.
 
-    Nothing in a layer is random, so no random state is kept for the second time.
+    The compiler is inside, as it leaves alone what is recomputed. All layers share its graphs, two
+    at most: the last layer may compute fewer rows. Nothing in a layer is random, so no random state
+    is kept for the second time.
     """
-    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    if config.compile:
+        forward = torch.compile(forward, backend=backend)
+    if config.recompute:
+        forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    return forward

@@ -2,9 +2,8 @@
 
 `model.safetensors`, `config.json` (format version and `ModelConfig`), `tokenizer.json`, for a model
 that came from a published checkpoint `published.json` (its own config and types, to export it
-again), and last `manifest.json` with the bytes and SHA-256 of each. The folder is written beside
-its place and renamed, so it is whole or not there; a reader trusts only the manifest. A folder as a
-published family has it is read too.
+again), and last `manifest.json` with the bytes and SHA-256 of each. The folder is whole or not
+there; a reader trusts only the manifest. A folder as a published family has it is read too.
 """
 
 import json
@@ -53,12 +52,12 @@ def save_model(
     tokenizer: Tokenizer,
     published: Published | None = None,
 ) -> None:
-    """Write a model folder; one that stands there is replaced whole.
+    """Write a model folder, local or at any fsspec URL; one that stands there is replaced whole.
 
     Raises `CheckpointMismatch` when the tokenizer is not the one that the model's config names.
     """
     _require_tokenizer(str(folder), model.config, tokenizer)
-    with whole_folder(folder, lambda old: (old / MANIFEST).is_file(), "model folder") as work:
+    with whole_folder(folder, _is_model_folder, "model folder", seal=MANIFEST) as work:
         save_file(own_state(model), work / WEIGHTS, metadata={"format": "pt"})
         settings = {"format_version": FORMAT_VERSION, **to_dict(model.config)}
         (work / CONFIG).write_bytes(_json(settings))
@@ -142,6 +141,10 @@ def is_published(files: Folder) -> bool:
         return "model_type" in json.loads(files.read_bytes(CONFIG))
     except (ValueError, TypeError):
         return False
+
+
+def _is_model_folder(old: Folder) -> bool:
+    return MANIFEST in old.list()
 
 
 def _verify(files: Folder) -> None:

@@ -1,6 +1,7 @@
 """Work done by two processes at once, as FSDP2 has it."""
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,11 @@ Work = Callable[[int, str], None]
 
 def run_on_two_ranks(work: Work, folder: Path) -> None:
     """Run `work` on two gloo ranks; the error of either is raised."""
-    torch.multiprocessing.spawn(_rank, (work, str(folder)), nprocs=2)
+    address = f"file://{folder}/rendezvous-{uuid.uuid4().hex}"  # what an end leaves is no beginning
+    torch.multiprocessing.spawn(_rank, (work, str(folder), address), nprocs=2)
 
 
-def _rank(rank: int, work: Work, folder: str) -> None:
-    address = f"file://{folder}/rendezvous"
+def _rank(rank: int, work: Work, folder: str, address: str) -> None:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     work(rank, folder)
     dist.barrier()

@@ -10,12 +10,12 @@ import torch
 
 from cascade_model import parallel
 from cascade_model.errors import InputError
+from tests.cascade_model.training_runs import run_ranks
 
 RANKS = """
 import json, sys
 from pathlib import Path
 import torch
-from torch import nn
 from cascade_model import parallel
 from cascade_model.errors import CorpusMismatch, InputError
 
@@ -37,21 +37,14 @@ for name, work in (("value", find), ("mistake", refuse), ("fault", fail)):
     except Exception as error:
         told[name] = [type(error).__name__, str(error)]
 told["sum"] = parallel.sum_over_ranks(torch.tensor([1.0, rank])).tolist()
-
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
-whole = {name: value.clone() for name, value in model.state_dict().items()}
-parallel.shard(model, [model[0]], torch.device("cpu"))
-told["is_sharded"] = model[0].weight.to_local().shape[0] < 5
-state = parallel.full_state(model)
-told["state_is_whole"] = all(torch.equal(state[name], whole[name]) for name in whole)
-x = torch.arange(6.0).reshape(2, 3)[rank : rank + 1]
-model(x).square().sum().backward()
-told["norm"] = float(parallel.gradient_norm(model))
-parallel.scale_gradients(model, 0.5)
-told["half"] = float(parallel.gradient_norm(model))
+told["named"] = parallel.sum_named({"b": torch.tensor(2.0), "a": torch.tensor(float(rank))})
+told["first"] = [parallel.first_of(value) for value in (None, rank or None, f"rank {rank}")]
+told["only"] = parallel.only_first_rank(lambda: object()) is not None
+try:
+    parallel.only_first_rank(refuse)
+except InputError as error:
+    told["only_mistake"] = str(error)
 Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(told))
-parallel.barrier()
 """
 
 
@@ -90,19 +83,17 @@ def test_a_sum_is_over_all_ranks(told):
     assert [each["sum"] for each in told] == [[2.0, 1.0]] * 2
 
 
-def test_a_sharded_model_gives_its_whole_state_back(told):
-    assert all(each["is_sharded"] and each["state_is_whole"] for each in told)
+def test_named_sums_are_over_all_ranks(told):
+    assert [each["named"] for each in told] == [{"b": 4.0, "a": 1.0}] * 2
 
 
-def test_the_norm_of_shards_is_that_of_the_mean_gradient_of_one_process(told):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
-    x = torch.arange(6.0).reshape(2, 3)
-    (model(x).square().sum() / 2).backward()  # FSDP takes the mean over ranks
-    norm = float(parallel.gradient_norm(model))
-    assert [each["norm"] for each in told] == [pytest.approx(norm, rel=1e-6)] * 2
-    assert told[0]["norm"] == told[1]["norm"]
-    assert told[0]["half"] == pytest.approx(norm / 2, rel=1e-6)
+def test_the_lowest_rank_that_has_a_value_speaks_for_all(told):
+    assert [each["first"] for each in told] == [[None, 1, "rank 0"]] * 2
+
+
+def test_what_cannot_travel_stays_with_the_first_rank_and_its_mistakes_do_not(told):
+    assert [each["only"] for each in told] == [True, False]
+    assert [each["only_mistake"] for each in told] == ["corpus=a was cut; copy it anew"] * 2
 
 
 def test_alone_everything_is_local():
@@ -112,9 +103,34 @@ def test_alone_everything_is_local():
     values = torch.tensor([1.0])
     assert parallel.sum_over_ranks(values) is values
     assert parallel.on_first_rank(lambda: 3) == 3
+    assert parallel.only_first_rank(lambda: 3) == 3
+    assert parallel.first_of("a") == "a"
+    assert parallel.sum_named({"a": torch.tensor(1.5)}) == {"a": 1.5}
 
     def refuse():
         raise InputError("no")
 
     with pytest.raises(InputError, match="no"):
         parallel.on_first_rank(refuse)
+
+
+END = """
+import atexit
+import torch.distributed as dist
+atexit.register(lambda: (folder / (str(rank) + ".ended")).write_text(str(dist.is_initialized())))
+parallel.join_group(torch.device("cpu"))
+parallel.join_group(torch.device("cpu"))
+assert parallel.world_size() == 2
+if rank == 1 and {fails}:
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rank_leaves_its_group_before_python_ends(tmp_path, tiny_corpus, fails):
+    shown = run_ranks(tmp_path, tiny_corpus, END.format(fails=fails), code=int(fails))
+    ended = [tmp_path / f"{rank}.ended" for rank in (0, 1)]
+    assert ended[1].read_text() == "False"
+    if not fails:  # else the launcher may end the other rank first
+        assert ended[0].read_text() == "False"
+    assert "terminate called" not in shown

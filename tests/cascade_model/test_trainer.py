@@ -11,7 +11,6 @@ from cascade_model.commit import Folder
 from cascade_model.config import ModelConfig
 from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch, InputError
-from cascade_model.feed import sequences_per_rank
 from cascade_model.metrics import read_metrics
 from cascade_model.run_record import facts_of
 from tests.cascade_model.training_runs import STEPS, Killed, dying, elbo, losses, make, weights
@@ -127,12 +126,6 @@ def test_nan_stops_the_run_and_names_the_samples(corpus, tmp_path):
     expected = corpus.batch(8, 4, corpus.manifest.noise).sequence_ids
     assert record["sequence_ids"] == [int(i) for i in expected]
     assert (tmp_path / "checkpoints" / "step_00000002" / "COMMIT").exists()
-
-
-def test_step_must_be_shared_evenly():
-    assert sequences_per_rank(STEPS, 2) == 2
-    with pytest.raises(InputError, match=r"sequences_per_step=4 .* num_workers=3"):
-        sequences_per_rank(STEPS, 3)
 
 
 def test_flex_attention_without_a_gpu_is_refused(corpus, tmp_path):

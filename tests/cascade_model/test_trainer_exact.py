@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from cascade_model.checkpoint import load_weights, newest
 from cascade_model.commit import Folder
 from cascade_model.config import Phase
 from cascade_model.corpus import Corpus
@@ -252,3 +253,32 @@ def test_recomputed_layers_give_the_same_gradients_bit_for_bit(corpus, tmp_path)
     make(corpus, tmp_path / "again", trainer=again).fit()
     assert is_equal(tmp_path / "kept", tmp_path / "again")
     assert losses(tmp_path / "kept") == losses(tmp_path / "again")
+
+
+def test_a_run_in_a_store_stops_and_goes_on_as_one_on_a_disk(corpus, tmp_path, s3_url):
+    often = dataclasses.replace(STEPS, num_steps=20, log_every=1)
+
+    def stopping_at(step):
+        asked = iter(range(100))
+        return {"stop_wanted": lambda: "enough" if next(asked) == step - 1 else None}
+
+    with pytest.raises(Stopped, match="step 6"):
+        make(corpus, tmp_path / "disk", often, more=stopping_at(6)).fit()
+    for _ in range(2):
+        store = make(corpus, Folder(s3_url), often, more=stopping_at(3))
+        with pytest.raises(Stopped):
+            store.fit()
+    assert [line["step"] for line in read_metrics(Folder(s3_url))] == [1, 2, 3, 4, 5]
+    assert told_in(Folder(s3_url)) == told_in(Folder(tmp_path / "disk"))
+    saved = newest(Folder(s3_url) / "checkpoints", print)
+    assert saved is not None
+    assert saved.step == 6
+    disk = make(corpus, tmp_path / "unused")
+    load_weights(newest(Folder(tmp_path / "disk") / "checkpoints", print), disk.model)
+    state = store.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in disk.model.state_dict().items())
+    assert Folder(s3_url).read_bytes("loss.png").startswith(b"\x89PNG")
+
+
+def told_in(folder):
+    return {line["step"]: line["loss"] for line in read_metrics(folder)}

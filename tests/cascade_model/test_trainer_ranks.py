@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
+import re
 import signal
+import time
 
 import pytest
 import torch
 
 from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus
-from cascade_model.errors import InputError, Stopped
+from cascade_model.errors import Stopped
 from cascade_model.evaluation import held_out
 from cascade_model.metrics import read_metrics
-from cascade_model.sharding import require_replicas
 from tests.cascade_model.training_runs import STEPS, elbo, losses, make, run_ranks, weights
 
 LONG = dataclasses.replace(STEPS, num_steps=20, log_every=1, checkpoint_every=7)
@@ -46,18 +47,19 @@ if __name__ == "__main__":
         ("half_dit", "dit", {"num_kv_heads": 2, "tied_head": False}),
     ):
         fit(f"{name}_whole", HALF, network=network, **shape)
-        fit(f"{name}_cut", HALF, dying(7), network=network, **shape)
+        fit(f"{name}_cut", HALF, dying(3), network=network, **shape)
         fit(f"{name}_cut", HALF, network=network, **shape)
-    fit("replicas", dataclasses.replace(LONG, replicas=2))
-    fit("recomputed", dataclasses.replace(LONG, recompute=True))
+    short = dataclasses.replace(LONG, num_steps=6)
+    fit("replicas", dataclasses.replace(short, replicas=2))
+    fit("recomputed", dataclasses.replace(short, recompute=True))
 
     from functools import partial
     from cascade_model.evaluation import held_out
     part = Corpus.open(corpus_url, split="held_out")
     value = partial(held_out, corpus=part, sequences_per_forward=2)
-    often = dataclasses.replace(LONG, num_steps=6, evaluate_every=1, checkpoint_every=1)
+    often = dataclasses.replace(short, evaluate_every=1, checkpoint_every=1)
     fit("evaluated", often, more={"held_out": value})
-    fit("evaluated_cut", often, dying(7), more={"held_out": value})
+    fit("evaluated_cut", often, dying(3), more={"held_out": value})
     fit("evaluated_cut", often, more={"held_out": value})
 
     def poisoned(model, batch):
@@ -179,11 +181,11 @@ def test_bfloat16_is_used_and_weights_stay_in_float32(run):
 def test_other_ways_to_hold_the_model_take_the_same_steps(run, name):
     folder, told, _ = run
     assert name not in told[0]
-    assert close(folder / "two", folder / name)
+    assert close(folder / "evaluated", folder / name)
 
 
 def test_a_held_out_value_is_that_of_one_rank_and_leaves_no_trace(run, corpus, tiny_corpus):
-    folder, _, _ = run
+    folder, told, _ = run
     lines = read_metrics(Folder(folder / "evaluated"))
     part = Corpus.open(tiny_corpus, split="held_out")
     assert part.num_sequences % 4 != 0
@@ -192,10 +194,10 @@ def test_a_held_out_value_is_that_of_one_rank_and_leaves_no_trace(run, corpus, t
     alone = held_out(model, part, sequences_per_forward=2)
     assert lines[-1]["held_out_loss"] == pytest.approx(alone.loss, rel=1e-6)
     assert lines[-1]["held_out_standard_error"] == pytest.approx(alone.standard_error, rel=1e-5)
+    assert told[1]["evaluated_cut"][0] == "Killed"
     assert is_equal(folder / "evaluated", folder / "evaluated_cut")
     assert losses(folder / "evaluated") == losses(folder / "evaluated_cut")
-    short = [(line["step"], line["loss"]) for line in read_metrics(Folder(folder / "two"))][:3]
-    assert losses(folder / "evaluated")[:3] != short  # its schedule of the rate is another
+    assert losses(folder / "evaluated")[:4] == losses(folder / "two")[:4]
 
 
 def test_infinity_on_one_rank_is_seen_by_both(run, corpus):
@@ -211,7 +213,31 @@ def test_infinity_on_one_rank_is_seen_by_both(run, corpus):
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 0]
 
 
-def test_replicas_must_share_the_ranks():
-    require_replicas(dataclasses.replace(STEPS, replicas=2), 4)
-    with pytest.raises(InputError, match=r"trainer.replicas=3 cannot share num_workers=4"):
-        require_replicas(dataclasses.replace(STEPS, replicas=3), 4)
+PREEMPTED = """
+def slow(model, batch):
+    time.sleep(0.05)
+    return elbo(model, batch)
+
+if __name__ == "__main__":
+    steps = dataclasses.replace(STEPS, num_steps=2000, checkpoint_every=2000, log_every=1)
+    try:
+        make(corpus, folder / "run", steps, slow).fit()
+    except Exception as error:
+        (folder / f"end_{rank}").write_text(str(error))
+        raise SystemExit(error.exit_code)
+"""
+
+
+def test_a_preempted_launcher_gives_its_ranks_the_time_to_save(tiny_corpus, tmp_path):
+    def preempt(process):
+        until = time.monotonic() + 120
+        while len(read_metrics(Folder(tmp_path / "run"))) < 3 and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+
+    run_ranks(tmp_path, tiny_corpus, PREEMPTED, code=None, meanwhile=preempt)
+    ends = [(tmp_path / f"end_{rank}").read_text() for rank in (0, 1)]
+    assert ends[0] == ends[1]
+    step = int(re.fullmatch(r"stopped at step (\d+) \(SIGTERM\); run the same .*", ends[0])[1])
+    assert 3 <= step < 2000
+    assert (tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / "COMMIT").exists()

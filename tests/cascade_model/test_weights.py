@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cascade_model.commit import Folder
 from cascade_model.config import ModelConfig
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.families import read_checkpoint
@@ -205,3 +206,19 @@ def test_a_run_folder_is_told_from_its_model(tmp_path):
     (tmp_path / "model" / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointMismatch, match=r"it is a run; give .*/model"):
         load_model(tmp_path)
+
+
+def test_a_model_folder_in_a_store_is_written_read_and_refused_when_damaged(s3_url):
+    save_model(s3_url, small_model(), TOKENIZER)
+    save_model(s3_url, small_model(seed=1), TOKENIZER)
+    found, tokenizer = load_model(s3_url)
+    wanted = small_model(seed=1).state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.state_dict().items())
+    assert tokenizer.sha256 == TOKENIZER.sha256
+    assert read_config(s3_url) == small_model().config
+    before = weights_digest(s3_url)
+    save_model(s3_url, small_model(), TOKENIZER)
+    assert weights_digest(s3_url) != before
+    Folder(s3_url).replace("model.safetensors", b"x")
+    with pytest.raises(CheckpointMismatch, match="with sha256"):
+        load_model(s3_url)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cascade_model.commit import Folder
 from cascade_model.errors import InputError
 from cascade_model.whole_folder import whole_folder
 
@@ -50,9 +51,55 @@ def test_only_its_own_kind_is_replaced(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["other"]
 
 
-def test_an_object_store_is_refused():
+def test_a_folder_without_a_seal_must_be_local():
     with (
         pytest.raises(InputError, match="must be a local folder"),
         whole_folder("s3://bucket/made", never, "thing"),
     ):
         pass
+
+
+def test_in_a_store_the_seal_goes_first_and_comes_last(tmp_path, monkeypatch):
+    target = f"memory://{tmp_path.name}/made"
+    with whole_folder(target, never, "thing", seal="manifest.json") as work:
+        for name in ("a", "manifest.json", "z"):
+            (work / name).write_text("old")
+    put, seen = Folder.put, []
+
+    def watched(self, name, write):
+        seen.append((name, "manifest.json" in self.list()))
+        return put(self, name, write)
+
+    monkeypatch.setattr(Folder, "put", watched)
+    with whole_folder(target, always, "thing", seal="manifest.json") as work:
+        for name in ("b", "manifest.json", "z"):
+            (work / name).write_text("new")
+    assert seen == [("b", False), ("z", False), ("manifest.json", False)]
+    assert Folder(target).list() == ["b", "manifest.json", "z"]
+    assert Folder(target).read_bytes("z") == b"new"
+    with (
+        pytest.raises(InputError, match="exists and is no thing"),
+        whole_folder(target, never, "thing", seal="manifest.json"),
+    ):
+        pass
+
+
+def test_an_upload_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    target = f"memory://{tmp_path.name}/broken"
+
+    def fail(self, name, write):
+        if name == "manifest.json":
+            raise OSError("lost")
+        return put(self, name, write)
+
+    put = Folder.put
+    monkeypatch.setattr(Folder, "put", fail)
+
+    def make():
+        with whole_folder(target, never, "thing", seal="manifest.json") as work:
+            for name in ("a", "manifest.json"):
+                (work / name).write_text("new")
+
+    with pytest.raises(OSError, match="lost"):
+        make()
+    assert Folder(target).list() == ["a"]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from cascade_model.commit import Folder
@@ -44,7 +45,6 @@ def make(corpus, folder, trainer=STEPS, loss_fn=elbo, more=None, **shape) -> Tra
     )
     model = build_network(config)
     model.init_weights(0)
-    folder.mkdir(exist_ok=True)
     return Trainer(
         model=model,
         corpus=corpus,
@@ -53,7 +53,7 @@ def make(corpus, folder, trainer=STEPS, loss_fn=elbo, more=None, **shape) -> Tra
         objective={"name": "diffusion", "weight": "elbo"},
         optimizer=OptimizerConfig(peak_lr=1e-2),
         trainer=trainer,
-        folder=Folder(folder),
+        folder=folder if isinstance(folder, Folder) else Folder(folder),
         **(more or {}),
     )
 
@@ -82,8 +82,18 @@ def dying(after):
     return loss_fn
 
 
-def run_ranks(folder: Path, corpus: str, body: str, ranks: int = 2, code: int = 0) -> str:
-    """Run `body` under torchrun with this module's names and `corpus` at hand; returns stderr."""
+def run_ranks(
+    folder: Path,
+    corpus: str,
+    body: str,
+    code: int | None = 0,
+    meanwhile: Callable[[subprocess.Popen], None] = lambda process: None,
+) -> str:
+    """Run `body` on two ranks under torchrun, with this module's names and `corpus` at hand.
+
+    Returns stderr. `code` is the exit code that is wanted, none for any; `meanwhile` may deal with
+    the launcher while it runs.
+    """
     script = folder / f"script_{len(list(folder.glob('script_*')))}.py"
     script.write_text(
         "import dataclasses, json, os, signal, sys, time\n"
@@ -91,15 +101,20 @@ def run_ranks(folder: Path, corpus: str, body: str, ranks: int = 2, code: int = 
         "import torch\n"
         "from tests.cascade_model.training_runs import *\n"
         "from cascade_model import parallel\n"
+        "from cascade_model.corpus import Corpus\n"
         f"folder, corpus = Path({str(folder)!r}), Corpus.open({corpus!r})\n"
-        "rank = int(os.environ.get('RANK', '0'))\n"
+        "rank = int(os.environ['RANK'])\n"
         f"{body}"
     )
-    words = [sys.executable, str(script)]
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        words = [sys.executable, *launcher, str(script)]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == code, done.stderr
-    return done.stderr
+    process = subprocess.Popen(
+        [sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        meanwhile(process)
+        shown = process.communicate(timeout=280)[1]
+    finally:
+        process.kill()
+    assert code is None or process.returncode == code, shown
+    return shown

@@ -1,9 +1,8 @@
 """The distil command is pretraining with a teacher."""
 
-import json
-
 import pytest
 
+from cascade_model.checkpoint import verify
 from cascade_model.weights import load_model, weights_digest
 from jobs import distil, pretrain
 
@@ -29,8 +28,7 @@ def flags(corpus, output, teacher, *more):
 def test_student_is_trained_and_the_teacher_recorded(tiny_corpus, tmp_path, teacher):
     assert distil.main(flags(tiny_corpus, tmp_path, teacher)) == 0
     assert load_model(str(tmp_path / "model"))[0].config.block_size == 4
-    [manifest] = (tmp_path / "checkpoints" / "step_00000003").glob("*/manifest.json")
-    objective = json.loads(manifest.read_text())["facts"]["objective"]
+    objective = verify(tmp_path / "checkpoints" / "step_00000003").facts["objective"]
     assert objective["teacher"] == weights_digest(teacher)
     assert objective["alpha"] == 0.5
     assert objective["teacher_weight"] == "right_context"

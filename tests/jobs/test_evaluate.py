@@ -77,7 +77,7 @@ def test_damaged_checkpoint_is_refused(run, tiny_corpus, tmp_path, capsys):
 
     copy = tmp_path / "step_00000060"
     shutil.copytree(run / "checkpoints" / "step_00000060", copy)
-    (copy / "config.json").write_text("{}")
+    (copy / "COMMIT").write_text("{}")
     assert evaluate.main(["--model", str(copy), "--corpus", tiny_corpus]) == 3
     assert "damaged" in capsys.readouterr().err
 
