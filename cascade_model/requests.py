@@ -162,13 +162,20 @@ def rearranged(config: ModelConfig, prefix: Sequence[int], suffix: Sequence[int]
     """The prompt that asks for what stands between two texts: as documents were rearranged in the
     model's training, up to the token after which the middle comes; its end is the end of a text.
 
-    Raises `InputError` where the model was not trained so.
+    Raises `InputError` where the model was not trained so, and for a text that holds such tokens.
     """
     check(
         config.infill == "psm",
         f"suffix is for models with infill=psm and this one has infill={config.infill}; leave it "
         "out, or train on a corpus that was prepared with an infill_rate",
     )
+    for name, tokens in (("prompt", prefix), ("suffix", suffix)):
+        found = next((token for token in tokens if token in config.infill_ids), None)
+        check(
+            found is None,
+            f"{name} has the token {found}, which only stands before prefix, suffix or middle; "
+            "give the prompt and the suffix without it",
+        )
     before_prefix, before_suffix, before_middle = config.infill_ids
     return [before_prefix, *prefix, before_suffix, *suffix, before_middle]
 
