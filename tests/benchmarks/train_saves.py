@@ -40,6 +40,7 @@ def _rows(folder: Path, shape: dict, name: str, rounds: int, bar: float | None) 
     copies = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
     folder_of_run = Folder(folder / "checkpoints")
     checkpoints = Checkpoints(folder_of_run, Keep(last=1), lambda: None, lambda line: None)
+    _copy(state, copies)  # takes the memory
     first, _ = _blocked(checkpoints, model, optimizer, 1)
     blocked, whole, copied = [], [], []
     for step in range(2, 2 + 2 * rounds):
