@@ -9,13 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from cascade_model.attention import dense
+from cascade_model.batch import TrainBatch
 from cascade_model.families import read_checkpoint
+from cascade_model.model import never_emitted
 from cascade_model.networks import own_state
 from cascade_model.sampler import sample
 from cascade_model.sampling import SamplingParams
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer
+from cascade_model.training_input import read_rows, source_rows
 from cascade_model.weights import load_model, read_config, read_published
 from jobs import convert
+from tests.conformance.checkpoints import smollm2_file
 
 DATA = Path(__file__).parents[1] / "data/conformance"
 LLAMA = DATA / "ar/llama"
@@ -60,6 +64,103 @@ def test_the_teacher_predicts_exactly_what_the_checkpoint_does(checkpoint):
     rows = expected.shape[-1]
     untouched = [i for i in range(rows) if i not in (model.config.mask_id, model.config.pad_id)]
     assert (logits - expected)[..., untouched].abs().max() <= 1e-3
+
+
+def recorded() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [1, L] and what the published checkpoint's own code said of them, [1, L, v]."""
+    cases = json.loads((LLAMA.parent / "cases.json").read_text())
+    case = next(case for case in cases if case["name"] == "llama_logits_b1")
+    expected = load_file(LLAMA.parent / "arrays.safetensors")["llama_logits_b1.logits"]
+    return torch.tensor(case["input_ids"]), expected
+
+
+def read_logits(model, tokens: torch.Tensor, rows: torch.Tensor, **how) -> torch.Tensor:
+    """Logits [r, v] of rows of the training input over tokens, all of which are masked."""
+    config = model.config
+    length = tokens.shape[1]
+    batch = TrainBatch.of(tokens, torch.ones(1, length).bool(), block_size=config.block_size)
+    sequences = torch.zeros_like(rows)
+    return read_rows(model, batch, config, sequences, rows, lambda h, head: head(h), **how)
+
+
+def outcomes(model, logits: torch.Tensor) -> torch.Tensor:
+    """All but those of the rows that the conversion drew anew."""
+    banned = never_emitted(model.config)
+    return logits[:, [i for i in range(logits.shape[-1]) if i not in banned]]
+
+
+def test_at_block_size_one_training_reads_what_the_checkpoint_predicts(checkpoint):
+    """Shifted with the clean source: row i-1 of the pass is the prediction of token i."""
+    model, _ = load_model(convert_to(checkpoint, "one", "--block-size", "1"))
+    tokens, expected = recorded()
+    found = read_logits(model, tokens, torch.arange(tokens.shape[1]))
+    error = outcomes(model, found) - outcomes(model, expected[0])
+    assert error.abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("logits", ["aligned", "shifted"])
+def test_clean_rows_of_a_token_causal_half_are_the_checkpoint_whatever_the_block(
+    checkpoint, logits
+):
+    flags = ["--block-size", "4", "--logits", logits, "--clean-half"]
+    tokens, expected = recorded()
+    length = tokens.shape[1]
+    errors = []
+    for half in ("token_causal", "block_causal"):
+        model, _ = load_model(convert_to(checkpoint, half, *flags, half))
+        rows = torch.arange(length, 2 * length)
+        found = read_logits(model, tokens, rows, is_doubled=True)
+        error = outcomes(model, found) - outcomes(model, expected[0])
+        errors.append(float(error.abs().max()))
+    assert errors[0] <= 1e-3 < errors[1]
+
+
+def test_a_shifted_start_predicts_the_first_place_of_a_block_as_the_checkpoint_does(checkpoint):
+    """From the last clean row; the other places of a block have yet to be learnt."""
+    flags = ["--block-size", "4", "--clean-half", "token_causal"]
+    model, _ = load_model(convert_to(checkpoint, "start", *flags))
+    tokens, expected = recorded()
+    batch = TrainBatch.of(tokens, torch.ones_like(tokens).bool(), block_size=4)
+    rows = source_rows(model.config, batch)[0]
+    firsts = torch.arange(4, tokens.shape[1], 4)
+    found = read_logits(model, tokens, rows[firsts])
+    error = outcomes(model, found) - outcomes(model, expected[0, firsts - 1])
+    assert error.abs().max() <= 1e-3
+    others = firsts + 1
+    found = read_logits(model, tokens, rows[others])
+    error = outcomes(model, found) - outcomes(model, expected[0, others - 1])
+    assert error.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("first_place", ["clean", "noisy", "own"])
+def test_the_first_places_source_is_recorded(checkpoint, first_place):
+    config = read_config(convert_to(checkpoint, "start", "--first-place", first_place))
+    assert (config.logits, config.first_place) == ("shifted", first_place)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2_file() is None, reason="no weights")
+def test_smollm2_converted_says_what_its_own_code_said(tmp_path):
+    """The published top-20 logits, from a teacher and from the clean rows of an aligned start."""
+    folder = DATA / "smollm2"
+    arrays = load_file(folder / "arrays.safetensors")
+    cases = [c for c in json.loads((folder / "cases.json").read_text()) if "top20" in c["name"]]
+    aligned = ["--block-size", "4", "--logits", "aligned", "--clean-half", "token_causal"]
+    for flags, is_doubled in ((["--block-size", "1"], False), (aligned, True)):
+        output = tmp_path / "model"
+        source = ["--source", str(smollm2_file()), "--output", str(output)]
+        assert convert.main([*source, *flags]) == 0
+        model, _ = load_model(output)
+        for case in cases:
+            ids = case["input_ids"][0]
+            length = -(-len(ids) // 4) * 4
+            tokens = torch.tensor([ids + [1] * (length - len(ids))])  # later tokens are not seen
+            row = torch.tensor([len(ids) - 1 + length * is_doubled])
+            [found] = read_logits(model, tokens, row, is_doubled=is_doubled)
+            top = arrays[f"{case['name']}.top_ids"].flatten()[-20:].long()
+            wanted = arrays[f"{case['name']}.top_values"].flatten()[-20:]
+            torch.testing.assert_close(found[top], wanted, rtol=0, atol=2e-3)
+            assert int(found[: model.config.mask_id].argmax()) == top[0]
 
 
 def test_every_choice_of_the_conversion_is_recorded(checkpoint):

@@ -28,10 +28,10 @@ def flags(corpus, output, teacher, *more):
 def test_student_is_trained_and_the_teacher_recorded(tiny_corpus, tmp_path, teacher):
     assert distil.main(flags(tiny_corpus, tmp_path, teacher)) == 0
     assert load_model(str(tmp_path / "model"))[0].config.block_size == 4
-    facts = verify(tmp_path / "checkpoints" / "step_00000003").facts
-    assert facts["objective"]["teacher"] == weights_digest(teacher)
-    assert facts["objective"]["alpha"] == 0.5
-    assert facts["objective"]["teacher_weight"] == "right_context"
+    objective = verify(tmp_path / "checkpoints" / "step_00000003").facts["objective"]
+    assert objective["teacher"] == weights_digest(teacher)
+    assert objective["alpha"] == 0.5
+    assert objective["teacher_weight"] == "right_context"
 
 
 def test_student_may_start_from_a_model(tiny_corpus, tmp_path, teacher):

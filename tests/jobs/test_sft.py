@@ -12,7 +12,7 @@ from cascade_model.config import TrainingNoise
 from cascade_model.corpus import Corpus
 from cascade_model.llm import LLM
 from cascade_model.sampling import SamplingParams
-from jobs import prepare, pretrain, sft
+from jobs import plan, prepare, pretrain, sft
 from jobs.cli import build
 from pipelines.config import PrepareConfig
 
@@ -160,3 +160,12 @@ def test_the_recipes_are_for_this_job():
     assert corpus.has_chats
     assert corpus.packing == "best_fit"
     assert corpus.output == config.corpus
+
+
+def test_a_plan_is_made_of_it_and_refuses_what_it_refuses(corpus, plain, model, tmp_path, capsys):
+    words = ["sft", *asked(corpus, model, tmp_path / "run"), "--plan.device", "H100"]
+    assert plan.main(words) == 0
+    assert "memory" in capsys.readouterr().out
+    words = ["sft", *asked(plain, model, tmp_path / "run"), "--plan.device", "H100"]
+    assert plan.main(words) == 2
+    assert "has no prompts" in said(capsys)
