@@ -118,6 +118,7 @@ def test_without_the_protocol_a_kill_is_found_out(launcher, corpus, undisturbed,
     point = Point("data half written", 0, 3, victim=0)
     wanted = finished(undisturbed / "run")
     outcome = round_of(launcher, point, tmp_path, corpus, wanted, is_naive=True)
+    assert outcome.was_killed
     assert not outcome.is_same
 
 
