@@ -22,7 +22,8 @@ class Starts:
     document_ids: np.ndarray
     """uint64, one per start: part index << 32 | row of the document within its part."""
     span_starts: np.ndarray
-    """uint32, one per start: first byte of the document's cleaned text (UTF-8) that lies here."""
+    """uint32, one per start: first byte of the document's cleaned text (UTF-8) that lies here. Of a
+    document that is rearranged to learn infilling, bytes are counted in the order as it stands."""
     span_stops: np.ndarray
     """uint32, one per start: the byte after the last one; EOS and PAD have none."""
 

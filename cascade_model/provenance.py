@@ -30,7 +30,8 @@ class Seen:
     where: str
     """Place in that file."""
     span: tuple[int, int]
-    """First byte and the byte after the last one, of the document's cleaned text in UTF-8."""
+    """First byte and the byte after the last one, of the document's cleaned text in UTF-8; of a
+    rearranged one (infilling) in the order of its parts in the corpus."""
 
 
 class DocumentTables:

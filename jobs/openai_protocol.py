@@ -161,7 +161,7 @@ class Request(BaseModel):
         if not isinstance(body, dict):
             return body
         for name, value in body.items():
-            if name in UNSUPPORTED:
+            if name in UNSUPPORTED and name not in cls.model_fields:
                 if not any(
                     value == v and type(value) in (type(v), float) for v in UNSUPPORTED[name]
                 ):
@@ -222,6 +222,11 @@ class CompletionRequest(Request):
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Tokens
         | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    suffix: Text | None = Field(
+        None,
+        description="What follows the completion, of every prompt; for a model that was trained on "
+        "rearranged documents (infill=psm).",
     )
 
     @property

@@ -116,6 +116,11 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     require_shares(config)
     corpus = Corpus.open(config.corpus)
     shape = starting_config(config, corpus)
+    if shape.infill == "psm" and corpus.manifest.infill is None:
+        tell(
+            f"initial_model={config.initial_model} can fill holes (infill=psm) and no document of "
+            f"corpus={config.corpus} is rearranged, so it may unlearn that"
+        )
     noise = noise_of(shape, corpus, config.noise, config.trainer.sequences_per_step)
     check_weight(config.weight, noise)
     check(
@@ -227,7 +232,7 @@ def starting_config(config: TrainingConfig, corpus: "Corpus") -> ModelConfig:
                 f"{shape.tokenizer_sha256} and the corpus {config.corpus} with "
                 f"{manifest.tokenizer_sha256}; prepare the corpus with the model's tokenizer"
             )
-        return shape
+        return dataclasses.replace(shape, **infilling_of(corpus))
     values = dataclasses.asdict(config.model)
     values["block_size"] = config.model.block_size or corpus.block_size
     return ModelConfig(
@@ -236,8 +241,16 @@ def starting_config(config: TrainingConfig, corpus: "Corpus") -> ModelConfig:
         pad_id=manifest.pad_id,
         eos_id=manifest.eos_id,
         tokenizer_sha256=manifest.tokenizer_sha256,
+        **infilling_of(corpus),
         **values,
     )
+
+
+def infilling_of(corpus: "Corpus") -> dict[str, Any]:
+    """What a model learns of filling holes from a corpus, as settings of its configuration: nothing
+    where no document is rearranged, and then a model that could do it before keeps its word."""
+    entry = corpus.manifest.infill
+    return {} if entry is None else {"infill": entry.mode, "infill_ids": entry.ids}
 
 
 def starting_model(config: TrainingConfig, corpus: "Corpus") -> "Network":
@@ -247,7 +260,9 @@ def starting_model(config: TrainingConfig, corpus: "Corpus") -> "Network":
 
     shape = starting_config(config, corpus)
     if config.initial_model is not None:
-        return load_model(config.initial_model)[0]
+        model = load_model(config.initial_model)[0]
+        model.config = shape
+        return model
     model = build_network(shape)
     model.init_weights(config.trainer.seed)
     return model

@@ -1,12 +1,20 @@
 """The manifest survives the trip through JSON, and its digest is the corpus's identity."""
 
+import dataclasses
 import json
 
 import pytest
 
 from cascade_model.config import NoiseConfig
 from cascade_model.errors import CorpusMismatch
-from cascade_model.manifest import DocumentsEntry, Manifest, ShardEntry, SourceEntry, SplitEntry
+from cascade_model.manifest import (
+    DocumentsEntry,
+    InfillEntry,
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    SplitEntry,
+)
 
 
 def manifest() -> Manifest:
@@ -55,6 +63,19 @@ def test_the_digest_does_not_depend_on_an_attempts_own_object_names():
     other = Manifest.from_json(data.replace(b'"object": "d"', b'"object": "d~1"'), "here")
     assert other != manifest()
     assert other.digest == manifest().digest
+
+
+def test_what_is_said_of_infilling_is_part_of_it_and_nothing_is_said_of_none():
+    entry = InfillEntry(rate=0.5, ids=(4, 5, 6), num_documents=3)
+    told = dataclasses.replace(manifest(), infill=entry)
+    assert Manifest.from_json(told.to_json(), "here") == told
+    assert told.digest != manifest().digest
+    assert b"infill" not in manifest().to_json()
+    # The digest that this manifest had before there was infilling.
+    assert manifest().digest == "e391590410598fcb81e5d852f4f610f01f49780858194608197a807c1efe70ec"
+    values = json.loads(manifest().to_json())
+    with pytest.raises(CorpusMismatch, match="edited or damaged"):
+        Manifest.from_json(json.dumps(values | {"infill": None}).encode(), "here")
 
 
 def test_an_edited_manifest_is_refused():

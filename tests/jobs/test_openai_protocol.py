@@ -71,7 +71,6 @@ def test_a_value_outside_its_bounds_is_refused(fields):
         ("best_of", 2),
         ("echo", True),
         ("logprobs", 0),
-        ("suffix", "end"),
         ("presence_penalty", 0.5),
         ("frequency_penalty", -1),
         ("tools", [{"type": "function"}]),
@@ -83,6 +82,15 @@ def test_a_value_outside_its_bounds_is_refused(fields):
 def test_an_unsupported_or_unknown_field_is_refused_by_its_name(name, value):
     with pytest.raises(ValidationError, match=f"`{name}`"):
         completion(**{name: value})
+
+
+def test_a_suffix_is_for_completions_and_not_for_chats():
+    assert completion(suffix="end").suffix == "end"
+    with pytest.raises(ValidationError, match="`suffix` is not supported"):
+        chat(suffix="end")
+    for wrong in (["end"], 1, "x" * 1_000_001):
+        with pytest.raises(ValidationError, match="suffix"):
+            completion(suffix=wrong)
 
 
 def test_a_misspelt_field_is_answered_with_the_right_name():
