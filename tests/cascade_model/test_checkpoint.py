@@ -3,6 +3,9 @@
 import json
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,7 @@ from cascade_model.checkpoint import Keep
 from cascade_model.checkpoint_storage import Writer
 from cascade_model.commit import Folder
 from cascade_model.errors import CheckpointMismatch, Unfinished
+from cascade_model.lease import LeaseLost, begin, hold
 from cascade_model.staging import HostCopy
 from tests.cascade_model.checkpoint_making import (
     attempt,
@@ -26,6 +30,7 @@ from tests.cascade_model.checkpoint_making import (
     trained,
 )
 
+ROOT = Path(__file__).parents[2]
 FACTS = {"step": 2, "samples": 16}
 
 
@@ -92,7 +97,7 @@ def held_back(monkeypatch):
 class Alias(HostCopy):
     """The control: no copy at all."""
 
-    def _buffer(self, name, like):
+    def _buffer(self, like):
         return like
 
 
@@ -117,7 +122,7 @@ def test_a_save_waits_for_the_one_before_it_and_uses_its_memory_again(tmp_path, 
     with held_back(monkeypatch) as go:
         checkpoints = open_run(tmp_path)
         checkpoints.save(*run, {"step": 1, "samples": 8})
-        places = {name: t.data_ptr() for name, t in checkpoints._stager._buffers.items()}
+        places = {name: part.data.data_ptr() for name, part in checkpoints._stager._parts.items()}
         second = threading.Thread(target=checkpoints.save, args=(*run, FACTS))
         second.start()
         second.join(0.3)
@@ -125,7 +130,9 @@ def test_a_save_waits_for_the_one_before_it_and_uses_its_memory_again(tmp_path, 
         go.set()
         second.join(30)
         checkpoints.finish()
-    assert {n: t.data_ptr() for n, t in checkpoints._stager._buffers.items()} == places
+    parts = checkpoints._stager._parts
+    assert {name: part.data.data_ptr() for name, part in parts.items()} == places
+    assert len(places) == len(set(places.values())) == 13
     assert told_newest(tmp_path)[0].step == 2
 
 
@@ -215,6 +222,25 @@ def test_a_writer_that_may_not_write_leaves_everything_as_it_was(tmp_path, allow
     assert contents(tmp_path) == before
 
 
+def test_an_attempt_that_was_replaced_cannot_commit(tmp_path):
+    """With a real lease; its first save is the control."""
+    run = trained()
+    with hold(Folder(tmp_path)) as owner:
+        zombie = begin(Folder(tmp_path), owner)
+        folder = tmp_path / "checkpoints"
+        checkpoints = open_run(folder, check=zombie.check)
+        assert checkpoints.save(*run, {"step": 1, "samples": 8}).wait()
+        begin(Folder(tmp_path), owner)
+        before, saving = contents(folder), checkpoints.save(*run, FACTS)
+        with pytest.raises(LeaseLost, match="taken over"):
+            saving.wait()
+        with pytest.raises(LeaseLost):
+            checkpoints.finish()
+        assert contents(folder) == before
+        with pytest.raises(LeaseLost):
+            checkpoints.newest()
+
+
 def test_leftovers_of_a_dead_writer_are_removed(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
@@ -280,6 +306,52 @@ def test_a_full_disk_fails_the_save_in_one_line_and_training_goes_on(tmp_path, s
     assert checkpoints.save(*run, {"step": 3, "samples": 24}).wait()
     checkpoints.finish()
     assert told_newest(tmp_path)[0].step == 3
+
+
+DYING = """
+import os, signal, sys
+
+from cascade_model.commit import Folder
+from tests.cascade_model.checkpoint_making import save
+
+folder, point = sys.argv[1:]
+names = {"data": "rank_00000.safetensors", "manifest": "manifest.json", "commit": "COMMIT"}
+
+def deadly(real, is_after):
+    def act(self, name, *rest):
+        is_here = names[point.partition(" ")[2]] == name and point.startswith("after") == is_after
+        result = real(self, name, *rest) if is_after or not is_here else None
+        if is_here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return act
+
+save(folder, 1)
+for name in ("put", "create"):
+    real = getattr(Folder, name)
+    setattr(Folder, name, deadly(deadly(real, False), True))
+save(folder, 2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "newest"),
+    [
+        ("before data", 1),
+        ("after data", 1),
+        ("after manifest", 1),
+        ("before commit", 1),
+        ("after commit", 2),
+    ],
+)
+def test_a_process_that_is_killed_in_a_save_leaves_the_one_before_or_the_new_one(
+    tmp_path, point, newest
+):
+    words = [sys.executable, "-c", DYING, str(tmp_path), point]
+    assert subprocess.run(words, cwd=ROOT).returncode == -signal.SIGKILL
+    assert told_newest(tmp_path)[0].step == newest
+    assert open_run(tmp_path).newest().step == newest
+    assert len(names(tmp_path)) == newest
 
 
 def test_a_fault_of_ours_is_not_taken_for_the_disks(tmp_path, monkeypatch):

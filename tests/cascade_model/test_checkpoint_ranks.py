@@ -170,6 +170,5 @@ def test_a_rank_that_dies_in_a_save_leaves_the_checkpoint_before_it(tmp_path):
         time.sleep(0.1)
     assert float((tmp_path / "seconds.txt").read_text()) < 20
     assert (tmp_path / "first.txt").exists()
-    found, [line] = told_newest(tmp_path / "checkpoints")
-    assert found.step == 1
-    assert "step_00000002 has no COMMIT, so its writing never finished" in line
+    found, told = told_newest(tmp_path / "checkpoints")
+    assert (found.step, told) == (1, [])  # the first rank has cleared what was begun
