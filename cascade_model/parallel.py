@@ -6,6 +6,7 @@ Everything works for one process without a group, so the trainer has a single pa
 import atexit
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,13 +17,15 @@ from cascade_model.errors import InputError
 Result = TypeVar("Result")
 
 
-def join_group(device: torch.device) -> None:
+def join_group(device: torch.device, timeout: float | None = None) -> None:
     """Join the process group that `torchrun` announces, and leave it when the process ends.
 
-    A no-op alone or where one exists, which then is its maker's to end.
+    `timeout`: seconds that a rank waits for the others before it fails; none: torch's own. A no-op
+    alone or where a group exists, which then is its maker's to end.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = None if timeout is None else timedelta(seconds=timeout)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         atexit.register(_leave_group)
 
 

@@ -91,7 +91,7 @@ def _join_torchrun(placement: Placement) -> None:
     number = int(os.environ.get("LOCAL_RANK", "0"))
     if placement.use_gpu and number < torch.cuda.device_count():
         torch.cuda.set_device(number)
-    parallel.join_group(torch.device(placement.device))
+    parallel.join_group(torch.device(placement.device), placement.collective_timeout_s)
 
 
 def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, Any] | None:

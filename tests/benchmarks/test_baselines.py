@@ -1,14 +1,18 @@
 """The baselines are the published loops: they pass the conformance cases of their systems."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from cascade_model.batch import TrainBatch
 from cascade_model.families import read_checkpoint
 from cascade_model.networks import build_network, fill
+from tests.benchmarks import train_arms
 from tests.benchmarks.baselines import block_causal_loop, llada_loop, sdar_loop
+from tests.benchmarks.train_baselines import BASELINES
 
 DATA = Path(__file__).parents[1] / "data" / "conformance"
 
@@ -98,3 +102,68 @@ def test_the_sdar_loop_is_the_published_one(case, prefills_every_block):
         if any(token in stops for token in found[len(row) : end]):
             found[end:] = [settings["mask_id"]] * (len(found) - end)
     assert found == expected
+
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 48,
+}
+
+
+def training_pair(tmp_path, **choices):
+    """A batch of one-document sequences and a model whose every gradient can be compared."""
+    corpus = train_arms.corpus_of(tmp_path / "corpus", 128, sequences=8)
+    model = train_arms.model_of(corpus, TINY, **choices)
+    noise = dataclasses.replace(corpus.manifest.noise, block_size=model.config.block_size)
+    return model, TrainBatch.from_numpy(corpus.batch(0, 3, noise), "cpu")
+
+
+def loss_and_gradients(model, batch, loss):
+    model.zero_grad(set_to_none=True)
+    parts = loss(model, batch)
+    parts.sum.backward()
+    return parts, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["causal", "dense"])
+def test_a_training_baseline_gives_our_loss_and_gradients(tmp_path, name):
+    choices = train_arms.AUTOREGRESSIVE if name == "causal" else {}
+    model, batch = training_pair(tmp_path, **choices)
+    ours, wanted = loss_and_gradients(model, batch, train_arms.elbo)
+    theirs, found = loss_and_gradients(model, batch, BASELINES[name])
+    assert theirs.count == ours.count
+    torch.testing.assert_close(theirs.sum, ours.sum, rtol=1e-5, atol=0)
+    for parameter, gradient in wanted.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_baseline_of_another_loss_is_found_out(tmp_path):
+    model, batch = training_pair(tmp_path)
+    ours, _ = loss_and_gradients(model, batch, train_arms.elbo)
+    causal, _ = loss_and_gradients(model, batch, BASELINES["causal"])
+    assert abs(float(causal.sum.detach() / ours.sum.detach()) - 1) > 1e-3
+
+
+def test_every_timed_step_is_one_of_the_trainer(tmp_path):
+    corpus = train_arms.corpus_of(tmp_path / "corpus", 128, sequences=8)
+    seen = []
+
+    def loss(model, batch):
+        seen.append(batch.sequence_ids.tolist())
+        return train_arms.elbo(model, batch)
+
+    model = train_arms.model_of(corpus, TINY)
+    (tmp_path / "run").mkdir()
+    found = train_arms.timed_steps(model, corpus, loss, tmp_path / "run", steps=3, sequences=2)
+    assert len(found) == 3
+    assert len(seen) == 4  # and one to warm up
+    wanted = corpus.batch(0, 8, corpus.manifest.noise).sequence_ids.tolist()
+    assert [one for step in seen for one in step] == wanted
+    assert all(step.wall > 0 and step.cpu > 0 for step in found)
+    assert not (tmp_path / "run" / "model").exists()
