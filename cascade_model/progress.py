@@ -53,6 +53,19 @@ def model_at(step: int, model: ModelConfig, trainer: TrainerConfig) -> ModelConf
     return model if size is None else dataclasses.replace(model, block_size=size)
 
 
+def line_of(
+    at: Progress, model: ModelConfig, trainer: TrainerConfig, length: int
+) -> dict[str, Any]:
+    """Where a line of metrics stands: step, samples, data tokens, block size, learning rate."""
+    return {
+        "step": at.step,
+        "samples": at.samples,
+        "tokens": at.samples * length,
+        "block_size": model_at(at.step - 1, model, trainer).block_size,
+        "lr": at.rate,
+    }
+
+
 def work_of(model: ModelConfig, noise: NoiseConfig, length: int) -> tuple[int, float]:
     """Of one data token: the rows it takes in the network, 2 where noisy and clean half stand side
     by side, and the useful floating point operations."""

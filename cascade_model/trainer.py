@@ -8,7 +8,7 @@ run takes the steps that the uninterrupted one would have taken.
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,12 +29,12 @@ from cascade_model.networks import Network, build_network
 from cascade_model.objective import LossParts
 from cascade_model.optim import learning_rate, make_optimizer, set_learning_rate
 from cascade_model.phases import noise_at, require_phases
-from cascade_model.progress import Progress, model_at, sums_of, work_of
+from cascade_model.progress import Progress, line_of, model_at, sums_of, work_of
 from cascade_model.run_record import MODEL, facts_of, finished_summary, write_summary
 from cascade_model.settings import to_dict
 from cascade_model.stopping import signals_noted
 from cascade_model.weights import Published, save_model
-from cascade_model.window import HeldOut, Window
+from cascade_model.window import HeldOut, Window, told_of
 
 LossFn = Callable[[Network, TrainBatch], LossParts]
 
@@ -110,10 +110,12 @@ class Trainer:
         sharding.prepare(self.model, self.trainer, self.device)
         self._adam = make_optimizer(self.model, self.optimizer)
         self._at = at = self._resume(found)
+        self._saving: Saving | None = None
         batches = feed(self.corpus, self.noise, self.trainer, at.step)
         with contextlib.ExitStack() as opened:
             self._log = parallel.only_first_rank(lambda: self._open_log(opened))
             self._noted = opened.enter_context(signals_noted())
+            opened.enter_context(self._save_ended())
             self._batches = opened.enter_context(contextlib.closing(batches))
             if not at.is_told:
                 self._tell()
@@ -126,6 +128,17 @@ class Trainer:
                     self._save(held_out)
             self._checkpoints.finish()
             return self._finish()
+
+    @contextlib.contextmanager
+    def _save_ended(self) -> Iterator[None]:
+        """If the body fails, the save that is on its way still ends before the folder is let go."""
+        try:
+            yield
+        except Exception:
+            if self._saving is not None:
+                with contextlib.suppress(Exception):
+                    self._saving.wait()
+            raise
 
     def _resume(self, found: Checkpoint | None) -> Progress:
         if found is None:
@@ -141,11 +154,6 @@ class Trainer:
         peak = device_peak(self.device, self.trainer.precision)
         self._peak = None if peak is None else peak * parallel.world_size()
         return log
-
-    def _work_at(self, step: int) -> tuple[int, float]:
-        return work_of(
-            model_at(step, self.model.config, self.trainer), self._noise_at(step), self._length
-        )
 
     def _noise_at(self, step: int) -> NoiseConfig:
         return noise_at(step, self.noise, self.trainer, self._length)
@@ -174,7 +182,8 @@ class Trainer:
             at.skipped_in_a_row = 0
         else:  # every rank holds the same sums, so all of them come here in the same step
             self._pass_over(totals["loss"], norm)
-        rows, flops = self._work_at(at.step)
+        shape = model_at(at.step, self.model.config, self.trainer)
+        rows, flops = work_of(shape, self._noise_at(at.step), self._length)
         at.window.spend(
             seconds=time.perf_counter() - started,
             waited=waited,
@@ -251,22 +260,10 @@ class Trainer:
         return held_out
 
     def _write_line(self, held_out: HeldOut | None) -> None:
-        at, failures = self._at, self._checkpoints.failures
-        block_size = model_at(at.step - 1, self.model.config, self.trainer).block_size
-        self._log.write(
-            {
-                "step": at.step,
-                "samples": at.samples,
-                "tokens": at.samples * self._length,
-                "block_size": block_size,
-                "lr": at.rate,
-                **at.window.means(self._peak),
-                "failed_checkpoints": failures,
-                "held_out_loss": held_out.loss if held_out else None,
-                "held_out_standard_error": held_out.standard_error if held_out else None,
-            },
-            tokens_left=(self._total - at.samples) * self._length,
-        )
+        line = line_of(self._at, self.model.config, self.trainer, self._length)
+        line |= self._at.window.means(self._peak) | told_of(held_out)
+        line["failed_checkpoints"] = self._checkpoints.failures
+        self._log.write(line, tokens_left=(self._total - self._at.samples) * self._length)
 
     def _save(self, held_out: HeldOut | None) -> None:
         started = time.perf_counter()
@@ -279,9 +276,9 @@ class Trainer:
         }
         self._on_first(lambda: self._log.save())
         score = None if held_out is None else held_out.loss
-        saving = self._checkpoints.save(self.model, self._adam, facts, score)
+        self._saving = self._checkpoints.save(self.model, self._adam, facts, score)
         self._at.window.saving += time.perf_counter() - started
-        self.on_save(saving)
+        self.on_save(self._saving)
 
     def _stop(self) -> None:
         """Save at once and end the run, on all ranks for the same reason."""
@@ -291,11 +288,11 @@ class Trainer:
         raise Stopped.at(self._at.step, reason or "asked to")
 
     def _finish(self) -> dict[str, Any]:
-        """Export the whole weights as a model folder and write the summary."""
         state = sharding.full_state(self.model)
         return self._on_first(lambda: self._export(state))
 
     def _export(self, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Write the whole weights as a model folder, and the summary."""
         facts = {"steps": self._at.step, "samples": self._at.samples}
         facts |= {"tokens": self._at.samples * self._length, "world_size": parallel.world_size()}
         network = build_network(self.model.config)

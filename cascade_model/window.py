@@ -14,6 +14,12 @@ class HeldOut(NamedTuple):
     standard_error: float
 
 
+def told_of(value: HeldOut | None) -> dict[str, float | None]:
+    """A held-out value as a line of metrics has it."""
+    loss, error = value or (None, None)
+    return {"held_out_loss": loss, "held_out_standard_error": error}
+
+
 @dataclass(kw_only=True)
 class Window:
     """Sums since the last line of metrics.

@@ -132,3 +132,18 @@ def test_flex_attention_without_a_gpu_is_refused(corpus, tmp_path):
     trainer = make(corpus, tmp_path, trainer=dataclasses.replace(STEPS, attention="flex"))
     with pytest.raises(InputError, match=r"trainer\.attention=flex needs a GPU"):
         trainer.fit()
+
+
+def test_a_whole_run_in_a_store_is_that_on_a_disk_and_is_left_when_finished(
+    corpus, tmp_path, s3_url
+):
+    make(corpus, tmp_path / "disk").fit()
+    summary = make(corpus, Folder(s3_url)).fit()
+    assert summary["model"] == f"{s3_url}/model"
+    (tmp_path / "copy" / "model").mkdir(parents=True)
+    for name in (Folder(s3_url) / "model").list():
+        data = (Folder(s3_url) / "model").read_bytes(name)
+        (tmp_path / "copy" / "model" / name).write_bytes(data)
+    one, two = weights(tmp_path / "disk"), weights(tmp_path / "copy")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert make(corpus, Folder(s3_url), loss_fn=dying(0)).fit() == summary
