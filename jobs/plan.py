@@ -281,10 +281,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run_stage(config: TrainingConfig) -> dict[str, Any]:
         return run(stage, config)
 
-    return command(_config_of(stage), run_stage, stage)(words[1:])
+    return command(config_of(stage), run_stage, stage)(words[1:])
 
 
-def _config_of(stage: str) -> type[Any]:
+def config_of(stage: str) -> type[Any]:
     """The stage's settings with the plan's own beside them."""
     settings = getattr(importlib.import_module(f"jobs.{stage}"), STAGES[stage])
     choices = ("plan", PlanChoices, field(default_factory=PlanChoices))

@@ -19,6 +19,7 @@ CONFIGS = {
     "prepare": "PrepareConfig", "pretrain": "PretrainConfig", "convert": "ConvertConfig",
     "distil": "DistilConfig", "evaluate": "EvaluateConfig", "generate": "GenerateConfig",
     "serve": "ServeConfig", "demo": "DemoConfig", "export": "ExportConfig",
+    "sft": "SftConfig", "teach": "TeachConfig", "plan": {"pretrain": "pretrain"},
     "shards": {"verify": "VerifyConfig"}, "tokenizer": {"train": "TrainConfig"},
 }  # fmt: skip
 
@@ -54,7 +55,8 @@ def test_a_stage_command_of_the_readme_parses(words, monkeypatch, tmp_path):
     stage, *flags = [word.replace("mix.yaml", str(tmp_path / "mix.yaml")) for word in words]
     name = CONFIGS[stage]
     name = name[flags.pop(0)] if isinstance(name, dict) else name
-    config_class = getattr(importlib.import_module(f"jobs.{stage}"), name)
+    module = importlib.import_module(f"jobs.{stage}")
+    config_class = module.config_of(name) if stage == "plan" else getattr(module, name)
     assert isinstance(parse(config_class, flags), config_class)
 
 

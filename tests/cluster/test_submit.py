@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -235,3 +236,28 @@ def test_a_users_mistake_fails_the_job_with_its_sentence(head):
     assert "missing.jsonl" in output
     assert "Traceback" not in output
     assert not (head.folder / "none").exists()
+
+
+@pytest.mark.slow
+def test_a_job_that_is_stopped_has_saved_its_last_step(head, tiny_corpus):
+    """The lines of the README, the patience of Ray's stop included: by itself it kills after 3 s."""
+    run = head.folder / "stopped"
+    words = ["ray", "job", "submit", "--address", head.address, "--working-dir", "."]
+    words += ["--submission-id", "first", "--no-wait"]
+    words += ["--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}', "--"]
+    words += ["python", "-m", "jobs.pretrain", "--corpus", tiny_corpus, "--output", str(run)]
+    words += ["--num-workers", "1", "--model.hidden-size", "16", "--model.num-layers", "1"]
+    words += ["--trainer.num-steps", "1000000", "--trainer.checkpoint-every", "5"]
+    words += ["--trainer.sequences-per-step", "4"]
+    run_here = {"cwd": ROOT, "env": head.environment, "capture_output": True, "text": True}
+    assert subprocess.run(words, **run_here, timeout=120).returncode == 0
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(run.glob("checkpoints/*/COMMIT")):
+        time.sleep(0.2)
+    stop = ["ray", "job", "stop", "--address", head.address, "first"]
+    assert subprocess.run(stop, **run_here, timeout=120).returncode == 0
+    logs = ["ray", "job", "logs", "--address", head.address, "first"]
+    said = " ".join(subprocess.run(logs, **run_here, timeout=60).stdout.replace("│", "").split())
+    found = re.search(r"stopped at step (\d+) \(SIGTERM\)", said)
+    assert found, said[-3000:]
+    assert (run / f"checkpoints/step_{int(found[1]):08d}/COMMIT").is_file()

@@ -42,7 +42,7 @@ def test_a_plan_writes_nothing_and_its_storage_is_what_the_job_leaves(
     assert not run.exists()
     shown = capsys.readouterr().out
     assert "nothing was written" in shown
-    assert f"parameters                 {report['parameters']:,}" in shown
+    assert " ".join(shown.split()).count(f"parameters {report['parameters']:,}") == 1
     assert pretrain.main(flags(tiny_corpus, run)) == 0
     found = verify(run / "checkpoints" / "step_00000004")
     assert {entry.dtype for entry in found.index.values()} == {"F32"}

@@ -1,6 +1,8 @@
 """The pretrain command: in this process, on Ray with two ranks, and with a user's mistakes."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -212,24 +214,69 @@ def test_finished_run_started_again_tells_the_same_and_writes_nothing(
     assert contents(finished) == before
 
 
-@pytest.mark.ray
-def test_an_interrupted_run_on_ray_says_so_and_goes_on(tiny_corpus, tmp_path):
-    run = tmp_path / "run"
-    more = ["--num-workers", "1", "--trainer.num-steps"]
-    words = [sys.executable, "-m", "jobs.pretrain", *flags(tiny_corpus, run, *more)]
-    process = subprocess.Popen([*words, "1000000"], stderr=subprocess.PIPE, text=True)
+def stopped(words, run, environment=None):
+    """Start a command, SIGTERM it after its first checkpoint; its exit code and what it said."""
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(run.glob("checkpoints/*/COMMIT")):
+    while time.monotonic() < deadline and not (run / "checkpoints").list():
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    told = "interrupted; what was committed stays, run the same command to go on"
-    assert error.splitlines()[-1] == told
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=90)
     assert "Traceback" not in error
-    last = read_metrics(Folder(run))[-1]["step"]
-    assert pretrain.main(flags(tiny_corpus, run, "--trainer.num-steps", str(last + 2))) == 0
-    assert read_metrics(Folder(run))[-1]["step"] == last + 2
+    return process.returncode, " ".join(error.replace("│", "").split())
+
+
+def forever(corpus, output, *more):
+    return flags(corpus, output, *more, "--trainer.num-steps", "1000000")
+
+
+@pytest.mark.ray
+def test_a_run_on_ray_that_is_told_to_stop_has_saved_its_last_step_and_goes_on(
+    tiny_corpus, tmp_path
+):
+    run = tmp_path / "run"
+    words = [sys.executable, "-m", "jobs.pretrain", *forever(tiny_corpus, run)]
+    code, error = stopped([*words, "--num-workers", "1"], Folder(run))
+    assert code == 75
+    told = re.search(r"stopped at step (\d+) \(SIGTERM\); run the same command again", error)
+    assert told, error
+    step = int(told[1])
+    assert verify(run / "checkpoints" / f"step_{step:08d}").step == step
+    assert not {"launched", "stop.json", "outcome.json"} & {p.name for p in run.iterdir()}
+    assert pretrain.main(flags(tiny_corpus, run, "--trainer.num-steps", str(step + 2))) == 0
+    assert read_metrics(Folder(run))[-1]["step"] == step + 2
+
+
+@pytest.mark.ray
+def test_a_run_folder_may_lie_in_a_store(tiny_corpus, s3_url):
+    run = s3_url.replace("/corpus", "/run")
+    words = [sys.executable, "-m", "jobs.pretrain", *forever(tiny_corpus, run)]
+    words += ["--num-workers", "1"]
+    code, error = stopped(words, Folder(run), dict(os.environ))
+    assert code == 75, error
+    step = int(re.search(r"stopped at step (\d+)", error)[1])
+    found = Folder(run).list()
+    assert {"config.yaml", "metrics.jsonl", "checkpoints"} <= set(found)
+    assert not {"launched", "stop.json", "outcome.json"} & set(found)
+    assert pretrain.main(flags(tiny_corpus, run, "--trainer.num-steps", str(step + 2))) == 0
+    summary = json.loads(Folder(run).read_bytes("summary.json"))
+    assert summary["steps"] == step + 2
+    assert load_model(f"{run}/model")[0].config.block_size == 4
+
+
+def test_two_processes_of_torchrun_equal_one(tiny_corpus, finished, tmp_path):
+    run = tmp_path / "run"
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [sys.executable, "-m", *launcher, "-m", "jobs.cascade", "pretrain"]
+    done = subprocess.run(
+        [*words, *flags(tiny_corpus, run)], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("model: ") == 1
+    assert json.loads((run / "summary.json").read_text())["world_size"] == 2
+    one, two = (read_metrics(Folder(folder)) for folder in (finished, run))
+    pairs = zip(one, two, strict=True)
+    assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in pairs)
 
 
 def test_second_command_on_a_folder_in_use_is_refused_in_one_sentence(tiny_corpus, tmp_path):
