@@ -79,6 +79,9 @@ bench-text: setup
 	  --dtype $(DTYPE)
 
 # Another engine of the field; without its dependencies, which its decoding loop does not need.
+bench-conversion: setup smollm2-parent
+	$(BIN)/python -m tests.benchmarks.conversion --better $(BETTER)
+
 bench-peer: setup
 	$(BIN)/python -m pip install --quiet --no-deps "ollada==0.3.0"
 	$(BIN)/python -m tests.benchmarks.peer
