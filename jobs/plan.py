@@ -10,15 +10,15 @@ speed is a share of the device's peak that is assumed, or measured by a few pass
 import dataclasses
 import importlib
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cascade_model.errors import InputError
 from cascade_model.settings import check
-from jobs.cli import command
+from jobs.cli import actions, command
 from jobs.plan_table import table
 from jobs.training_settings import TrainingConfig
 
@@ -266,22 +266,13 @@ def _fastest(work: Callable[[], Any], device: str) -> float:
     return best
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def plan_stage(stage: str, argv: Sequence[str]) -> int:
     """`cascade plan STAGE`: the stage's settings, and a group `plan`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    usage = f"usage: cascade plan {{{','.join(STAGES)}}} [--config FILE.yaml]... [flags]"
-    if not words or words[0] in ("-h", "--help"):
-        print(f"{usage}\n\n{__doc__}")
-        return 0 if words else 2
-    stage = words[0]
-    if stage not in STAGES:
-        print(f"cascade plan: no stage {stage!r} trains\n{usage}", file=sys.stderr)
-        return 2
 
     def run_stage(config: TrainingConfig) -> dict[str, Any]:
         return run(stage, config)
 
-    return command(config_of(stage), run_stage, stage)(words[1:])
+    return command(config_of(stage), run_stage, stage)(argv)
 
 
 def config_of(stage: str) -> type[Any]:
@@ -298,6 +289,13 @@ def config_of(stage: str) -> type[Any]:
         namespace={"__doc__": settings.__doc__},
     )
 
+
+main = actions(
+    "plan",
+    pretrain=("pretraining on a corpus", partial(plan_stage, "pretrain")),
+    distil=("distillation from an autoregressive teacher", partial(plan_stage, "distil")),
+    sft=("going on with conversations", partial(plan_stage, "sft")),
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

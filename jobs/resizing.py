@@ -39,6 +39,10 @@ class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):
         """They end, by whatever cause."""
         self._is_at_work = False
 
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        """A rank is lost, and the others cannot save without it."""
+        self._is_at_work = False
+
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Also called before ranks are started that replace none."""
         folder = Folder(self._folder)

@@ -106,6 +106,7 @@ def test_every_recipe_parses(path, monkeypatch):
                 "serve": ["--model", "m"], "demo": [],
                 "distil": ["--corpus", "c", "--output", "o", "--teacher", "t",
                            "--initial-model", "s"],
+                "sft": ["--corpus", "c", "--output", "o", "--initial-model", "m"],
                 "pretrain": ["--corpus", "c", "--output", "o"]}  # fmt: skip
     config_class = getattr(importlib.import_module(f"jobs.{stage}"), CONFIGS[stage])
     parse(config_class, ["--config", str(path), *required[stage]])

@@ -8,8 +8,8 @@ with SIGTERM. Writes FOLDER/report.json: the exit code, and the number of ranks 
 import json
 import os
 import signal
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ DRAIN_SECONDS = 120
 
 
 def main(corpus: str, folder: Path) -> int:
-    """Train while another thread changes the cluster."""
+    """Train in a process of its own while this one changes the cluster."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
@@ -36,54 +36,46 @@ def main(corpus: str, folder: Path) -> int:
             "object_store_memory": 200 << 20,
         },
     )
+    run = folder / "run"
+    argv = ["--corpus", corpus, "--output", str(run), "--num-workers", "2"]
+    argv += ["--min-workers", "1", "--resize-after-s", "3", "--model.hidden-size", "16"]
+    argv += ["--model.num-layers", "1", "--model.num-heads", "2", "--model.num-kv-heads", "2"]
+    argv += ["--model.head-dim", "8", "--trainer.num-steps", "1000000"]
+    argv += ["--trainer.sequences-per-step", "4", "--trainer.sequences-per-forward", "2"]
+    argv += ["--trainer.checkpoint-every", "25", "--trainer.log-every", "1"]
+    argv += ["--trainer.keep-last", "1000"]
+    environment = os.environ | {"RAY_ADDRESS": str(cluster.address)}
+    process = subprocess.Popen([sys.executable, "-m", "jobs.pretrain", *argv], env=environment)
     try:
-        os.environ["RAY_ADDRESS"] = str(cluster.address)
-        watch = threading.Thread(target=change, args=(cluster, folder / "run"), daemon=True)
-        watch.start()
-        from jobs import pretrain
-
-        argv = ["--corpus", corpus, "--output", str(folder / "run"), "--num-workers", "2"]
-        argv += ["--min-workers", "1", "--resize-after-s", "3", "--model.hidden-size", "16"]
-        argv += ["--model.num-layers", "1", "--model.num-heads", "2", "--model.num-kv-heads", "2"]
-        argv += ["--model.head-dim", "8", "--trainer.num-steps", "1000000"]
-        argv += ["--trainer.sequences-per-step", "4", "--trainer.sequences-per-forward", "2"]
-        argv += ["--trainer.checkpoint-every", "25", "--trainer.log-every", "1"]
-        argv += ["--trainer.keep-last", "1000"]
-        code = pretrain.main(argv)
-        report = {"code": code, "ranks": ranks_by_step(folder / "run")}
-        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
-        return 0
+        change(cluster, run)
     finally:
-        import ray
-
-        ray.shutdown()
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=PATIENCE)
+        report = {"code": code, "ranks": ranks_by_step(run)}
+        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
         cluster.shutdown()
+    return 0
 
 
 def change(cluster: Any, run: Path) -> None:
-    """One node, then two, then one again; then the end, also when something does not come."""
-    try:
-        wait(lambda: ranks_by_step(run).values(), {1})
-        node = cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
-        wait(lambda: ranks_by_step(run).values(), {2})
-        before = max(ranks_by_step(run))
-        announce(node.node_id)
-        later = lambda: [n for step, n in ranks_by_step(run).items() if step > before]  # noqa: E731
-        wait(later, {1})
-    finally:
-        os.kill(os.getpid(), signal.SIGTERM)
+    """One node, then two, then one again."""
+    wait(lambda: ranks_by_step(run).values(), {1})
+    node = cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+    wait(lambda: ranks_by_step(run).values(), {2})
+    before = max(ranks_by_step(run))
+    announce(str(cluster.address), node.node_id)
+    wait(lambda: [count for step, count in ranks_by_step(run).items() if step > before], {1})
 
 
-def announce(node_id: str) -> None:
+def announce(address: str, node_id: str) -> None:
     """Tell Ray that a node is about to be taken away, as a cloud's notice of preemption does."""
-    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
 
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     deadline = int((time.time() + DRAIN_SECONDS) * 1000)
-    client = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
-    accepted, _ = client.drain_node(node_id, reason, "preemption", deadline)
-    assert accepted
+    accepted, why = GcsClient(address=address).drain_node(node_id, reason, "preemption", deadline)
+    assert accepted, why
 
 
 def wait(found: Callable[[], Any], wanted: set[int]) -> None:
@@ -99,10 +91,7 @@ def ranks_by_step(run: Path) -> dict[int, int]:
     found = {}
     for commit in sorted((run / "checkpoints").glob("step_*/COMMIT")):
         attempt = json.loads(commit.read_text())["attempt"]
-        manifest = commit.parent / attempt / "manifest.json"
-            f"{json.loads(commit.read_text())['attempt']}/manifest.json"
-        )
-        facts = json.loads(manifest.read_text())["facts"]
+        facts = json.loads((commit.parent / attempt / "manifest.json").read_text())["facts"]
         found[facts["step"]] = facts["world_size"]
     return found
 

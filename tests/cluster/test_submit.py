@@ -240,7 +240,7 @@ def test_a_users_mistake_fails_the_job_with_its_sentence(head):
 
 @pytest.mark.slow
 def test_a_job_that_is_stopped_has_saved_its_last_step(head, tiny_corpus):
-    """The lines of the README, the patience of Ray's stop included: by itself it kills after 3 s."""
+    """The README's lines, with their patience: Ray's stop by itself kills after 3 s."""
     run = head.folder / "stopped"
     words = ["ray", "job", "submit", "--address", head.address, "--working-dir", "."]
     words += ["--submission-id", "first", "--no-wait"]

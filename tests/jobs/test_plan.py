@@ -163,7 +163,7 @@ def test_a_teacher_beside_the_student_is_part_of_the_plan(tiny_corpus, tmp_path,
 
 def test_stages_that_do_not_train_have_no_plan(capsys):
     assert plan.main(["serve"]) == 2
-    assert "no stage 'serve' trains" in capsys.readouterr().err
+    assert "no action 'serve'" in capsys.readouterr().err
     assert plan.main(["--help"]) == 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cascade_model.checkpoint import verify
+from cascade_model.checkpoint import newest, verify
 from cascade_model.commit import Folder
 from cascade_model.config import TrainerConfig
 from cascade_model.corpus import Corpus
@@ -218,7 +218,7 @@ def stopped(words, run, environment=None):
     """Start a command, SIGTERM it after its first checkpoint; its exit code and what it said."""
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (run / "checkpoints").list():
+    while time.monotonic() < deadline and newest(run / "checkpoints", str) is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=90)
