@@ -7,7 +7,7 @@ export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup demo smollm2 smollm2-parent smollm2-long test lint clean \
-  bench-data bench-train bench-sampler bench-text bench-peer faults-train faults-data
+  bench-data bench-train bench-train-gpu bench-sampler bench-text bench-peer faults-train faults-data
 setup: $(VENV)/.stamp
 
 # torch first, and from PyTorch's CPU index where there is neither a GPU nor a CPU build at hand:
@@ -63,6 +63,10 @@ lint: setup
 bench-train bench-sampler: bench-%: setup
 	$(BIN)/python -m tests.benchmarks.$*
 
+# On a machine with a GPU; elsewhere it refuses.
+bench-train-gpu: setup
+	$(BIN)/python -m tests.benchmarks.gpu_train
+
 # datatrove is measured beside us, and stays out of the environment; what it imports is there.
 bench-data: setup
 	test -d build/peers || $(BIN)/python -m pip install --quiet --no-deps --target build/peers \
@@ -86,7 +90,7 @@ bench-peer: setup
 	$(BIN)/python -m pip install --quiet --no-deps "ollada==0.3.0"
 	$(BIN)/python -m tests.benchmarks.peer
 
-faults-train: N ?= 5
+faults-train: N ?= 20
 faults-train: setup
 	$(BIN)/python -m tests.benchmarks.faults_train $(N)
 

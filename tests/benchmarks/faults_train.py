@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascade_model.config import NoiseConfig
+from tests.benchmarks.faults_train_damage import damage_rows, hostile_rows
 from tests.benchmarks.faults_train_ranks import rank_rows
 from tests.benchmarks.faults_train_ray import ray_rows
 from tests.benchmarks.faults_train_saves import save_rows
@@ -176,6 +177,8 @@ def main(count: int) -> int:
             events = folder / "kill/undisturbed/events"
             rows += rank_rows(launcher, corpus, folder / "ranks", undisturbed, events)
             rows += save_rows(launcher, corpus, folder / "saves", undisturbed, count)
+            rows += damage_rows(launcher, corpus, folder / "damage", undisturbed)
+            rows += hostile_rows(launcher, corpus, folder / "hostile")
         rows += ray_rows(corpus, folder / "ray", undisturbed, rounds=-(-count * 3 // 20))
     rows.append(Row("seconds", time.perf_counter() - began, "s"))
     return publish("train", rows, kind="faults", points=count, seed=SEED)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
+from torch.distributed.tensor import DTensor
 
 from cascade_model import parallel, trainer
 from cascade_model.checkpoint import Checkpoint, Keep, Saving
 from cascade_model.checkpoint_state import state_of
 from cascade_model.commit import Folder
-from cascade_model.staging import local_part
 
 
 class Naive:
@@ -42,7 +42,7 @@ class Naive:
 
     def save(self, model: Any, optimizer: Any, facts: dict[str, Any], score: Any = None) -> Saving:
         """Write half by half; whatever goes wrong ends the run."""
-        state = {name: local_part(t)[1] for name, t in state_of(model, optimizer).items()}
+        state = {name: _local(t) for name, t in state_of(model, optimizer).items()}
         head, body = json.dumps(facts).encode(), dump_tensors(state)
         data = struct.pack("<Q", len(head)) + head + body
         self._folder.mkdir(exist_ok=True)
@@ -57,6 +57,11 @@ class Naive:
 
     def finish(self) -> None:
         """Nothing is under way."""
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _file(folder: Path, step: int) -> Path:
@@ -74,7 +79,7 @@ def _load(found: Checkpoint, model: Any, optimizer: Any) -> None:
     saved = load_tensors(_read(_file(Path(found.path), found.step))[1])
     state = state_of(model, optimizer)
     for name, tensor in state.items():
-        local_part(tensor)[1].copy_(saved[name])
+        _local(tensor).copy_(saved[name])
     for number, (name, parameter) in enumerate(model.named_parameters()):
         moments = {key: state[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": state["steps"][number].clone(), **moments}

@@ -135,6 +135,7 @@ _FAULTS = {
     "loss": lambda settings: rank_points.spoil_a_loss(settings["forward"]),
     "gradient": lambda settings: rank_points.spoil_a_gradient(settings["step"]),
     "disk": _disk,
+    "raising": lambda settings: rank_points.let_saves_raise(),
 }
 
 if __name__ == "__main__":

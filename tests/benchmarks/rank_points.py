@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cascade_model import checkpoint_commit, local_files, loss, parallel
 from cascade_model.batch import TrainBatch
+from cascade_model.checkpoint import Saving
 from cascade_model.checkpoint_files import COMMIT, MANIFEST, step_name
 from cascade_model.commit import Folder
 from cascade_model.hashing import HashingWriter
@@ -180,6 +181,18 @@ def spoil_a_gradient(step: int) -> None:
             optimizer.param_groups[0]["params"][0].grad.fill_(float("nan"))
 
     register_optimizer_step_pre_hook(spoil)
+
+
+def let_saves_raise() -> None:
+    """The control: a failed save ends the run, as it would without the agreement of the ranks."""
+
+    def wait(self: Saving) -> bool:
+        self._ended.wait()
+        if self.reason is not None:
+            raise RuntimeError(self.reason)
+        return True
+
+    Saving.wait = wait  # type: ignore[method-assign]
 
 
 def _fields(parts: LossParts) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class Launcher:
 
     def __init__(self, before: Sequence[str] = ()) -> None:
         self._before = before
-        self._started: queue.Queue[list[int]] = queue.Queue()
+        self._started: queue.Queue[list[int] | None] = queue.Queue()
         self._codes: dict[int, int] = {}
 
     def __enter__(self) -> Self:
@@ -176,6 +176,7 @@ class Launcher:
             for pid in told["started"]:  # a number may come a second time
                 self._codes.pop(pid, None)
             self._started.put(told["started"])
+        self._started.put(None)
 
     def start(
         self,
@@ -194,7 +195,10 @@ class Launcher:
         order = {"words": list(words), "ranks": ranks, "events": str(events), "target": target}
         order |= {"faults": faults or {}, "is_naive": is_naive, "environment": settings}
         self._process.stdin.write(json.dumps(order) + "\n")
-        return Ranks(events, self._started.get(timeout=PATIENCE), self._codes)
+        pids = self._started.get(timeout=PATIENCE)
+        if pids is None:
+            raise RuntimeError("the launcher of the ranks is gone; what it said stands above")
+        return Ranks(events, pids, self._codes)
 
     def run(self, words: Sequence[str], events: Path, **settings: Any) -> list[int | None]:
         """Start, wait for the end, kill what does not end; exit codes by rank."""

@@ -34,11 +34,17 @@ class FaultyProxy(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, upstream: str, rate: float, seed: int, hang_seconds: float, kinds: Sequence[str]
+        self,
+        upstream: str,
+        rate: float,
+        seed: int,
+        hang_seconds: float,
+        kinds: Sequence[str],
+        about: str,
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = urlsplit(upstream)
-        self.rate, self.hang_seconds, self.kinds = rate, hang_seconds, kinds
+        self.rate, self.hang_seconds, self.kinds, self.about = rate, hang_seconds, kinds, about
         self.requests = 0
         self.faults: Counter[str] = Counter()
         self._random = random.Random(seed)
@@ -50,11 +56,11 @@ class FaultyProxy(ThreadingHTTPServer):
         """Where clients find it."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def next_fault(self) -> str | None:
+    def next_fault(self, path: str = "") -> str | None:
         """What the next request meets; most meet nothing."""
         with self._lock:
             self.requests += 1
-            if self._random.random() >= self.rate:
+            if self.about not in path or self._random.random() >= self.rate:
                 return None
             fault = self._random.choice(self.kinds)
             self.faults[fault] += 1
@@ -82,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _meet(self) -> None:
         body = self._body()
-        fault = self.server.next_fault()
+        fault = self.server.next_fault(self.path)
         if fault is None or fault == "cut" or fault.endswith("after"):
             answer = self._forward(body)
             if fault is None:
@@ -166,9 +172,13 @@ def proxied(
     seed: int = 0,
     hang: float = 3.0,
     kinds: Sequence[str] = FAULTS,
+    about: str = "",
 ) -> Iterator[FaultyProxy]:
-    """The proxy before a server, serving until the block ends; `hang` in seconds."""
-    proxy = FaultyProxy(upstream, rate, seed, hang, kinds)
+    """The proxy before a server, serving until the block ends; `hang` in seconds.
+
+    Only requests whose path holds `about` meet faults.
+    """
+    proxy = FaultyProxy(upstream, rate, seed, hang, kinds, about)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

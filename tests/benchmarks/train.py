@@ -3,7 +3,8 @@
     make bench-train
 
 Each baseline is measured in the same run, in turns with ours: `train_steps` (an autoregressive
-step, a dense mask), `train_loop` (bare forward and backward, the best GEMM).
+step, a dense mask), `train_loop` (bare forward and backward, the best GEMM), `train_saves` (a
+memcpy of the state).
 """
 
 import argparse
@@ -15,6 +16,7 @@ import torch
 from pipelines.cluster import cores
 from tests.benchmarks.report import publish
 from tests.benchmarks.train_loop import PER_FORWARD, STEPS, loop_rows
+from tests.benchmarks.train_saves import save_rows
 from tests.benchmarks.train_steps import step_rows
 
 
@@ -29,6 +31,7 @@ def main() -> int:
         folder = Path(temporary)
         rows = [
             *loop_rows(folder / "loop", settings.rounds),
+            *save_rows(folder / "saves", settings.rounds),
             *step_rows(folder / "steps", settings.rounds, settings.steps),
         ]
     config = {"recipe": f"demo/pretrain, {STEPS} steps, {PER_FORWARD} sequences a forward"}
