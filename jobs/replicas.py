@@ -1,5 +1,6 @@
 """The two tiers of the endpoint as Ray Serve replicas: an ingress over HTTP, samplers by handle."""
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cascade_model.config import EngineConfig
 from cascade_model.sampling import SamplingParams
 from cascade_model.settings import check
+from cascade_model.text_stream import TokenLogprob
 
 if TYPE_CHECKING:
     from jobs.serve import ServeConfig
@@ -26,6 +28,24 @@ class Sampler:
 
         torch.set_num_threads(threads)
         self._llm = LLM.load(model, engine)
+        self._scoring = asyncio.Lock()  # one text at a time: the rest of the threads decode
+
+    async def ready(self) -> bool:
+        """That a replica answers at all."""
+        return True
+
+    async def score(self, tokens: list[int], count: int) -> list[TokenLogprob | None]:
+        """Log-probability of each token given what is before it, none of the first, with the
+        `count` likeliest of its place (`scoring`); a cancelled call ends after a forward pass."""
+        from cascade_model.scoring import scored
+
+        told: list[TokenLogprob | None] = [None] * len(tokens)
+        async with self._scoring:
+            passes = scored(self._llm.model, tokens, count)
+            while (part := await asyncio.to_thread(next, passes, None)) is not None:
+                for place, logprob in part:
+                    told[place] = logprob
+        return told
 
     async def blocks(
         self, prompt_tokens: list[int], params: dict[str, Any], choice: int
