@@ -9,7 +9,10 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
+
+from cascade_model.settings import check
 
 POLICY = "jobs.autoscaling:QueuedBlocks"
 _NEW_BLOCKS_A_REQUEST, _NEW_PLACES = 16.0, 8.0  # before anything was stated
@@ -82,6 +85,7 @@ class Load:
         self._changed = now
 
 
+@dataclass(frozen=True)
 class QueuedBlocks:
     """The policy: `autoscaling_config.policy.policy_function` of the sampler deployment.
 
@@ -91,8 +95,17 @@ class QueuedBlocks:
     otherwise, if `min_replicas` lets it.
     """
 
-    def __init__(self, queue_seconds: float = 2.0, free_share: float = 0.25) -> None:
-        self.queue_seconds, self.free_share = queue_seconds, free_share
+    queue_seconds: float = 2.0
+    """Blocks that wait for a place are done within this, by as many replicas as it takes."""
+    free_share: float = 0.25
+    """Of the places for streams, how many are kept free: replicas are added before a queue is."""
+
+    def __post_init__(self) -> None:
+        check(self.queue_seconds > 0, f"queue_seconds={self.queue_seconds} must be above 0; use 2")
+        check(
+            0.0 <= self.free_share < 1.0,
+            f"free_share={self.free_share} must be at least 0 and below 1; use 0.25",
+        )
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """Replicas wanted, and no state (called by Serve's controller)."""

@@ -20,7 +20,7 @@ from typing import Any
 from cascade_model.config import EngineConfig
 from cascade_model.errors import InputError
 from cascade_model.settings import check
-from jobs.autoscaling import POLICY
+from jobs.autoscaling import POLICY, QueuedBlocks
 from jobs.cli import build, command
 from jobs.deployment import deployed
 from jobs.gate import KEYS_VARIABLE, load_api_keys
@@ -37,21 +37,14 @@ SERVE_ENVIRONMENT = {
     # HAProxy binds all interfaces and fixed ports: for clusters, behind a firewall.
     "RAY_SERVE_ENABLE_HA_PROXY": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "jobs.slow_readers:middlewares",
-    # Seconds between statements to the autoscaler; Serve's 10 would be most of a cold start.
-    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }
 """For every process of a Serve on one machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalingConfig:
+class ScalingConfig(QueuedBlocks):
     """When sampler replicas are added and taken away, between min_replicas and max_replicas."""
 
-    queue_seconds: float = 2.0
-    """Blocks that wait for a place are done within this, by as many replicas as it takes."""
-    free_share: float = 0.25
-    """Of the places for streams, how many are kept free: replicas are added before a queue is."""
     up_seconds: float = 5.0
     """The load must have been there for this long before replicas are added; from none, at once."""
     down_seconds: float = 120.0
@@ -60,14 +53,7 @@ class ScalingConfig:
     """The same for the last replica, where min_replicas is 0."""
 
     def __post_init__(self) -> None:
-        check(
-            self.queue_seconds > 0,
-            f"scaling.queue_seconds={self.queue_seconds} must be above 0; use 2",
-        )
-        check(
-            0.0 <= self.free_share < 1.0,
-            f"scaling.free_share={self.free_share} must be at least 0 and below 1; use 0.25",
-        )
+        super().__post_init__()
         for name in ("up_seconds", "down_seconds", "to_zero_seconds"):
             value = getattr(self, name)
             check(value >= 0, f"scaling.{name}={value} must not be negative")
@@ -196,7 +182,9 @@ def deployment_options(config: ServeConfig) -> dict[str, dict[str, Any]]:
             "upscale_delay_s": scaling.up_seconds,
             "downscale_delay_s": scaling.down_seconds,
             "downscale_to_zero_delay_s": scaling.to_zero_seconds,
-            # Of the statements that count: the last few seconds, so that delays are what waits.
+            # Statements every second, the last five count: the delays are to do the waiting. Serve
+            # means to replace the first by variables, which nothing of 2.60 reads.
+            "metrics_interval_s": 1.0,
             "look_back_period_s": 5.0,
             "policy": {
                 "policy_function": POLICY,
@@ -273,9 +261,10 @@ def serve_document(config: ServeConfig) -> dict[str, Any]:
     }
 
 
-def validate_serve_config(path: str | Path) -> dict[str, Any]:
-    """Read a Serve YAML strictly, the `args` of our own application included."""
-    document = read_serve_yaml(path)
+def validate_serve_config(path: str | Path, text: str | None = None) -> dict[str, Any]:
+    """Read a Serve YAML, or such a text out of the file at `path`, strictly, the `args` of our own
+    application included."""
+    document = read_serve_yaml(path, text)
     check_serve_document(document, str(path))
     host = document.get("http_options", {}).get("host", "127.0.0.1")
     for index, application in enumerate(document["applications"]):
@@ -290,7 +279,15 @@ def validate_serve_config(path: str | Path) -> dict[str, Any]:
                 name in DEPLOYMENTS,
                 f"{place}.deployments: no deployment `{name}`; known are {list(DEPLOYMENTS)}",
             )
+            _check_policy(deployment, f"{place}.deployments: {name}")
     return document
+
+
+def _check_policy(deployment: dict[str, Any], place: str) -> None:
+    """Settings of our own autoscaling policy; Serve hands them over when it is too late to tell."""
+    policy = (deployment.get("autoscaling_config") or {}).get("policy") or {}
+    if policy.get("policy_function") in (POLICY, POLICY.replace(":", ".")):
+        build(QueuedBlocks, policy.get("policy_kwargs") or {}, f"{place}: policy_kwargs")
 
 
 def is_loopback(host: str) -> bool:
