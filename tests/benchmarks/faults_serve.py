@@ -167,8 +167,8 @@ def main(count: int) -> int:
     """The table of all faults; fewer than 10 kills are a short run, with a smaller load too."""
     import ray
 
-    from jobs.serve import start_ray_for
     from jobs.serve import serve_document as document_of
+    from jobs.serve import start_ray_for
 
     began = time.perf_counter()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
