@@ -7,7 +7,7 @@ export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup demo smollm2 smollm2-parent smollm2-long test lint clean \
-  bench-data bench-train bench-sampler bench-text bench-peer faults-train faults-data
+  bench-data bench-train bench-sampler bench-text bench-peer faults-train faults-data faults-serve serve-scaling
 setup: $(VENV)/.stamp
 
 # torch first, and from PyTorch's CPU index where there is neither a GPU nor a CPU build at hand:
@@ -90,6 +90,14 @@ faults-train: setup
 faults-data: N ?= 20
 faults-data: setup
 	$(BIN)/python -m tests.benchmarks.faults_data $(N)
+
+faults-serve: N ?= 10
+faults-serve: setup
+	$(BIN)/python -m tests.benchmarks.faults_serve $(N)
+
+# The transcript of an endpoint that is scaled up, to zero and back.
+serve-scaling: setup
+	$(BIN)/python -m tests.benchmarks.serve_scaling
 
 clean:
 	rm -rf build runs

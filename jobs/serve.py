@@ -22,7 +22,7 @@ from cascade_model.errors import InputError
 from cascade_model.settings import check
 from jobs.autoscaling import POLICY, QueuedBlocks
 from jobs.cli import build, command
-from jobs.deployment import deployed
+from jobs.deployment import deployed, without_the_controllers_end
 from jobs.launch import absolute
 from jobs.replicas import KEYS_VARIABLE, Ingress, Sampler
 from jobs.serve_yaml import amounts_of, check_serve_document, read_serve_yaml
@@ -334,7 +334,8 @@ def run(config: ServeConfig) -> dict[str, Any]:
             announce(document, url)
         stop.wait()
         print("ending: open streams get their time", flush=True)
-    ray.shutdown()
+    with without_the_controllers_end():
+        ray.shutdown()
     return {"url": url}
 
 

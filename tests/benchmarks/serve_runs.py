@@ -79,9 +79,13 @@ def requests(count: int, **changes: Any) -> list[dict[str, Any]]:
 def states(seconds: float = 10) -> list[dict[str, Any]]:
     """What every sampler that runs states."""
     from ray import serve
+    from ray.serve.exceptions import DeploymentUnavailableError
 
     handle = serve.get_deployment_handle("sampler", APP)
-    told = handle.broadcast("state").results(timeout_s=seconds, return_exceptions=True)
+    try:
+        told = handle.broadcast("state").results(timeout_s=seconds, return_exceptions=True)
+    except (DeploymentUnavailableError, TimeoutError):  # nobody is there, or not any more
+        return []
     return [state for state in told if isinstance(state, dict)]
 
 
