@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cascade_model.config import EngineConfig
@@ -15,13 +15,9 @@ from cascade_model.text_stream import TokenLogprob
 from jobs.autoscaling import Load
 
 if TYPE_CHECKING:
-    from fastapi import Response
-
     from jobs.resuming import Blocks
     from jobs.serve import ServeConfig
     from jobs.serve_metrics import ServeMetrics
-
-KEYS_VARIABLE = "CASCADE_API_KEYS"
 
 
 class Sampler:
@@ -129,45 +125,56 @@ class Ingress:
         """The application (called by Ray Serve)."""
         from ray.serve import get_replica_context
 
+        from cascade_model.chat_template import ChatTemplate
         from cascade_model.commit import Folder
         from cascade_model.tokenizer import Tokenizer
         from cascade_model.weights import TOKENIZER, read_config, weights_digest
-        from jobs.endpoint import Endpoint, build_api
-        from jobs.gate import load_api_keys
+        from jobs.endpoint import Endpoint
+        from jobs.gate import RotatingKeys
+        from jobs.own_template import own_template
+        from jobs.routes import build_api
         from jobs.serve_metrics import ServeMetrics
         from jobs.slow_readers import SlowReaders
 
         config, model = self._config, self._config.model
         if config.no_auth:
             require_loopback()
-        keys = load_api_keys(config.api_keys, os.environ.get(KEYS_VARIABLE, ""))
+        tokenizer = Tokenizer(Folder(model).read_bytes(TOKENIZER), f"{model}/{TOKENIZER}")
+        template = config.chat_template or own_template(model) or "plain"
         self._weights = weights_digest(model)
         self._metrics = ServeMetrics(get_replica_context().replica_id.unique_id)
         endpoint = Endpoint(
             model_name=config.name,
             config=read_config(model),
-            tokenizer=Tokenizer(Folder(model).read_bytes(TOKENIZER), f"{model}/{TOKENIZER}"),
+            tokenizer=tokenizer,
+            template=ChatTemplate.of(template, tokenizer),
             fingerprint=f"cascade-{self._weights[:12]}",
             decode=self._decode,
-            keys=None if config.no_auth else keys,
+            score=self._score,
+            ready=self._ready,
+            metrics=self._scrape,
+            keys=None if config.no_auth else RotatingKeys(config.api_keys),
             max_choices_in_flight=config.max_in_flight,
         )
         api = build_api(endpoint, behind_serve=True)
-        api.add_api_route("/metrics", self._scrape, include_in_schema=False)
         return SlowReaders(Counted(api, self._metrics), config.reader_timeout_seconds)
 
-    async def _scrape(self) -> "Response":
+    async def _scrape(self) -> bytes:
         """The metrics of this ingress and of all samplers that answer in time."""
-        from fastapi import Response
+        states = await self._asked("state", seconds=5)
+        return self._metrics.text([state for state in states if isinstance(state, dict)])
 
-        from jobs.serve_metrics import CONTENT_TYPE
+    async def _ready(self) -> bool:
+        """Whether a sampler answers within a second; none is woken for it."""
+        return True in await self._asked("ready", seconds=1)
 
-        states: list[Any] = []
-        with contextlib.suppress(Exception):  # no sampler at all: there is the ingress to tell of
-            asked = self._sampler.broadcast("state")
-            states = await asked.results_async(timeout_s=5, return_exceptions=True)
-        told = [state for state in states if isinstance(state, dict)]
-        return Response(self._metrics.text(told), media_type=CONTENT_TYPE)
+    async def _asked(self, method: str, seconds: float) -> list[Any]:
+        """What all samplers answer to a call without arguments, errors among it."""
+        try:
+            asked = self._sampler.broadcast(method)
+            return await asked.results_async(timeout_s=seconds, return_exceptions=True)
+        except Exception:  # no sampler at all
+            return []
 
     async def _decode(
         self, prompt_tokens: list[int], params: SamplingParams, choice: int
@@ -193,9 +200,45 @@ class Ingress:
                     measured.block(block)
                     yield block
 
+    async def _score(self, tokens: list[int], count: int) -> list[TokenLogprob | None]:
+        """Scores of a text, from another sampler where one dies over it."""
+        from jobs.openai_protocol import ApiError, overloaded
+        from jobs.resuming import NoRoom, SamplerLost
+
+        for _ in range(1 + self._patience.losses):
+            try:
+                return await answered(self._sampler.score.remote(tokens, count))
+            except NoRoom:
+                raise overloaded() from None
+            except SamplerLost:
+                self._metrics.sampler_lost()
+        message = "The samplers that scored this request are gone; send the request again."
+        raise ApiError(503, message, type="server_error", code="sampler_lost")
+
 
 async def spoken(sampler: Any, *request: Any) -> "Blocks":
     """What some sampler replica says to a request; leaving early ends its decoding."""
+    response = sampler.options(stream=True).blocks.remote(*request)
+    with told_as_losses():
+        try:
+            async for item in response:
+                yield item
+        finally:
+            response.cancel()
+
+
+async def answered(response: Any) -> Any:
+    """What some sampler replica answers; leaving early cancels the call."""
+    with told_as_losses():
+        try:
+            return await response
+        finally:
+            response.cancel()
+
+
+@contextlib.contextmanager
+def told_as_losses() -> Iterator[None]:
+    """What Ray raises where no sampler can answer, in `resuming`'s words."""
     from ray.exceptions import ObjectLostError, RayActorError
     from ray.serve.exceptions import (
         BackPressureError,
@@ -205,16 +248,12 @@ async def spoken(sampler: Any, *request: Any) -> "Blocks":
 
     from jobs.resuming import NoRoom, SamplerLost
 
-    response = sampler.options(stream=True).blocks.remote(*request)
     try:
-        async for item in response:
-            yield item
+        yield
     except BackPressureError:
         raise NoRoom from None
     except (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError):
         raise SamplerLost from None
-    finally:
-        response.cancel()
 
 
 class Counted:

@@ -23,8 +23,9 @@ from cascade_model.settings import check
 from jobs.autoscaling import POLICY, QueuedBlocks
 from jobs.cli import build, command
 from jobs.deployment import deployed, without_the_controllers_end
+from jobs.gate import KEYS_VARIABLE, load_api_keys
 from jobs.launch import absolute
-from jobs.replicas import KEYS_VARIABLE, Ingress, Sampler
+from jobs.replicas import Ingress, Sampler
 from jobs.serve_yaml import amounts_of, check_serve_document, read_serve_yaml
 from jobs.slow_readers import DEFAULT_SECONDS, SECONDS_VARIABLE
 from pipelines.cluster import require_resources, start_ray
@@ -72,6 +73,9 @@ class ServeConfig:
     """Port to listen on."""
     api_keys: str | None = None
     """File with one API key a line; keys in the variable CASCADE_API_KEYS (commas) count too."""
+    chat_template: str | None = None
+    """How chats become text: plain, chatml, or a Jinja template or its file; none: the model
+    folder's own, else plain."""
     no_auth: bool = False
     """Serve without any key; only on a loopback address."""
     min_replicas: int = 1
@@ -232,8 +236,6 @@ def settings_of(application: dict[str, Any], source: str = "args") -> ServeConfi
 
 def require_keys(config: ServeConfig) -> None:
     """Refuse a server that anyone could use."""
-    from jobs.gate import load_api_keys
-
     if not config.no_auth and not load_api_keys(config.api_keys, os.environ.get(KEYS_VARIABLE, "")):
         raise InputError(
             "api_keys: no key is set; put keys into the variable CASCADE_API_KEYS or a file "
@@ -248,6 +250,9 @@ def serve_document(config: ServeConfig) -> dict[str, Any]:
     }
     args["model"] = absolute(config.model)
     args["api_keys"] = config.api_keys and absolute(config.api_keys)
+    if config.chat_template and "{" not in config.chat_template:
+        file = Path(config.chat_template)
+        args["chat_template"] = file.read_text("utf-8") if file.is_file() else str(file)
     application = {"name": APP, "route_prefix": "/", "import_path": BUILDER, "args": args}
     return {
         "proxy_location": "HeadOnly",
