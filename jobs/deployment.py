@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 from cascade_model.errors import CheckpointMismatch, InputError
 
+log = logging.getLogger("cascade.endpoint")
+
 
 @contextlib.contextmanager
 def deployed(document: dict[str, Any], stop: threading.Event | None = None) -> Iterator[None]:
@@ -31,6 +33,20 @@ def deployed(document: dict[str, Any], stop: threading.Event | None = None) -> I
     finally:
         with without_the_controllers_end():
             serve.shutdown()
+
+
+def drain(application: str, seconds: float) -> None:
+    """Let every ingress of an application end its streams; Serve's own end would cut them off."""
+    from ray import serve
+
+    try:
+        ingress = serve.get_deployment_handle("ingress", application)
+        left = ingress.broadcast("drain", seconds).results(timeout_s=seconds + 10)
+    except Exception as error:  # it was not there yet, or has died: nothing is open
+        log.warning("no ingress of %s could be drained: %s", application, error)
+        return
+    if any(left):
+        log.warning("%d answers were not whole after %g s and got an error", sum(left), seconds)
 
 
 @contextlib.contextmanager

@@ -70,7 +70,6 @@ def requests(count: int, **changes: Any) -> list[dict[str, Any]]:
         "max_tokens": 160,
         "temperature": 1.0,
         "confidence_threshold": 1.0,
-        "stop_ids": [],
         **changes,
     }
     return [{"prompt": f"def f{n}(", "seed": 100 + n, **settings} for n in range(count)]
