@@ -7,7 +7,8 @@ export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup demo smollm2 smollm2-parent smollm2-long test lint clean \
-  bench-data bench-train bench-sampler bench-text bench-peer faults-train faults-data lm-eval openai-clients
+  bench-data bench-train bench-sampler bench-text bench-peer faults-train faults-data faults-serve \
+  serve-scaling lm-eval openai-clients
 setup: $(VENV)/.stamp
 
 # torch first, and from PyTorch's CPU index where there is neither a GPU nor a CPU build at hand:
@@ -105,6 +106,14 @@ openai-clients: setup
 	  build/clients/$$version/bin/python -m pip install --quiet "openai==$$version"; done
 	$(BIN)/python -m tests.benchmarks.openai_clients $(BIN)/python \
 	  $(foreach version,$(OPENAI_VERSIONS),build/clients/$(version)/bin/python)
+
+faults-serve: N ?= 10
+faults-serve: setup
+	$(BIN)/python -m tests.benchmarks.faults_serve $(N)
+
+# The transcript of an endpoint that is scaled up, to zero and back.
+serve-scaling: setup
+	$(BIN)/python -m tests.benchmarks.serve_scaling
 
 clean:
 	rm -rf build runs

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,7 @@ class Ingress:
         self._config = config
         self._sampler = sampler
         self._pulse = Pulse()
+        self._is_draining = False
         self._patience = Patience(
             seconds=config.sampler_wait_seconds,
             losses=config.max_sampler_losses,
@@ -156,8 +158,22 @@ class Ingress:
             keys=None if config.no_auth else RotatingKeys(config.api_keys),
             max_choices_in_flight=config.max_in_flight,
         )
-        api = build_api(endpoint, behind_serve=True)
-        return SlowReaders(Counted(api, self._metrics), config.reader_timeout_seconds)
+        self._counted = Counted(build_api(endpoint, behind_serve=True), self._metrics)
+        return SlowReaders(self._counted, config.reader_timeout_seconds)
+
+    async def drain(self, seconds: float) -> int:
+        """Take no new choices, wait for the answers under way, and end those that are not whole by
+        then with an error event; how many these were."""
+        from jobs.openai_protocol import ApiError
+
+        self._is_draining = True
+        await self._counted.until_idle(seconds)
+        left = self._counted.under_way
+        message = "The server is ending; send the request again."
+        self._pulse.end(ApiError(503, message, type="server_error", code="server_ending"))
+        await self._counted.until_idle(5)
+        await asyncio.sleep(0.5)  # until the proxy has passed the last events on
+        return left
 
     async def _scrape(self) -> bytes:
         """The metrics of this ingress and of all samplers that answer in time."""
@@ -180,7 +196,12 @@ class Ingress:
         self, prompt_tokens: list[int], params: SamplingParams, choice: int
     ) -> AsyncIterator[dict[str, Any]]:
         """Blocks of one choice, from as many samplers as it takes."""
+        from jobs.openai_protocol import ApiError
         from jobs.resuming import resuming
+
+        if self._is_draining:
+            message = "The server is ending; send the request to another."
+            raise ApiError(503, message, type="server_error", code="server_ending")
 
         def source(params: SamplingParams, committed: list[int], steps_made: int) -> "Blocks":
             request = (prompt_tokens, dataclasses.asdict(params), choice, self._weights)
@@ -257,20 +278,33 @@ def told_as_losses() -> Iterator[None]:
 
 
 class Counted:
-    """ASGI layer that counts answers by status."""
+    """ASGI layer that counts answers: by status, and those under way."""
 
     def __init__(self, app: Any, metrics: "ServeMetrics") -> None:
-        self.app, self.metrics = app, metrics
+        self.app, self.metrics, self.under_way = app, metrics, 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
 
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
                 self.metrics.answered(message["status"])
             await send(message)
 
-        await self.app(scope, receive, counted)
+        self.under_way += 1
+        try:
+            await self.app(scope, receive, counted)
+        finally:
+            self.under_way -= 1
+
+    async def until_idle(self, seconds: float) -> None:
+        """Wait until nothing is under way, but no longer than that."""
+        deadline = time.monotonic() + seconds
+        while self.under_way and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
 
 
 def require_loopback() -> None:

@@ -27,6 +27,7 @@ Source = Callable[[SamplingParams, list[int], int], Blocks]
 """(params, committed tokens, steps made) -> what some sampler says. Raises `SamplerLost`, `NoRoom`,
 or an error that is the request's or the engine's own."""
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5)  # seconds before a sampler is asked again; the last repeats
+_LOOK = 0.5  # seconds between looks at whether everything is to end
 log = logging.getLogger("cascade.endpoint")
 
 
@@ -42,15 +43,25 @@ class _Parked(Exception):
     """The reader fell so far behind that the sampler was let go."""
 
 
-@dataclass
 class Pulse:
-    """When any sampler was last heard of: a full house is waited for, a dead one is not."""
+    """What the streams of one ingress share. When any sampler was last heard of: a full house is
+    waited for, a dead one is not. And the end of all of them."""
 
-    last: float = float("-inf")
+    def __init__(self) -> None:
+        self.last = float("-inf")
+        self.running: set[Callable[[Exception], None]] = set()
+        """How to end each stream that a sampler has."""
+        self.error: Exception | None = None
 
     def beat(self) -> None:
         """A sampler has spoken."""
         self.last = time.monotonic()
+
+    def end(self, error: Exception) -> None:
+        """End every stream with an error, also those that wait for a sampler."""
+        self.error = error
+        for end in list(self.running):
+            end(error)
 
     def silence(self, since: float) -> float:
         """Seconds without a word, counted from `since` at the earliest."""
@@ -92,7 +103,9 @@ async def resuming(
         own = await _taken(rest, weights, pulse, patience, is_first)
         is_first = False
         try:
-            async with contextlib.aclosing(_read_ahead(own, patience.blocks_ahead)) as blocks:
+            async with contextlib.aclosing(
+                _read_ahead(own, patience.blocks_ahead, pulse)
+            ) as blocks:
                 async for block in blocks:
                     pulse.beat()
                     committed += block["tokens"]
@@ -149,16 +162,18 @@ async def _within(
     task = asyncio.ensure_future(word)
     try:
         while (left := seconds - pulse.silence(since)) > 0:
-            done, _ = await asyncio.wait({task}, timeout=left)
+            done, _ = await asyncio.wait({task}, timeout=min(left, _LOOK))
             if done:
                 return task.result()
+            if pulse.error is not None:
+                raise pulse.error
         raise TimeoutError
     finally:
         task.cancel()
         await asyncio.wait({task})
 
 
-async def _read_ahead(source: Blocks, limit: int) -> Blocks:
+async def _read_ahead(source: Blocks, limit: int, pulse: Pulse) -> Blocks:
     """What a source says, read as it comes. With `limit` items unread the source is closed, and
     `_Parked` follows the last of them; `SamplerLost` follows where it ends by itself."""
     queue: asyncio.Queue[Block | Exception] = asyncio.Queue()
@@ -176,6 +191,7 @@ async def _read_ahead(source: Blocks, limit: int) -> Blocks:
                 queue.put_nowait(error)
 
     task = asyncio.create_task(pump())
+    pulse.running.add(queue.put_nowait)
     try:
         while True:
             item = await queue.get()
@@ -183,6 +199,7 @@ async def _read_ahead(source: Blocks, limit: int) -> Blocks:
                 raise item
             yield item
     finally:
+        pulse.running.discard(queue.put_nowait)
         task.cancel()
         await asyncio.wait({task})
 

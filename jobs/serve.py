@@ -22,7 +22,7 @@ from cascade_model.errors import InputError
 from cascade_model.settings import check
 from jobs.autoscaling import POLICY, QueuedBlocks
 from jobs.cli import build, command
-from jobs.deployment import deployed
+from jobs.deployment import deployed, drain, without_the_controllers_end
 from jobs.gate import KEYS_VARIABLE, load_api_keys
 from jobs.launch import absolute
 from jobs.replicas import Ingress, Sampler
@@ -97,6 +97,8 @@ class ServeConfig:
     """Blocks decoded before their reader takes them; then its place is given to others."""
     reader_timeout_seconds: float = DEFAULT_SECONDS
     """A stream whose reader takes nothing for this long is ended."""
+    drain_seconds: float = 60.0
+    """When the server is to end, open streams get this long; what is left ends with an error."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """When sampler replicas come and go."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -134,6 +136,7 @@ class ServeConfig:
         check(self.blocks_ahead >= 1, f"blocks_ahead={self.blocks_ahead} must be at least 1")
         for name in ("sampler_wait_seconds", "reader_timeout_seconds"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        check(self.drain_seconds >= 0, f"drain_seconds={self.drain_seconds} must not be negative")
         check(
             not self.no_auth or is_loopback(self.host),
             f"no_auth=True with host={self.host} would serve strangers; use host=127.0.0.1 or "
@@ -202,7 +205,8 @@ def deployment_options(config: ServeConfig) -> dict[str, dict[str, Any]]:
     # new one is there before the old one goes; it takes no CPU.
     ingress = {
         "max_ongoing_requests": 100_000,
-        "graceful_shutdown_timeout_s": 60,
+        # Serve cuts what is left then without a word: longer than any stream should take.
+        "graceful_shutdown_timeout_s": 600,
         "max_surge_percent": 100,
         "ray_actor_options": {"num_cpus": 0},
     }
@@ -339,7 +343,10 @@ def run(config: ServeConfig) -> dict[str, Any]:
             announce(document, url)
         stop.wait()
         print("ending: open streams get their time", flush=True)
-    ray.shutdown()
+        for application in filter(is_ours, document["applications"]):
+            drain(application.get("name", "default"), settings_of(application).drain_seconds)
+    with without_the_controllers_end():
+        ray.shutdown()
     return {"url": url}
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.serve import ServeConfig
+from jobs.serve import ServeConfig, serve_document, start_ray_for
 from tests.benchmarks.report import Row, publish
 from tests.benchmarks.serve_client import Told, streams
 from tests.benchmarks.serve_load import hang_up_rows, overload_rows, soak_rows
@@ -167,9 +167,6 @@ def main(count: int) -> int:
     """The table of all faults; fewer than 10 kills are a short run, with a smaller load too."""
     import ray
 
-    from jobs.serve import serve_document as document_of
-    from jobs.serve import start_ray_for
-
     began = time.perf_counter()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     share = min(1.0, count / 10)
@@ -179,7 +176,7 @@ def main(count: int) -> int:
         os.environ.pop("RAY_ADDRESS", None)
         model, other = write_model(folder / "tiny"), write_model(folder / "other", seed=1)
         config = config_of(model, folder, max_in_flight=16)
-        start_ray_for(document_of(config))
+        start_ray_for(serve_document(config))
         try:
             with serving(config) as url:
                 rows = [

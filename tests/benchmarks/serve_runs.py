@@ -70,7 +70,6 @@ def requests(count: int, **changes: Any) -> list[dict[str, Any]]:
         "max_tokens": 160,
         "temperature": 1.0,
         "confidence_threshold": 1.0,
-        "stop_ids": [],
         **changes,
     }
     return [{"prompt": f"def f{n}(", "seed": 100 + n, **settings} for n in range(count)]
@@ -79,9 +78,13 @@ def requests(count: int, **changes: Any) -> list[dict[str, Any]]:
 def states(seconds: float = 10) -> list[dict[str, Any]]:
     """What every sampler that runs states."""
     from ray import serve
+    from ray.serve.exceptions import DeploymentUnavailableError
 
     handle = serve.get_deployment_handle("sampler", APP)
-    told = handle.broadcast("state").results(timeout_s=seconds, return_exceptions=True)
+    try:
+        told = handle.broadcast("state").results(timeout_s=seconds, return_exceptions=True)
+    except (DeploymentUnavailableError, TimeoutError):  # nobody is there, or not any more
+        return []
     return [state for state in told if isinstance(state, dict)]
 
 

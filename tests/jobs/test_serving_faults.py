@@ -65,6 +65,32 @@ def test_a_sampler_killed_in_mid_stream_costs_no_stream_a_byte(url):
     assert "cascade_samplers 2.0" in scrape
 
 
+def test_clients_that_leave_free_every_place_at_once(url):
+    long = requests(6, max_tokens=800)
+
+    def leave(told: Told) -> None:
+        raise EOFError
+
+    asyncio.run(streams(url, long, on_piece=leave))
+    wait_until(lambda: busy_slots() == 0, 5)
+    assert busy_victim_during(url, long)  # the control: they hold places while they stay
+
+
+def busy_victim_during(url: str, wanted: list[dict]) -> dict:
+    """What a busy sampler states while clients read on; then they leave."""
+    seen: list[dict] = []
+
+    def stay(told: Told) -> None:
+        if told.pieces > 20 or seen:
+            raise EOFError
+
+    thread = threading.Thread(target=lambda: asyncio.run(streams(url, wanted, on_piece=stay)))
+    thread.start()
+    seen.append(busy_victim())
+    thread.join()
+    return seen[0]
+
+
 async def scraped(url: str) -> str:
     async with client(url) as http:
         return (await http.get("/metrics")).text
