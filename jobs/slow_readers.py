@@ -8,6 +8,8 @@ ingress replica has it.
 import asyncio
 import logging
 import os
+import socket
+import struct
 from typing import Any
 
 SECONDS_VARIABLE = "CASCADE_READER_TIMEOUT_SECONDS"
@@ -51,4 +53,7 @@ def _abort(receive: Any) -> None:
     transport = getattr(getattr(receive, "__self__", None), "transport", None)
     if transport is None:
         raise OSError("the reader is gone")
+    connection = transport.get_extra_info("socket")
+    if connection is not None:  # by a reset: the kernel too lets go of what it holds, megabytes
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()

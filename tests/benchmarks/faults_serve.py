@@ -38,6 +38,8 @@ from tests.benchmarks.serve_runs import (
 )
 
 STREAMS = 8
+MORE: tuple[dict[str, Any], ...] = ({"n": 2}, {"logprobs": 2}, {"stop": ["q", "zz"]})
+"""What some of them ask for besides."""
 
 
 def during(url: str, wanted: list[dict[str, Any]], act: Callable[[], Any]) -> list[Told]:
@@ -76,6 +78,8 @@ def kill_rows(url: str, count: int) -> Iterator[Row]:
         wanted = requests(STREAMS, max_tokens=160)
         for each in wanted:
             each["seed"] += 1000 * round_number
+        for each, more in zip(wanted, MORE, strict=False):
+            each |= more
         calm = asyncio.run(streams(url, wanted))
         if not all(told.is_whole for told in calm):
             raise SystemExit(f"the undisturbed run failed: {calm}")

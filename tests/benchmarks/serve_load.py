@@ -13,43 +13,54 @@ PLACES = 16
 """Choices in flight that the server under load takes."""
 
 
-async def loaded(url: str, clients: int, seconds: float) -> list[Told]:
-    """What clients are told that ask again as soon as they have an answer, or may."""
+LONG = {"max_tokens": 200, "stop_at_eos": False}
+"""Each takes as long as any other, and long by the side of a refusal."""
+
+
+async def at_peak(url: str, seconds: float) -> list[Told]:
+    """As many clients as there are places, each asking again as soon as it is answered."""
     found: list[Told] = []
     deadline = time.monotonic() + seconds
 
     async def ask(http: Any, request: dict[str, Any]) -> None:
         while time.monotonic() < deadline:
-            told = await streamed(http, request)
-            found.append(told)
-            if told.status == 429:
-                await asyncio.sleep(float(told.retry_after or 0))
+            found.append(await streamed(http, request))
 
     async with client(url) as http:
-        await asyncio.gather(*(ask(http, each) for each in requests(clients, max_tokens=48)))
+        await asyncio.gather(*(ask(http, each) for each in requests(PLACES, **LONG)))
     return found
 
 
+async def at_rate(url: str, a_second: float, seconds: float) -> list[Told]:
+    """So many requests a second, whatever becomes of those before; nobody asks twice."""
+    tasks = []
+    wanted = requests(PLACES, **LONG)
+    async with client(url) as http:
+        for number in range(round(a_second * seconds)):
+            tasks.append(asyncio.create_task(streamed(http, wanted[number % PLACES])))
+            await asyncio.sleep(1 / a_second)
+        return list(await asyncio.gather(*tasks))
+
+
 def overload_rows(url: str, seconds: float) -> Iterator[Row]:
-    """Peak and three times as many clients, twice each in turn."""
-    tokens, took, refused, wrong = [0, 0], [0.0, 0.0], 0, 0
-    unasked = 0
+    """Peak and three times its requests, twice each in turn."""
+    rates: list[list[float]] = [[], []]
+    refused = wrong = unasked = 0
     for _ in range(2):
-        for place, clients in enumerate((PLACES, 3 * PLACES)):
-            began = time.perf_counter()
-            found = asyncio.run(loaded(url, clients, seconds / 2))
-            took[place] += time.perf_counter() - began
-            tokens[place] += sum(told.completion_tokens for told in found if told.is_whole)
-            rejects = [told for told in found if not told.is_whole]
-            if place:
-                refused += len(rejects)
-            else:
-                unasked += len(rejects)
-            wrong += sum(told.status != 429 or told.retry_after is None for told in rejects)
-    goodput = (tokens[1] / took[1]) / max(tokens[0] / took[0], 1e-9)
-    yield Row("overload x 3: goodput by that of the peak", goodput, "", bar=0.9)
-    yield Row("... refused with 429", refused, "requests", bar=1)
-    yield Row("... refused otherwise, or without Retry-After", wrong, "", bar=0, is_limit=True)
+        began = time.perf_counter()
+        found = asyncio.run(at_peak(url, seconds))
+        rates[0].append(sum(told.is_whole for told in found) / (time.perf_counter() - began))
+        unasked += sum(not told.is_whole for told in found)
+        began = time.perf_counter()
+        found = asyncio.run(at_rate(url, 3 * rates[0][-1], seconds))
+        rates[1].append(sum(told.is_whole for told in found) / (time.perf_counter() - began))
+        rejects = [told for told in found if not told.is_whole]
+        refused += len(rejects)
+        wrong += sum(told.status != 429 or told.retry_after is None for told in rejects)
+    yield Row("overload x 3: peak", sum(rates[0]) / 2, "requests/s")
+    yield Row("... goodput by that of the peak", sum(rates[1]) / sum(rates[0]), "", bar=0.9)
+    yield Row("... refused with 429 and Retry-After", refused - wrong, "requests", bar=1)
+    yield Row("... refused otherwise", wrong, "", bar=0, is_limit=True)
     yield Row("control: refused at the peak", unasked, "requests", bar=0, is_limit=True)
 
 
@@ -113,11 +124,14 @@ def soak_rows(url: str, count: int) -> Iterator[Row]:
     half = seen[len(seen) // 2 :]
     steps = [number for number, _ in half]
     same = set.intersection(*(set(each) for _, each in half))
+    names = {each.pid: each.name().removeprefix("ray::") for each in serve_processes()}
     kilobytes = [growth([each[pid][0] for _, each in half], steps) / 1024 for pid in same]
     files = [half[-1][1][pid][1] - half[0][1][pid][1] for pid in same]
     yield Row("soak: requests", count, "requests")
     yield Row("... that failed", wrong, "", bar=0, is_limit=True)
     yield Row("... processes watched: proxy, ingress, samplers", len(same), "", bar=4)
+    for pid, slope in zip(same, kilobytes, strict=True):
+        yield Row(f"... memory of {names[pid]}", slope, "KB/request")
     yield Row("... memory, the fastest-growing process", max(kilobytes), "KB/request", bar=4,
               is_limit=True)  # fmt: skip
     yield Row("... descriptors, the fastest-growing process", max(files), "more", bar=4,

@@ -94,7 +94,7 @@ def test_a_loss_after_any_block_changes_nothing_but_the_passes(llm):
         assert 0 <= extra[life] <= 1  # what was committed is read once more
 
 
-def test_every_pair_of_losses_in_a_row_changes_nothing(llm):
+def test_every_pair_of_losses_changes_nothing(llm):
     whole = blocks_of(Samplers(llm, [None]))
     for first in range(len(whole)):
         for second in range(len(whole) - first):
@@ -305,3 +305,36 @@ def test_leaving_early_closes_the_sampler(llm):
         return source.closed
 
     assert asyncio.run(run()) == 1
+
+
+def test_the_end_of_all_streams_reaches_those_that_run_and_those_that_wait():
+    pulse, patience = Pulse(), Patience(seconds=60)
+
+    async def runs(params, committed, steps_made):
+        yield {"weights": "w"}
+        yield {"tokens": [1], "passes": 1, "steps": 1, "finish_reason": None}
+        await asyncio.sleep(60)
+
+    async def waits(params, committed, steps_made):
+        await asyncio.sleep(60)
+        yield {"weights": "w"}
+
+    async def told(source) -> tuple[int, str]:
+        blocks = 0
+        try:
+            async for _ in resuming(source, PARAMS, weights="w", pulse=pulse, patience=patience):
+                blocks += 1
+        except ApiError as error:
+            return blocks, str(error.body["error"]["code"])
+        return blocks, "whole"
+
+    async def run():
+        tasks = [asyncio.create_task(told(source)) for source in (runs, waits)]
+        await asyncio.sleep(0.2)
+        assert len(pulse.running) == 1
+        pulse.end(ApiError(503, "over", code="server_ending"))
+        return await asyncio.gather(*tasks)
+
+    found = asyncio.run(asyncio.wait_for(run(), timeout=20))
+    assert found == [(1, "server_ending"), (0, "server_ending")]
+    assert not pulse.running

@@ -51,8 +51,9 @@ def killed_in_stream(url: str, wanted: list[dict]) -> tuple[list[Told], dict]:
 
 def test_a_sampler_killed_in_mid_stream_costs_no_stream_a_byte(url):
     wanted = requests(8)
-    wanted[0]["n"] = 2
+    wanted[0]["n"], wanted[1]["logprobs"], wanted[2]["stop"] = 2, 1, ["q"]
     calm = asyncio.run(streams(url, wanted))
+    assert calm[1].logprobs
     assert all(told.is_whole for told in calm)
     found, victim = killed_in_stream(url, wanted)
     assert [told.content() for told in found] == [told.content() for told in calm]
