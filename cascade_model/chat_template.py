@@ -20,7 +20,7 @@ import numpy as np
 from cascade_model.errors import InputError
 from cascade_model.jinja_chat import CHATML, PLAIN, compiled, rendered
 from cascade_model.settings import check
-from cascade_model.tokenizer import MASK_NAMES, PAD_NAMES, Encoded, Encoder, Tokenizer
+from cascade_model.tokenizer import INFILL_NAMES, MASK_NAMES, PAD_NAMES, Encoded, Encoder, Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _BUILT_IN = {"plain": PLAIN, "chatml": CHATML}
@@ -222,6 +222,7 @@ class ChatTemplate:
     def _encode_template_text(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         encoded = self._tokenizer.encode_with_special(text)
         reserved = {MASK_NAMES: "mask", PAD_NAMES: "padding"}
+        reserved |= dict.fromkeys(INFILL_NAMES, "infilling")
         for names, role in reserved.items():
             ids = [self._tokenizer.special_tokens.get(name, -1) for name in names]
             check(

@@ -192,6 +192,11 @@ class ModelConfig:
     """Tokens that end a completion besides eos_id."""
     tokenizer_sha256: str = ""
     """Digest of the tokenizer the weights were trained with."""
+    infill: Literal["none", "psm"] = "none"
+    """psm: trained on documents of which some were rearranged as prefix, suffix, middle, so that a
+    text between two others can be asked for (Bavarian et al. 2022, arXiv 2207.14255)."""
+    infill_ids: tuple[int, ...] = ()
+    """psm: the tokens before prefix, suffix and middle; given, never predicted."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -224,6 +229,12 @@ class ModelConfig:
                 f"model.{name}={value} is outside the vocabulary of {self.vocab_size}; "
                 "use an id below model.vocab_size",
             )
+        ids, wanted = self.infill_ids, 3 if self.infill == "psm" else 0
+        check(
+            len(set(ids)) == len(ids) == wanted and all(0 <= i < self.vocab_size for i in ids),
+            f"model.infill={self.infill} needs {wanted} tokens of the vocabulary and "
+            f"model.infill_ids={list(ids)}; give those before prefix, suffix and middle",
+        )
         rotary = self.rotary_dim
         check(
             rotary is None or (0 < rotary <= self.head_dim and rotary % 2 == 0),
@@ -259,6 +270,7 @@ class ModelConfig:
         nested = {
             "experts": ExpertsConfig(**experts) if isinstance(experts, dict) else experts,
             "stop_ids": tuple(values.get("stop_ids", ())),
+            "infill_ids": tuple(values.get("infill_ids", ())),
         }
         return cls(**(values | nested))
 

@@ -17,10 +17,10 @@ from cascade_model.commit import Folder, reason_of
 from cascade_model.config import NoiseConfig, TrainingNoise
 from cascade_model.draws import Draws, draw_manifest_name
 from cascade_model.errors import CorpusMismatch, InputError
+from cascade_model.manifest import CURE, MANIFEST, TOKENIZER, Manifest
 from cascade_model.mixing import mixture_of
 from cascade_model.prefetch import ahead
 from cascade_model.provenance import DocumentTables, Seen
-from cascade_model.schema import CURE, MANIFEST, TOKENIZER, Manifest
 from cascade_model.sequences import SequenceRows, Sequences
 from cascade_model.shard_cache import CacheConfig, ShardCache
 from cascade_model.tokenizer import Tokenizer

@@ -14,20 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from cascade_model import noise as mask_noise
+from cascade_model.columns import bitmap_of, draw_columns, unpacked
 from cascade_model.commit import Folder
 from cascade_model.errors import CorpusMismatch
+from cascade_model.manifest import Manifest, ShardEntry
 from cascade_model.mixing import mixture_of
 from cascade_model.open_shards import OpenShards, Rows
-from cascade_model.schema import (
-    Manifest,
-    ShardEntry,
-    batch_rows,
-    bitmap_of,
-    draw_columns,
-    draw_schema,
-    shard_schema,
-    unpacked,
-)
+from cascade_model.schema import batch_rows, draw_schema, shard_schema
 from cascade_model.settings import digest
 from cascade_model.shard_cache import ShardCache
 from cascade_model.shards import BatchFile, entry_of, write_shard

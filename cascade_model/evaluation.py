@@ -151,13 +151,14 @@ def chosen_sequences(corpus: Corpus, max_sequences: int | None) -> np.ndarray:
 def unigram_baseline(train: Corpus, held_out: Corpus, max_sequences: int | None = None) -> float:
     """Nats per held-out token of add-one smoothed token frequencies of the training split.
 
-    Mask and padding are no outcomes of the unigram model, as of ours.
+    Mask, padding and infilling tokens are no outcomes of the unigram model, as of ours.
     """
     manifest = train.manifest
     every = np.arange(train.num_sequences, dtype=np.uint64)
     counts = np.bincount(_tokens(train, every), minlength=manifest.vocab_size).astype(np.float64)
     outcomes = np.ones(manifest.vocab_size, dtype=bool)
-    outcomes[[manifest.mask_id, manifest.pad_id]] = False
+    infill = manifest.infill.ids if manifest.infill else ()
+    outcomes[[manifest.mask_id, manifest.pad_id, *infill]] = False
     counts = np.where(outcomes, counts + 1.0, 0.0)
     with np.errstate(divide="ignore"):
         nats = -np.log(counts / counts.sum())

@@ -19,7 +19,7 @@ from cascade_model.config import EngineConfig, ModelConfig
 from cascade_model.engine import Engine, Event, Ticket
 from cascade_model.errors import InputError
 from cascade_model.networks import Network
-from cascade_model.requests import Infilling
+from cascade_model.requests import Infilling, rearranged
 from cascade_model.sampler import DecodedBlock
 from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Counters
@@ -68,6 +68,16 @@ class LLM:
         )
         model, tokenizer = load_model(folder, getattr(torch, config.precision), config.device)
         return cls(model.eval(), require_text(tokenizer, folder), config)
+
+    def prompt_tokens(self, prompt: Prompt, suffix: Prompt | None = None) -> list[int]:
+        """What is decoded on from: the prompt's tokens, and with a suffix those of both, so that
+        what is written stands between them. An empty suffix is none.
+
+        Raises `InputError` for a suffix that the model was not trained to see
+        (`requests.rearranged`).
+        """
+        before, after = self._tokens(prompt), [] if suffix is None else self._tokens(suffix)
+        return rearranged(self.config, before, after) if after else before
 
     @property
     def counters(self) -> Counters:
@@ -130,11 +140,18 @@ class LLM:
         return blocks
 
     def chunks(
-        self, prompt: Prompt, params: SamplingParams, stop: Sequence[str] = (), choice: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        stop: Sequence[str] = (),
+        choice: int = 0,
+        *,
+        suffix: Prompt | None = None,
     ) -> Iterator[Chunk]:
         """Chunks of text, one a block; decoding ends as soon as a stop string is complete."""
         text = TextStream(self.tokenizer.decode, stop)
-        with contextlib.closing(self.blocks(self._tokens(prompt), params, choice)) as blocks:
+        source = self.blocks(self.prompt_tokens(prompt, suffix), params, choice)
+        with contextlib.closing(source) as blocks:
             for block in blocks:
                 chunk = _chunk(text, block)
                 yield chunk
@@ -142,12 +159,18 @@ class LLM:
                     return
 
     async def stream(
-        self, prompt: Prompt, params: SamplingParams, stop: Sequence[str] = (), choice: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        stop: Sequence[str] = (),
+        choice: int = 0,
+        *,
+        suffix: Prompt | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """The same for an event loop: `async for chunk in llm.stream(...)`; a cancelled task ends
         the decoding."""
         text = TextStream(self.tokenizer.decode, stop)
-        source = self.stream_blocks(self._tokens(prompt), params, choice)
+        source = self.stream_blocks(self.prompt_tokens(prompt, suffix), params, choice)
         async with contextlib.aclosing(source) as blocks:
             async for block in blocks:
                 chunk = _chunk(text, block)
@@ -161,13 +184,16 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams],
         stop: Sequence[str] = (),
         n: int = 1,
+        *,
+        suffix: str | Sequence[Prompt | None] | None = None,
     ) -> list[Completion]:
         """`n` completions a prompt, prompt by prompt; `params` is shared or one a prompt.
 
-        Choice i of a prompt is the same for every n. Raises `InputError` when a prompt cannot be
-        decoded.
+        With a `suffix`, a text for all or a list with one (or none) a prompt, a completion is what
+        stands between prompt and suffix, in a model with `infill=psm`. Choice i of a prompt is the
+        same for every n. Raises `InputError` when a prompt cannot be decoded.
         """
-        return _in_order(self.answers(prompts, params, stop, n))
+        return _in_order(self.answers(prompts, params, stop, n, suffix=suffix))
 
     def answers(
         self,
@@ -175,9 +201,13 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams],
         stop: Sequence[str] = (),
         n: int = 1,
+        *,
+        suffix: str | Sequence[Prompt | None] | None = None,
     ) -> Generator[Answer, None, None]:
         """Completions as they become whole, all of them decoding together."""
-        return self._together(self.engine.submit, self._tokens, prompts, params, stop, n)
+        requests = list(zip(prompts, _one_each(suffix, prompts), strict=True))
+        submit, tokens_of = self.engine.submit, lambda request: self.prompt_tokens(*request)
+        return self._together(submit, tokens_of, requests, params, stop, n)
 
     def infill(
         self,
@@ -193,6 +223,7 @@ class LLM:
         `max_tokens` (`requests.check_infilling`).
         """
         submit = self.engine.submit_infilling
+        _require_list(texts)
         return _in_order(self._together(submit, self._masked, texts, params, (), n))
 
     def close(self) -> None:
@@ -225,10 +256,6 @@ class LLM:
     ) -> Generator[Answer, None, None]:
         """Submit `n` choices of every request, and give each as soon as it is whole."""
         check(type(n) is int and n >= 1, f"n={n!r} must be a whole number of at least 1")
-        check(
-            isinstance(requests, Sequence) and not isinstance(requests, str | bytes | Infilling),
-            f"the prompts are {repr(requests)[:60]}; give a list of them",
-        )
         each = [params] * len(requests) if isinstance(params, SamplingParams) else params
         check(
             isinstance(each, Sequence) and all(isinstance(own, SamplingParams) for own in each),
@@ -278,6 +305,28 @@ class LLM:
         finally:
             for ticket in tickets.values():
                 ticket.cancel()
+
+
+def _require_list(requests: Any) -> None:
+    check(
+        isinstance(requests, Sequence) and not isinstance(requests, str | bytes | Infilling),
+        f"the prompts are {repr(requests)[:60]}; give a list of them",
+    )
+
+
+def _one_each(
+    suffix: str | Sequence[Prompt | None] | None, prompts: Sequence[Prompt]
+) -> Sequence[Prompt | None]:
+    """The suffix of each prompt."""
+    _require_list(prompts)
+    if suffix is None or isinstance(suffix, str):
+        return [suffix] * len(prompts)
+    check(
+        len(suffix) == len(prompts),
+        f"suffix has {len(suffix)} texts for {len(prompts)} prompts; give one for all, or one a "
+        "prompt",
+    )
+    return suffix
 
 
 def _ids(tokens: Sequence[int]) -> list[int]:

@@ -20,8 +20,8 @@ import numpy as np
 
 from cascade_model.config import NoiseConfig
 from cascade_model.errors import CorpusMismatch
+from cascade_model.manifest import CURE, SourceEntry
 from cascade_model.noise import rank_of, sequence_at
-from cascade_model.schema import CURE, SourceEntry
 from cascade_model.settings import check
 
 UNITS = 1024

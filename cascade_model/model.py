@@ -189,8 +189,10 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def never_emitted(config: ModelConfig) -> list[int]:
-    """Ids that no prediction may give: the mask token, and padding unless it ends texts too."""
-    return sorted({config.mask_id, config.pad_id} - {config.eos_id} | {config.mask_id})
+    """Ids that no prediction may give: the mask token, padding unless it ends texts too, and what
+    stands before the parts of a rearranged text."""
+    padding = {config.pad_id} - {config.eos_id}
+    return sorted({config.mask_id, *config.infill_ids} | padding)
 
 
 def vocabulary_logits(hidden: Tensor, head: nn.Module, banned: list[int]) -> Tensor:

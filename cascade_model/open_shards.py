@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from cascade_model.commit import Folder
-from cascade_model.schema import ShardEntry
+from cascade_model.manifest import ShardEntry
 from cascade_model.shard_cache import ShardCache
 from cascade_model.shards import BatchFile, refuse
 

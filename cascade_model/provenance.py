@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from cascade_model.commit import Folder
-from cascade_model.schema import Manifest, documents_name, documents_schema
+from cascade_model.manifest import Manifest
+from cascade_model.schema import documents_name, documents_schema
 from cascade_model.shards import read_arrow, refuse
 
 _PART = np.uint64(32)
@@ -29,7 +30,8 @@ class Seen:
     where: str
     """Place in that file."""
     span: tuple[int, int]
-    """First byte and the byte after the last one, of the document's cleaned text in UTF-8."""
+    """First byte and the byte after the last one, of the document's cleaned text in UTF-8; of a
+    rearranged one (infilling) in the order of its parts in the corpus."""
 
 
 class DocumentTables:

@@ -158,11 +158,34 @@ def check_tokens(config: ModelConfig, tokens: Sequence[int], name: str = "prompt
     )
 
 
+def rearranged(config: ModelConfig, prefix: Sequence[int], suffix: Sequence[int]) -> list[int]:
+    """The prompt that asks for what stands between two texts: as documents were rearranged in the
+    model's training, up to the token after which the middle comes; its end is the end of a text.
+
+    Raises `InputError` where the model was not trained so, and for a text that holds such tokens.
+    """
+    check(
+        config.infill == "psm",
+        f"suffix is for models with infill=psm and this one has infill={config.infill}; leave it "
+        "out, or train on a corpus that was prepared with an infill_rate",
+    )
+    for name, tokens in (("prompt", prefix), ("suffix", suffix)):
+        found = next((token for token in tokens if token in config.infill_ids), None)
+        check(
+            found is None,
+            f"{name} has the token {found}, which only stands before prefix, suffix or middle; "
+            "give the prompt and the suffix without it",
+        )
+    before_prefix, before_suffix, before_middle = config.infill_ids
+    return [before_prefix, *prefix, before_suffix, *suffix, before_middle]
+
+
 def check_infilling(config: ModelConfig, tokens: Sequence[int], params: SamplingParams) -> None:
     """Refuse (`InputError`) a text without holes, or with one that cannot see what follows it.
 
     A bidirectional model sees all of the text. In a block-causal one a hole sees no later block,
-    so what follows must lie within its own. All holes together have at most `max_tokens`.
+    so what follows must lie within its own (or the text is `rearranged`). All holes together have
+    at most `max_tokens`.
     """
     mask, size = config.mask_id, config.block_size
     check_tokens(config, [token for token in tokens if token != mask], "the text")
@@ -177,8 +200,8 @@ def check_infilling(config: ModelConfig, tokens: Sequence[int], params: Sampling
     check(
         config.attention == "bidirectional" or all(token == mask for token in tokens[first_end:]),
         f"the hole at place {holes[0]} is followed by text beyond its block of block_size={size}, "
-        "which a block-causal model cannot see; use a bidirectional model, or hole and suffix "
-        "within one block",
+        "which a block-causal model cannot see; use hole and suffix within one block, a "
+        "bidirectional model, or a prompt with a suffix and a model that has infill=psm",
     )
     check(
         len(tokens) <= config.max_sequence_length,

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from cascade_model.columns import unpacked
 from cascade_model.commit import Folder
 from cascade_model.draws import masked_in
+from cascade_model.manifest import Manifest
 from cascade_model.open_shards import OpenShards, Rows
-from cascade_model.schema import Manifest, batch_rows, shard_schema, unpacked
+from cascade_model.schema import batch_rows, shard_schema
 from cascade_model.shard_cache import ShardCache
 from cascade_model.stored import Stored, fault_of, stored_of
 

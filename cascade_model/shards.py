@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record
 from cascade_model.errors import CorpusMismatch
-from cascade_model.schema import CURE, ShardEntry
+from cascade_model.manifest import CURE, ShardEntry
 from cascade_model.settings import digest
 from cascade_model.shard_cache import ShardCache, WrongBytes, require_hash
 

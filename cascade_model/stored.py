@@ -8,19 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from cascade_model.schema import (
-    RAGGED,
-    Geometry,
-    bitmap_of,
-    flat_of,
-    offsets_of,
-    thresholds_of,
-    tokens_of,
-)
+from cascade_model.columns import Starts, bitmap_of, flat_of, offsets_of, thresholds_of, tokens_of
+from cascade_model.schema import RAGGED, Geometry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stored:
+class Stored(Starts):
     """n sequences as they lie in the file."""
 
     tokens: np.ndarray
@@ -31,18 +24,8 @@ class Stored:
     """uint8 [n, bitmap_bytes]."""
     is_masked: np.ndarray
     """uint8 [n, bitmap_bytes] of draw 0."""
-    start_offsets: np.ndarray
-    """int32 [n + 1]: where each row's entries begin in the four arrays below."""
     bounds: memoryview
-    """The same numbers as Python has them, for those who look up one row at a time."""
-    document_starts: np.ndarray
-    """uint32."""
-    document_ids: np.ndarray
-    """uint64."""
-    span_starts: np.ndarray
-    """uint32."""
-    span_stops: np.ndarray
-    """uint32."""
+    """`start_offsets` as Python has them, for those who look up one row at a time."""
 
     def __len__(self) -> int:
         return len(self.tokens)

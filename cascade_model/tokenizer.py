@@ -1,7 +1,8 @@
 """Text to token ids and back, on Hugging Face's `tokenizers`.
 
 The text of a special token inside a document is ordinary text: only the pipeline itself sets
-EOS, PAD and MASK. A tokenizer is known by the SHA-256 of its tokenizer.json.
+EOS, PAD and MASK, and the tokens before the parts of a rearranged document. A tokenizer is known by
+the SHA-256 of its tokenizer.json.
 """
 
 import hashlib
@@ -33,6 +34,14 @@ EOS, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
 MASK_NAMES = (MASK, "<|mdm_mask|>", "<|MASK|>", "|<MASK>|", "<MASK>", "[MASK]", "<mask>")
+INFILL_NAMES = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # ours too; Qwen2.5-Coder, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
+)
+"""What stands before prefix, suffix and middle of a document with a hole, by who trained so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,14 @@ class Tokenizer:
             role: next((vocabulary[name] for name in names if name in vocabulary), None)
             for role, names in (("eos", EOS_NAMES), ("pad", PAD_NAMES), ("mask", MASK_NAMES))
         }
+        self._infill = next(
+            (
+                {name: vocabulary[name] for name in names}
+                for names in INFILL_NAMES
+                if vocabulary.keys() >= set(names)
+            ),
+            None,
+        )
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
@@ -148,6 +165,17 @@ class Tokenizer:
         return self._special("eos")
 
     @property
+    def infill_ids(self) -> tuple[int, int, int]:
+        """Ids of the tokens before prefix, suffix and middle."""
+        if self._infill is None:
+            raise InputError(
+                f"tokenizer {self._where} has no tokens of prefix, suffix and middle; call "
+                "with_infill()"
+            )
+        prefix, suffix, middle = self._infill.values()
+        return prefix, suffix, middle
+
+    @property
     def eos(self) -> str:
         """Name of the token that ends a document."""
         name = self._engine.id_to_token(self.eos_id)
@@ -170,8 +198,24 @@ class Tokenizer:
         missing = [n for r, n in (("eos", EOS), ("pad", PAD), ("mask", MASK)) if not self.has(r)]
         if not missing:
             return self
+        return self._with_added(missing)
+
+    def with_infill(self) -> "Tokenizer":
+        """This tokenizer with the tokens of prefix, suffix and middle: its own, made special where
+        they are not, so that no text becomes one, or new ones at the end."""
+        names = self._infill or INFILL_NAMES[0]
+        if self._infill is not None and self.special_tokens.keys() >= set(names):
+            return self
+        added = [
+            token | {"special": token["special"] or token["content"] in names}
+            for token in self.description.get("added_tokens", [])
+        ]
+        text = json.dumps({**self.description, "added_tokens": added}, ensure_ascii=False)
+        return Tokenizer(text.encode(), self._where)._with_added(names)
+
+    def _with_added(self, names: Iterable[str]) -> "Tokenizer":
         engine = tokenizers.Tokenizer.from_str(self._data.decode("utf-8"))
-        engine.add_special_tokens([AddedToken(name, special=True) for name in missing])
+        engine.add_special_tokens([AddedToken(name, special=True) for name in names])
         return Tokenizer(engine.to_str(pretty=True).encode(), self._where)
 
     def has(self, role: str) -> bool:
@@ -283,9 +327,11 @@ class Tokenizer:
         Path(path).write_bytes(self._data)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE with the three specials; the same texts give the same bytes."""
-    smallest = 256 + 3
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, infill: bool = False) -> Tokenizer:
+    """Train a byte-level BPE with the three specials, and with those of infilling if asked; the
+    same texts give the same bytes."""
+    specials = [EOS, PAD, MASK, *(INFILL_NAMES[0] if infill else ())]
+    smallest = 256 + len(specials)
     if vocab_size < smallest:
         raise InputError(
             f"vocab_size={vocab_size} is below the {smallest} of all bytes and specials; use 4096"
@@ -293,7 +339,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     engine = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOS, PAD, MASK],
+        special_tokens=specials,  # pyright: ignore[reportArgumentType]
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

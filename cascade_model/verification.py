@@ -8,22 +8,14 @@ import re
 import numpy as np
 import pyarrow as pa
 
+from cascade_model.columns import bitmap_of, unpacked
 from cascade_model.commit import Folder
 from cascade_model.draws import masked_in, read_draw
 from cascade_model.errors import CorpusMismatch, InputError
+from cascade_model.manifest import TOKENIZER, Manifest, ShardEntry
 from cascade_model.mixing import mixture_of
 from cascade_model.provenance import DocumentTables
-from cascade_model.schema import (
-    SPLITS,
-    TOKENIZER,
-    Manifest,
-    ShardEntry,
-    batch_rows,
-    bitmap_of,
-    draw_schema,
-    shard_schema,
-    unpacked,
-)
+from cascade_model.schema import SPLITS, batch_rows, draw_schema, shard_schema
 from cascade_model.shards import BatchFile, read_arrow
 from cascade_model.stored import Stored, fault_of, stored_of
 from cascade_model.tokenizer import Tokenizer

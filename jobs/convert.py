@@ -55,6 +55,10 @@ class ConvertConfig:
     """The padding token; none: the recorded one, else the end of text."""
     max_sequence_length: int | None = None
     """Longest prompt plus completion; none: what the checkpoint says."""
+    infill: Literal["none", "tokens", "psm"] = "none"
+    """tokens: with tokens of prefix, suffix and middle, for training on a corpus that was prepared
+    with an infill_rate. psm: the checkpoint was trained on rearranged documents (StarCoder,
+    Qwen2.5-Coder), with such tokens of its own. none: what the model folder says."""
     ignore_settings: tuple[str, ...] = ()
     """Fields of the checkpoint's config.json that are known to change no number."""
     seed: int = 0
@@ -104,7 +108,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     from cascade_model.weights import save_model
 
     require_writable(config.output)
-    made = convert(config)
+    made = with_infilling(convert(config), config)
     shape = made.config
     model = network_with(shape, made.state, config.source)
     save_model(config.output, model, made.tokenizer, made.published)
@@ -199,6 +203,40 @@ def _grow(
         if name in state:
             state[name] = _with_rows(state[name][:rows], rows + added, fresh, config.seed)
     return state, added
+
+
+def with_infilling(made: Converted, config: ConvertConfig) -> Converted:
+    """With the tokens of prefix, suffix and middle: their rows are drawn where they are new."""
+    if config.infill == "none":
+        return made
+    tokenizer = made.tokenizer.with_infill()
+    fresh = [i for i in tokenizer.infill_ids if i >= made.tokenizer.vocab_size]
+    check(
+        config.infill == "tokens" or not fresh,
+        f"infill=psm and source={config.source} has no tokens of prefix, suffix and middle, so it "
+        "was not trained with them; use infill=tokens and train it",
+    )
+    check(
+        not fresh or "head.bias" not in made.state,
+        f"infill=tokens adds rows to the vocabulary and source={config.source} has a head with "
+        "biases, which cannot be grown; use another checkpoint",
+    )
+    rows = max(made.config.vocab_size, tokenizer.vocab_size)
+    changes: dict[str, Any] = {"vocab_size": rows, "tokenizer_sha256": tokenizer.sha256}
+    if config.infill == "psm":
+        changes |= {"infill": "psm", "infill_ids": tokenizer.infill_ids}
+    tables = {
+        name: _with_rows(made.state[name], rows, fresh, config.seed)
+        for name in ("embed.weight", "head.weight")
+        if name in made.state and fresh
+    }
+    return dataclasses.replace(
+        made,
+        config=dataclasses.replace(made.config, **changes),
+        state=made.state | tables,
+        tokenizer=tokenizer,
+        rows_added=made.rows_added + rows - made.config.vocab_size,
+    )
 
 
 def _with_rows(table: "Tensor", rows: int, fresh: list[int], seed: int) -> "Tensor":

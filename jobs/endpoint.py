@@ -13,7 +13,7 @@ from typing import Any
 from cascade_model.chat_template import ChatTemplate
 from cascade_model.config import ModelConfig
 from cascade_model.errors import InputError
-from cascade_model.requests import check_prompt, check_request
+from cascade_model.requests import check_prompt, check_request, rearranged
 from cascade_model.sampling import SamplingParams
 from cascade_model.text_stream import TokenLogprob
 from cascade_model.tokenizer import Tokenizer
@@ -82,6 +82,18 @@ class Endpoint:
             too_long = len(tokens) + max_tokens > self.config.max_sequence_length
             code = "context_length_exceeded" if too_long else "invalid_value"
             raise ApiError(400, str(error), param=param, code=code) from None
+
+    def prompt_tokens(self, prompt: str | list[int], suffix: str | None) -> list[int]:
+        """Token ids of a prompt, and of what follows the completion; 400 for a suffix that the
+        model was not trained to see."""
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not suffix:
+            return tokens
+        try:
+            return rearranged(self.config, tokens, self.tokenizer.encode(suffix))
+        except InputError as error:
+            code = "unsupported_parameter"
+            raise ApiError(400, str(error), param="suffix", code=code) from None
 
     def settings(
         self, body: CompletionRequest | ChatRequest, tokens: Sequence[int], length: int, seed: int

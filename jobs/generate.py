@@ -33,6 +33,9 @@ class GenerateConfig:
     """Column with the text to continue."""
     messages_column: str = "messages"
     """Column with a chat, used where the prompt column is missing."""
+    suffix_column: str = "suffix"
+    """Column with what follows the completion, for a model that was trained to fill holes
+    (infill=psm); it may be missing."""
     id_column: str = "id"
     """Column that is carried along; where it is missing, the row's number."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -181,7 +184,10 @@ def columns_of(config: GenerateConfig) -> "Columns":
     from pipelines.prompts import Columns
 
     return Columns(
-        prompt=config.prompt_column, messages=config.messages_column, id=config.id_column
+        prompt=config.prompt_column,
+        messages=config.messages_column,
+        suffix=config.suffix_column,
+        id=config.id_column,
     )
 
 

@@ -180,6 +180,11 @@ class CompletionRequest(Request):
         | Tokens
         | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="A text, token ids, or a list of either.")
+    suffix: Text | None = Field(
+        None,
+        description="What follows the completion, of every prompt; for a model that was trained on "
+        "rearranged documents (infill=psm).",
+    )
     max_tokens: Annotated[int, Field(ge=0, lt=INT31)] | None = Field(
         DEFAULT_MAX_TOKENS,
         description="Tokens of a choice at most; 0 with `echo` alone, which decodes nothing.",
@@ -200,6 +205,12 @@ class CompletionRequest(Request):
     def _bounded_together(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise FieldError("`max_tokens`=0 needs `echo: true`; use at least 1.", "max_tokens")
+        if self.suffix and self.echo and self.logprobs is not None:
+            raise FieldError(
+                "`echo` with `logprobs` scores a text as it stands, so without a `suffix`; leave "
+                "one of them out.",
+                "suffix",
+            )
         prompts = self.prompts
         require_total(prompts, MAX_PROMPT_CHARACTERS, "prompt", "characters or tokens")
         wanted = len(prompts) * self.choices * self.length

@@ -15,8 +15,8 @@ from jobs.replies import Echo, Job
 
 def completion_job(endpoint: Endpoint, body: CompletionRequest) -> Job:
     """A request of `/v1/completions` made ready."""
-    encode, decode = endpoint.tokenizer.encode, endpoint.tokenizer.decode
-    prompts = [encode(each) if isinstance(each, str) else each for each in body.prompts]
+    decode = endpoint.tokenizer.decode
+    prompts = [endpoint.prompt_tokens(each, body.suffix) for each in body.prompts]
     echoes = None
     if body.echo:
         texts = [each if isinstance(each, str) else decode(each) for each in body.prompts]

@@ -6,7 +6,7 @@ from jobs.cli import command
 from pipelines.config import FilterConfig, PrepareConfig, SourceConfig
 
 if TYPE_CHECKING:
-    from cascade_model.schema import Manifest
+    from cascade_model.manifest import Manifest
 
 __all__ = ["FilterConfig", "PrepareConfig", "SourceConfig", "main", "run"]
 

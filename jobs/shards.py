@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from cascade_model.commit import Folder
     from cascade_model.corpus import Corpus
-    from cascade_model.schema import Manifest, ShardEntry
+    from cascade_model.manifest import Manifest, ShardEntry
     from cascade_model.verification import Verifier
 
 Split = Literal["train", "held_out"]

@@ -154,7 +154,7 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     from cascade_model import checkpoint
     from cascade_model.commit import require_writable
     from cascade_model.corpus import Corpus
-    from cascade_model.schema import MANIFEST
+    from cascade_model.manifest import MANIFEST
     from cascade_model.trainer import facts_of, finished_summary, sequences_per_rank, tell
 
     require_workers(config.num_workers)
@@ -167,6 +167,11 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     sequences_per_rank(config.trainer, max(config.num_workers, 1))
     corpus = Corpus.open(config.corpus)
     shape = starting_config(config, corpus)
+    if shape.infill == "psm" and corpus.manifest.infill is None:
+        tell(
+            f"initial_model={config.initial_model} can fill holes (infill=psm) and no document of "
+            f"corpus={config.corpus} is rearranged, so it may unlearn that"
+        )
     noise = noise_of(shape, corpus, config.noise, config.trainer.sequences_per_step)
     check_weight(config.weight, noise)
     corpus.batch(0, 1, noise)
@@ -233,7 +238,7 @@ def starting_config(config: TrainingConfig, corpus: "Corpus") -> ModelConfig:
                 f"{shape.tokenizer_sha256} and the corpus {config.corpus} with "
                 f"{manifest.tokenizer_sha256}; prepare the corpus with the model's tokenizer"
             )
-        return shape
+        return dataclasses.replace(shape, **infilling_of(corpus))
     values = dataclasses.asdict(config.model)
     values["block_size"] = config.model.block_size or corpus.block_size
     return ModelConfig(
@@ -242,8 +247,16 @@ def starting_config(config: TrainingConfig, corpus: "Corpus") -> ModelConfig:
         pad_id=manifest.pad_id,
         eos_id=manifest.eos_id,
         tokenizer_sha256=manifest.tokenizer_sha256,
+        **infilling_of(corpus),
         **values,
     )
+
+
+def infilling_of(corpus: "Corpus") -> dict[str, Any]:
+    """What a model learns of filling holes from a corpus, as settings of its configuration: nothing
+    where no document is rearranged, and then a model that could do it before keeps its word."""
+    entry = corpus.manifest.infill
+    return {} if entry is None else {"infill": entry.mode, "infill_ids": entry.ids}
 
 
 def starting_model(config: TrainingConfig, corpus: "Corpus") -> "Network":
@@ -253,7 +266,9 @@ def starting_model(config: TrainingConfig, corpus: "Corpus") -> "Network":
 
     shape = starting_config(config, corpus)
     if config.initial_model is not None:
-        return load_model(config.initial_model)[0]
+        model = load_model(config.initial_model)[0]
+        model.config = shape
+        return model
     model = build_network(shape)
     model.init_weights(config.trainer.seed)
     return model

@@ -13,7 +13,8 @@ from typing import Any
 from cascade_model.commit import RECORD_SUFFIX, Folder
 from cascade_model.corpus import read_manifest
 from cascade_model.errors import CorpusMismatch, InputError
-from cascade_model.schema import CURE, MANIFEST, SPLITS, TOKENIZER, Manifest, documents_name
+from cascade_model.manifest import CURE, MANIFEST, TOKENIZER, Manifest
+from cascade_model.schema import SPLITS, documents_name
 from pipelines.parts import JOB, dead_letter_name, shard_name
 from pipelines.report import REPORT_HTML, REPORT_JSON
 from pipelines.sources import Plan

@@ -152,6 +152,11 @@ class PrepareConfig:
     worker's memory; part of the corpus's identity."""
     held_out_rate: float = 0.02
     """Share of the documents kept from training, chosen by a hash of their text."""
+    infill_rate: float = 0.0
+    """Share of the training documents that are rearranged as prefix, suffix and middle, by a hash
+    of noise.seed and their text, so that a model learns to fill holes (0.5 is usual). Those that do
+    not fit into a sequence, and conversations, stay as they are. A model to go on from needs the
+    three tokens: cascade convert --infill tokens."""
     max_dead_rate: float = 0.01
     """Share of unreadable documents above which the job fails instead of setting them aside; the
     same job may go on with another share."""
@@ -177,6 +182,15 @@ class PrepareConfig:
         check(
             0.0 <= self.held_out_rate < 1.0,
             f"held_out_rate={self.held_out_rate} must be at least 0 and below 1; use 0.02",
+        )
+        check(
+            0.0 <= self.infill_rate <= 1.0,
+            f"infill_rate={self.infill_rate} must be in 0..1; use 0.5, or 0 for none",
+        )
+        check(
+            self.infill_rate == 0.0 or any(not s.messages_column for s in self.sources.values()),
+            f"infill_rate={self.infill_rate} rearranges texts and every source holds "
+            "conversations, where nobody can ask for the middle of an answer; leave it out",
         )
         check(
             0.0 <= self.max_dead_rate <= 1.0,

@@ -12,10 +12,11 @@ from cascade_model.chat_template import ChatTemplate
 from cascade_model.commit import Folder
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.fast_tokenizer import REFERENCE, Encoder, engine_of
-from cascade_model.schema import TOKENIZER
+from cascade_model.manifest import TOKENIZER
 from cascade_model.tokenizer import Encoded, Tokenizer
 from pipelines.cleaning import pieces
 from pipelines.documents import Message
+from pipelines.infilling import Infilling, rearranged
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class DocumentEncoder:
     engine: Encoder
     template: ChatTemplate | None
     max_piece_bytes: int
+    infilling: Infilling | None = None
 
     def texts(self, texts: Sequence[str]) -> Encoded:
         """The tokens of plain texts; the pieces of a long one are encoded apart and joined."""
@@ -37,6 +39,12 @@ class DocumentEncoder:
         firsts = np.cumsum([0, *(len(each) for each in cut[:-1])])
         lengths = np.add.reduceat(encoded.lengths, firsts)
         return Encoded(encoded.tokens, lengths, encoded.sizes)
+
+    def rearranged(self, texts: Sequence[str], encoded: Encoded) -> tuple[Encoded, int]:
+        """Encoded texts with those rearranged that the job rearranges, and how many these are."""
+        if self.infilling is None:
+            return encoded, 0
+        return rearranged(encoded, texts, self.infilling, self.texts)
 
     def chats(self, chats: Sequence[list[Message]]) -> tuple[Encoded, np.ndarray, list[int]]:
         """The tokens of conversations, which of them are responses (bool), and the places of those
@@ -65,12 +73,13 @@ class DocumentEncoder:
     def _refuse(self, encoded: Encoded, roles: tuple[str, ...]) -> None:
         """No text may turn into a token that only the pipeline sets."""
         reserved = [getattr(self.tokenizer, f"{role}_id") for role in roles]
+        reserved += self.infilling.ids if self.infilling else ()
         found = np.isin(encoded.tokens, np.array(reserved, dtype=np.uint32))
         if found.any():
             raise InputError(
                 "tokenizer turns ordinary text into the reserved token "
                 f"{int(encoded.tokens[found][0])}; use a tokenizer.json that marks its mask, "
-                "padding and end tokens as special"
+                "padding, end and infilling tokens as special"
             )
 
 
@@ -99,6 +108,7 @@ def encoder_of(
     version: str,
     template: str | None,
     max_piece_bytes: int,
+    infilling: Infilling | None,
 ) -> DocumentEncoder:
     """A job's encoder, made once per process; `Unfinished` where the engine is another version
     than the job's, as its tokens might be others."""
@@ -114,4 +124,5 @@ def encoder_of(
         engine_of(tokenizer, engine),
         None if template is None else ChatTemplate.of(template, tokenizer),
         max_piece_bytes,
+        infilling,
     )

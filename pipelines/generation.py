@@ -185,7 +185,8 @@ class PartWorker:
         params = [dataclasses.replace(self._params, seed=seed) for seed in seeds]
         texts = [prompt.text for prompt in prompts]
         rows: dict[int, dict[str, Any] | DeadRow] = {}
-        for answer in self._llm.answers(texts, params, self._stop):
+        suffixes = [prompt.suffix for prompt in prompts]
+        for answer in self._llm.answers(texts, params, self._stop, suffix=suffixes):
             prompt, result = prompts[answer.index], answer.result
             if isinstance(result, InputError):
                 shown = f"{result}: {prompt.text}"[:400]

@@ -7,20 +7,14 @@ a compressed file is, and what is packed together does not depend on the chunks.
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from cascade_model.schema import (
-    SPLITS,
-    Geometry,
-    batch_rows,
-    documents_schema,
-    packed_columns,
-    packed_schema,
-)
+from cascade_model.columns import packed_columns
+from cascade_model.schema import SPLITS, Geometry, batch_rows, documents_schema, packed_schema
 from cascade_model.tokenizer import Encoded
 from pipelines.cleaning import Cleaning, Drop, cleaned_document
 from pipelines.documents import Document
@@ -71,7 +65,7 @@ class Intake:
         self._waiting: dict[str, list[Document]] = {split: [] for split in SPLITS}
         self._windows = {split: _Window() for split in SPLITS}
         self._characters = self._window_bytes = self._window_documents = 0
-        self._documents_in = 0
+        self._documents_in = self._rearranged = 0
         self._dropped: Counter[str] = Counter()
         self._dead: Counter[str] = Counter()
         self._first_dead: dict[str, Any] | None = None
@@ -121,6 +115,7 @@ class Intake:
             "dropped": dict(sorted(self._dropped.items())),
             "dead": dict(sorted(self._dead.items())),
             "first_dead": self._first_dead,
+            "rearranged": self._rearranged,
             "splits": splits,
             "document_bytes": self._histograms[0].tolist(),
             "document_tokens": self._histograms[1].tolist(),
@@ -160,6 +155,9 @@ class Intake:
     def _encode_texts(self, split: str, documents: list[Document]) -> None:
         texts = [document.text or "" for document in documents]
         encoded = self._encoder.texts(texts)
+        if split == "train":
+            encoded, count = self._encoder.rearranged(texts, encoded)
+            self._rearranged += count
         sizes = [len(text.encode()) for text in texts]
         self._totals[split].update(characters=sum(map(len, texts)), bytes=sum(sizes))
         self._add(split, documents, encoded, np.array(sizes, dtype=np.int64))
@@ -263,6 +261,10 @@ class Intake:
             packing=self._recipe.packing,
             is_response=np.concatenate(window.is_response) if window.is_response else None,
         )
+        if (infilling := self._encoder.infilling) is not None:
+            # The model is always given what stands before a part, and never to write it.
+            is_mark = np.isin(packed.tokens, infilling.ids)
+            packed = replace(packed, is_maskable=packed.is_maskable & ~is_mark)
         total = self._totals[split]
         total["rows"] += len(packed)
         total["tokens"] += int(packed.is_maskable.sum())

@@ -18,7 +18,8 @@ from typing import Literal
 
 import numpy as np
 
-from cascade_model.schema import Geometry, Packed
+from cascade_model.columns import Packed
+from cascade_model.schema import Geometry
 from cascade_model.tokenizer import Encoded
 
 

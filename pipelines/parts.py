@@ -13,26 +13,18 @@ import numpy as np
 import pyarrow as pa
 
 from cascade_model import noise as mask_noise
+from cascade_model.columns import Packed, Rows, packed_of, rows_columns
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record
 from cascade_model.config import NoiseConfig
 from cascade_model.errors import CorpusMismatch, InputError, Unfinished
-from cascade_model.schema import (
-    SPLITS,
-    Geometry,
-    Packed,
-    Rows,
-    batch_rows,
-    documents_name,
-    packed_of,
-    rows_columns,
-    shard_schema,
-)
+from cascade_model.schema import SPLITS, Geometry, batch_rows, documents_name, shard_schema
 from cascade_model.shards import read_arrow, write_shard
 from pipelines.cleaning import Cleaning, Drop, cleaned_document
 from pipelines.config import SourceConfig
 from pipelines.dedup import Hashes, dropped_rows, hashes_name, merge_range
 from pipelines.documents import Document, read_documents
 from pipelines.encoding import DocumentEncoder, encoder_of
+from pipelines.infilling import Infilling
 from pipelines.intake import Intake, Recipe
 from pipelines.isolation import DEATHS, KILLED, attempt, killers
 from pipelines.packing import joined
@@ -64,6 +56,8 @@ class Job:
     """Name of the tokenizer engine that was admitted."""
     engine_version: str
     chat_template: str | None
+    infilling: Infilling | None
+    """None: every document stays as it is."""
 
     @property
     def recipe(self) -> Recipe:
@@ -90,6 +84,7 @@ class Job:
             self.engine_version,
             self.chat_template,
             self.cleaning.max_document_bytes,
+            self.infilling,
         )
 
 
@@ -211,7 +206,8 @@ def _encode_alone(encoder: DocumentEncoder, document: Document) -> None:
     if document.messages is not None:
         encoder.chats([document.messages])
     else:
-        encoder.texts([document.text or ""])
+        texts = [document.text or ""]
+        encoder.rearranged(texts, encoder.texts(texts))
 
 
 def mask_part(job: Job, order: MaskOrder) -> dict[str, Record]:

@@ -21,16 +21,8 @@ from cascade_model.chat_template import ChatTemplate
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record, require_writable
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.fast_tokenizer import REFERENCE
-from cascade_model.schema import (
-    MANIFEST,
-    SPLITS,
-    TOKENIZER,
-    Geometry,
-    Manifest,
-    ShardEntry,
-    documents_name,
-    rates_per_row,
-)
+from cascade_model.manifest import MANIFEST, TOKENIZER, Manifest, ShardEntry
+from cascade_model.schema import SPLITS, Geometry, documents_name, rates_per_row
 from cascade_model.shards import entry_of
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
 from pipelines.admission import ENGINE, SAMPLE_PARTS, choose_engine, reference
@@ -40,6 +32,7 @@ from pipelines.config import PrepareConfig
 from pipelines.dedup import drops_name, hashes_name, num_ranges
 from pipelines.documents import Document
 from pipelines.encoding import engine_version
+from pipelines.infilling import Infilling
 from pipelines.parts import (
     Job,
     MaskOrder,
@@ -56,7 +49,14 @@ from pipelines.report import write_report
 from pipelines.runner import Step, run_tasks
 from pipelines.sampling import read_source, sampled, spaced
 from pipelines.sources import Plan, plan_sources, require_unchanged
-from pipelines.totals import counts_of, documents_of, mask_orders, require_sound, split_entry
+from pipelines.totals import (
+    counts_of,
+    documents_of,
+    infill_entry,
+    mask_orders,
+    require_sound,
+    split_entry,
+)
 
 _READERS = 16
 """Records that are read at a time."""
@@ -77,7 +77,7 @@ def prepare(
     folder = Folder(config.output)
     given = None
     if config.tokenizer not in ("train", "bytes"):
-        given = Tokenizer.from_url(config.tokenizer).with_specials()
+        given = _with_tokens(config, Tokenizer.from_url(config.tokenizer))
     plan = plan_sources(config.sources, config.part_bytes, folder.path("").rstrip("/"))
     identity = _identity(config, plan, given)
     done = finished(folder, identity)
@@ -104,6 +104,8 @@ def _identity(config: PrepareConfig, plan: Plan, given: Tokenizer | None) -> dic
     settings = asdict(config)
     for name in ("output", "num_workers", "runner", "max_dead_rate"):
         del settings[name]
+    if not config.infill_rate:  # such a corpus is the one it was before there was infilling
+        del settings["infill_rate"]
     settings["chat_template"] = _template(config)
     settings["tokenizer_sha256"] = given.sha256 if given else None
     names = ("source", "path", "bytes", "sha256")
@@ -147,6 +149,7 @@ def _run(
         counts=counts,
         splits={s: split_entry(s, packed, entries[s], config.sources) for s in SPLITS},
         documents=documents_of(folder, len(packed)),
+        infill=infill_entry(job.infilling, packed),
     )
     facts = [record.facts for record in packed]
     write_report(folder, manifest, facts, rounds.timing(counts["tokens"]))
@@ -220,6 +223,9 @@ def _job(config: PrepareConfig, folder: Folder, plan: Plan, tokenizer: Tokenizer
         engine=REFERENCE,
         engine_version=engine_version(REFERENCE),
         chat_template=template,
+        infilling=Infilling.of(
+            config.infill_rate, config.noise.seed, tokenizer, config.sequence_length
+        ),
     )
 
 
@@ -255,11 +261,18 @@ def _tokenizer(
     if folder.exists(TOKENIZER):
         return Tokenizer(folder.read_bytes(TOKENIZER), folder.path(TOKENIZER))
     if config.tokenizer == "train":
-        tokenizer = train_tokenizer(_sample(config, plan), config.vocab_size)
+        sample, infill = _sample(config, plan), bool(config.infill_rate)
+        tokenizer = train_tokenizer(sample, config.vocab_size, infill=infill)
     else:
-        tokenizer = given or byte_tokenizer()
+        tokenizer = given or _with_tokens(config, byte_tokenizer())
     folder.publish(TOKENIZER, tokenizer.to_bytes())
     return tokenizer
+
+
+def _with_tokens(config: PrepareConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """With the tokens that the pipeline sets."""
+    tokenizer = tokenizer.with_specials()
+    return tokenizer.with_infill() if config.infill_rate else tokenizer
 
 
 def _sample(config: PrepareConfig, plan: Plan) -> Iterator[str]:

@@ -25,6 +25,8 @@ class Columns:
     """Text to continue."""
     messages: str = "messages"
     """A chat ([{role, content}, ...]); used where the prompt column is missing."""
+    suffix: str = "suffix"
+    """Text that follows the completion of a prompt; may be missing."""
     id: str = "id"
     """Carried to the output; where it is missing, the row's number."""
 
@@ -48,6 +50,8 @@ class Prompt:
     row: int
     id: str
     text: str
+    suffix: str | None = None
+    """What follows the completion."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +172,7 @@ def _content(line: bytes, place: int) -> bytes:
 def _parquet_rows(file: Any, part: Part, columns: Columns) -> Iterator[dict[str, Any]]:
     """The part's rows; only the columns and the row groups that hold them are read."""
     parquet, place = pq.ParquetFile(file), 0
-    wanted = {columns.prompt, columns.messages, columns.id}
+    wanted = {columns.prompt, columns.messages, columns.suffix, columns.id}
     names = [name for name in parquet.schema_arrow.names if name in wanted]
     for group in range(parquet.num_row_groups):
         size = parquet.metadata.row_group(group).num_rows
@@ -187,21 +191,26 @@ def _prompt(
     values = json_object(raw) if isinstance(raw, bytes) else raw
     if isinstance(values, Dead):
         raise DeadRowError(values.reason)
-    text, messages, given = (
-        _alive(values.get(name)) for name in (columns.prompt, columns.messages, columns.id)
+    text, messages, suffix, given = (
+        _alive(values.get(name))
+        for name in (columns.prompt, columns.messages, columns.suffix, columns.id)
     )
     if text is None and messages is not None:
+        if suffix:
+            raise DeadRowError("suffix_of_a_chat")
         text = _chat_text(messages, chat)
     if text is None:
         raise DeadRowError("missing_prompt")
     if not isinstance(text, str):
         raise DeadRowError("prompt_is_no_string")
-    if not text:
+    if not isinstance(suffix, str | None):
+        raise DeadRowError("suffix_is_no_string")
+    if not text and not suffix:
         raise DeadRowError("empty_prompt")
     name = str(row if given is None else given)
-    if not is_sound(text) or not is_sound(name):
+    if not all(map(is_sound, (text, suffix or "", name))):
         raise DeadRowError("lone_surrogate")
-    return Prompt(row=row, id=name, text=text)
+    return Prompt(row=row, id=name, text=text, suffix=suffix)
 
 
 def _alive(value: Any) -> Any:

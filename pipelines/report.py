@@ -11,7 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from cascade_model.commit import Folder
-from cascade_model.schema import SPLITS, Manifest
+from cascade_model.manifest import Manifest
+from cascade_model.schema import SPLITS
 from pipelines.report_masks import masks_of
 from pipelines.report_page import report_page
 
@@ -50,6 +51,7 @@ def make_report(
         "splits": {split: _split(manifest, facts, split) for split in SPLITS},
         "document_bytes": _lengths(facts, "document_bytes"),
         "document_tokens": _lengths(facts, "document_tokens"),
+        "infill": asdict(manifest.infill) if manifest.infill else None,
         "masks": masks_of(folder, manifest),
         "tokenizer": {
             "sha256": manifest.tokenizer_sha256,

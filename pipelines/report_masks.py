@@ -9,7 +9,8 @@ import numpy as np
 
 from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus, SequenceRows
-from cascade_model.schema import Manifest, batch_rows
+from cascade_model.manifest import Manifest
+from cascade_model.schema import batch_rows
 from cascade_model.tokenizer import Tokenizer
 
 _READ_SHARDS = 16

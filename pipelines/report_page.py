@@ -94,11 +94,21 @@ def _documents(report: dict[str, Any]) -> Html:
         whole(marks, "documents in = out + dropped + dead"),
         element("p", *sum_line),
         _table(head, rows),
+        *_rearranged(report),
         element("h2", "Dropped and dead, by reason"),
         _table(("source", "fate", "reason", "documents"), reasons)
         if reasons
         else element("p", "Every document was used.", class_="soft"),
     )
+
+
+def _rearranged(report: dict[str, Any]) -> Iterable[Html]:
+    """How many documents were rearranged, where any were."""
+    if report["infill"] is not None:
+        count = number(report, "/infill/num_documents")
+        drawn = number(report, "/infill/rate", rate)
+        fact = " documents of train stand as prefix, suffix and middle: of those drawn, which are "
+        yield element("p", count, fact, drawn, ", the ones that fit into a sequence.")
 
 
 def _source_row(report: dict[str, Any], place: int) -> list[str]:

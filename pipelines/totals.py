@@ -7,16 +7,11 @@ from typing import Any
 
 from cascade_model.commit import Folder, Record
 from cascade_model.errors import InputError, Unfinished
+from cascade_model.manifest import DocumentsEntry, InfillEntry, ShardEntry, SourceEntry, SplitEntry
 from cascade_model.mixing import shares
-from cascade_model.schema import (
-    SPLITS,
-    DocumentsEntry,
-    ShardEntry,
-    SourceEntry,
-    SplitEntry,
-    documents_name,
-)
+from cascade_model.schema import SPLITS, documents_name
 from pipelines.config import PrepareConfig, SourceConfig
+from pipelines.infilling import Infilling
 from pipelines.parts import MaskOrder
 from pipelines.sources import label_of
 
@@ -85,6 +80,25 @@ def require_sound(counts: dict[str, Any], packed: Sequence[Record], config: Prep
                 f"held_out_rate={config.held_out_rate} keeps all {documents} documents of "
                 f"{label}.paths={paths} from training; lower it or give more documents"
             )
+
+    if config.infill_rate and not _rearranged(packed):
+        raise InputError(
+            f"infill_rate={config.infill_rate} rearranges none of {counts['documents']} documents, "
+            f"as none is drawn that fits into sequence_length={config.sequence_length}; raise "
+            "sequence_length, or leave infill_rate out"
+        )
+
+
+def infill_entry(infilling: Infilling | None, packed: Sequence[Record]) -> InfillEntry | None:
+    """What the manifest says of the rearranged documents."""
+    if infilling is None:
+        return None
+    return InfillEntry(rate=infilling.rate, ids=infilling.ids, num_documents=_rearranged(packed))
+
+
+def _rearranged(packed: Sequence[Record]) -> int:
+    """Documents that were rearranged."""
+    return sum(record.facts["rearranged"] for record in packed)
 
 
 def _worst_source(packed: Sequence[Record]) -> str:

@@ -13,7 +13,9 @@ SOURCES = sorted(
     p for f in ("cascade_model", "pipelines", "jobs") for p in (ROOT / f).rglob("*.py")
 )
 TORCH_FREE = [
-    "cascade_model.errors", "cascade_model.settings", "cascade_model.config", "cascade_model.schema", "cascade_model.noise",
+    "cascade_model.errors", "cascade_model.settings", "cascade_model.config",
+    "cascade_model.schema", "cascade_model.columns", "cascade_model.manifest",
+    "cascade_model.noise",
     "cascade_model.commit", "cascade_model.mixing", "cascade_model.open_shards",
     "cascade_model.shard_cache", "cascade_model.stored", "cascade_model.provenance",
     "cascade_model.prefetch", "cascade_model.draws", "cascade_model.verification",
@@ -26,7 +28,8 @@ TORCH_FREE = [
     "pipelines.config", "pipelines.cluster", "pipelines.sources", "pipelines.documents",
     "pipelines.packing", "pipelines.parts", "pipelines.runner", "pipelines.prepare",
     "pipelines.prompts", "pipelines.pieces", "pipelines.tables", "pipelines.cleaning",
-    "pipelines.dedup", "pipelines.encoding", "pipelines.held_out", "pipelines.intake",
+    "pipelines.dedup", "pipelines.encoding", "pipelines.held_out", "pipelines.infilling",
+    "pipelines.intake",
     "pipelines.isolation", "pipelines.sampling", "pipelines.spool", "pipelines.totals",
     "pipelines.admission", "pipelines.progress", "pipelines.claim",
 ]  # fmt: skip

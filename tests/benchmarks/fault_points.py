@@ -20,7 +20,7 @@ from typing import Any
 
 from cascade_model import commit
 from cascade_model.commit import RECORD_SUFFIX, Folder, HashingWriter, Record
-from cascade_model.schema import MANIFEST
+from cascade_model.manifest import MANIFEST
 
 IN_TASK = ("task begun",)
 IN_COMMIT = ("data half written", "data written", "data named", "record written")

@@ -9,23 +9,24 @@ import numpy as np
 import pyarrow as pa
 
 from cascade_model import noise as mask_noise
+from cascade_model.columns import Rows, rows_columns
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig
-from cascade_model.mixing import Mixture, shares
-from cascade_model.schema import (
+from cascade_model.manifest import (
     MANIFEST,
     TOKENIZER,
     DocumentsEntry,
-    Geometry,
     Manifest,
-    Rows,
     SourceEntry,
     SplitEntry,
+)
+from cascade_model.mixing import Mixture, shares
+from cascade_model.schema import (
+    Geometry,
     batch_rows,
     documents_name,
     documents_schema,
     rates_per_row,
-    rows_columns,
     shard_schema,
 )
 from cascade_model.shards import arrow_writer, entry_of, write_shard

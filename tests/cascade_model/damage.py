@@ -20,19 +20,12 @@ import numpy as np
 import pyarrow as pa
 
 from cascade_model import shards
+from cascade_model.columns import Rows, rows_columns, rows_of
 from cascade_model.commit import RECORD_SUFFIX, Folder
 from cascade_model.corpus import Corpus, read_manifest
 from cascade_model.errors import CorpusMismatch
-from cascade_model.schema import (
-    MANIFEST,
-    RAGGED,
-    Manifest,
-    Rows,
-    ShardEntry,
-    rows_columns,
-    rows_of,
-    shard_schema,
-)
+from cascade_model.manifest import MANIFEST, Manifest, ShardEntry
+from cascade_model.schema import RAGGED, shard_schema
 from cascade_model.sequences import Sequences
 from cascade_model.settings import digest
 from cascade_model.shards import entry_of, read_arrow, write_shard

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from cascade_model.columns import Rows, rows_columns
 from cascade_model.commit import Folder
-from cascade_model.schema import Geometry, Rows, ShardEntry, rows_columns, shard_schema
+from cascade_model.manifest import ShardEntry
+from cascade_model.schema import Geometry, shard_schema
 from cascade_model.shards import entry_of, write_shard
 
 GEOMETRY = Geometry(sequence_length=8, block_size=4, vocab_size=300, rates_per_row=2)

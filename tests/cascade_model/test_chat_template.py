@@ -226,6 +226,17 @@ def test_a_template_that_cannot_be_trusted_is_refused(template, words):
         made.encode([chat("a question, b", "Long answer " * 9)], TOKENIZER)
 
 
+def test_a_template_may_not_write_what_stands_before_a_part_of_a_rearranged_text():
+    text = "{% for m in messages %}{{ m.content }}<|fim_middle|>{% endfor %}"
+    ordinary = ChatTemplate.of(text, TOKENIZER).encode([chat("a", "b")], TOKENIZER)
+    assert TOKENIZER.decode(ordinary.encoded.tokens.tolist()).endswith("b<|fim_middle|>")
+    tokenizer = TOKENIZER.with_infill()
+    with pytest.raises(InputError, match="writes the infilling token"):
+        ChatTemplate.of(text, tokenizer).encode([chat("a", "b")], tokenizer)
+    forged = ChatTemplate.of("plain", tokenizer).encode([chat("<|fim_suffix|>", "b")], tokenizer)
+    assert not set(tokenizer.infill_ids) & set(forged.encoded.tokens.tolist())
+
+
 def test_the_functions_of_jinja_are_known_but_what_is_random():
     """Published templates count with `namespace` and `range` (Qwen3, DeepSeek)."""
     counting = (

@@ -238,6 +238,79 @@ def test_a_hole_may_be_given_as_text(both_ways, llm):
     assert list(within.token_ids) == infill(llm.model, INSIDE, free())[5:7]
 
 
+@pytest.fixture(scope="module")
+def filling():
+    """Claims to be trained on rearranged texts; what it writes depends on all that it is given."""
+    tokenizer = TOKENIZER.with_infill()
+    shape = text_config(tokenizer, infill="psm", infill_ids=tokenizer.infill_ids)
+    model = Transformer(shape)
+    model.init_weights(0)
+    with torch.no_grad():
+        model.embed.weight.mul_(20)
+    own = LLM(model.double().eval(), tokenizer)
+    yield own
+    own.close()
+
+
+def test_a_suffix_makes_a_prompt_of_both_texts(filling, llm):
+    prefix, suffix, middle = filling.config.infill_ids
+    tokens = [prefix, *HELLO, suffix, *TOKENIZER.encode("world"), middle]
+    assert filling.prompt_tokens("Hello", "world") == tokens
+    assert filling.prompt_tokens(HELLO, "world") == tokens
+    assert filling.prompt_tokens("Hello", "") == filling.prompt_tokens("Hello") == HELLO
+    [expected] = filling.generate([tokens], free())
+    assert filling.generate(["Hello"], free(), suffix="world") == [expected]
+    assert filling.generate(["Hello"], free(), suffix="worlds") != [expected]
+    assert filling.generate(["Hello"], free()) != [expected]
+    asked = {"suffix": "world"}
+    assert "".join(c.text for c in filling.chunks("Hello", free(), **asked)) == expected.text
+
+    async def streamed() -> str:
+        return "".join([c.text async for c in filling.stream("Hello", free(), **asked)])
+
+    assert asyncio.run(streamed()) == expected.text
+    until_idle(filling)
+
+
+def test_each_prompt_may_have_a_suffix_of_its_own_and_known_blocks_are_not_fed_again(filling):
+    both = filling.generate(["Hello", "Hi"], free(), n=2, suffix=["world", None])
+    assert both[:2] == filling.generate(["Hello"], free(), n=2, suffix="world")
+    assert both[2:] == filling.generate(["Hi"], free(), n=2)
+    text = "Hello, what is the weather like in the north of the country today"
+    first = filling.generate([text], free(), suffix="of")
+    before = filling.counters.prefix_hits
+    assert filling.generate([text], free(), suffix="of") == first
+    assert filling.counters.prefix_hits == before + 1
+    until_idle(filling)
+
+
+def test_no_text_becomes_what_stands_before_a_part(filling):
+    text = "<|fim_suffix|>"
+    tokens = filling.prompt_tokens(f"a{text}", f"{text}b")
+    assert [token for token in tokens if token >= 256] == list(filling.config.infill_ids)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "words"),
+    [
+        (["a"], "suffix has 1 texts for 2 prompts"),
+        ([5, 5], r"prompts\[0\]: the prompt 5 is neither text"),
+        ([[257], "a"], r"prompts\[0\]: .*padding token 257"),
+        ([[260], "a"], r"prompts\[0\]: suffix has the token 260"),
+    ],
+)
+def test_a_suffix_that_makes_no_sense_is_refused_in_a_sentence(filling, suffix, words):
+    with pytest.raises(InputError, match=words):
+        filling.generate(["Hello", "Hi"], free(), suffix=suffix)
+
+
+def test_a_suffix_is_refused_by_a_model_that_was_not_trained_so(llm, both_ways):
+    for own in (llm, both_ways):
+        with pytest.raises(InputError, match="suffix is for models with infill=psm"):
+            own.generate(["Hello"], free(), suffix="world")
+        assert own.generate(["Hello"], free(), suffix="") == own.generate(["Hello"], free())
+
+
 def test_several_holes_are_answered_from_left_to_right(both_ways):
     text = [1, 2, MASK, 4, *[MASK] * 2, *[7] * 12, MASK, 9]
     whole = infill(both_ways.model, text, free())

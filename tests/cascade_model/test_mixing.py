@@ -7,9 +7,9 @@ import pytest
 
 from cascade_model.config import NoiseConfig
 from cascade_model.errors import CorpusMismatch, InputError
+from cascade_model.manifest import SourceEntry
 from cascade_model.mixing import UNITS, Mixture, period, shares
 from cascade_model.noise import rank_of, sequence_at
-from cascade_model.schema import SourceEntry
 
 NOISE = NoiseConfig(seed=3)
 WEIGHTS = [

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from cascade_model import open_shards
+from cascade_model.columns import rows_columns
 from cascade_model.commit import Folder
 from cascade_model.errors import CorpusMismatch
 from cascade_model.open_shards import OpenShards
-from cascade_model.schema import rows_columns, shard_schema
+from cascade_model.schema import shard_schema
 from cascade_model.shard_cache import CacheConfig, ShardCache
 from cascade_model.shards import BatchFile, entry_of, write_shard
 from cascade_model.stored import fault_of, stored_of

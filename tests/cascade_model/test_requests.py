@@ -1,7 +1,10 @@
 """What can be decoded at all: refusals by name, before anything is allocated."""
 
+import json
+
 import pytest
 
+from cascade_model.config import ModelConfig
 from cascade_model.errors import InputError
 from cascade_model.requests import (
     Infilling,
@@ -10,8 +13,10 @@ from cascade_model.requests import (
     check_request,
     masks_behind,
     masks_per_block,
+    rearranged,
 )
 from cascade_model.sampling import SamplingParams
+from cascade_model.settings import to_dict
 from tests.tiny_models import EOS, MASK, PAD, tiny_config
 
 CAUSAL, BOTH_WAYS = tiny_config(), tiny_config(attention="bidirectional")
@@ -93,6 +98,43 @@ def test_holes_that_cannot_be_filled_are_refused(tokens, options, message):
     for config in (CAUSAL, BOTH_WAYS):
         with pytest.raises(InputError, match=message):
             check_infilling(config, tokens, SamplingParams(**options))
+
+
+def test_a_text_with_a_suffix_is_rearranged_as_in_training():
+    config = tiny_config(infill="psm", infill_ids=(10, 11, 12))
+    assert rearranged(config, [1, 2], [3]) == [10, 1, 2, 11, 3, 12]
+    assert rearranged(config, [], [3]) == [10, 11, 3, 12]
+    check_request(config, rearranged(config, [1, 2], [3]), SamplingParams())
+    with pytest.raises(InputError, match="prompt of 6 tokens plus max_tokens=123 makes 129"):
+        check_request(config, rearranged(config, [1, 2], [3]), SamplingParams(max_tokens=123))
+    with pytest.raises(InputError, match="suffix is for models with infill=psm and this one has"):
+        rearranged(CAUSAL, [1, 2], [3])
+    for name, texts in (("prompt", ([1, 11], [3])), ("suffix", ([1], [3, 11]))):
+        with pytest.raises(InputError, match=f"{name} has the token 11"):
+            rearranged(config, *texts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"infill": "psm"},
+        {"infill": "psm", "infill_ids": (10, 11)},
+        {"infill": "psm", "infill_ids": (10, 11, 11)},
+        {"infill": "psm", "infill_ids": (10, 11, 16)},
+        {"infill_ids": (10, 11, 12)},
+    ],
+)
+def test_a_model_that_fills_holes_names_its_three_tokens(changes):
+    with pytest.raises(InputError, match=r"model\.infill="):
+        tiny_config(**changes)
+
+
+def test_a_config_that_fills_holes_comes_back_from_json():
+    config = tiny_config(infill="psm", infill_ids=(10, 11, 12))
+    written = json.loads(json.dumps(to_dict(config)))
+    assert ModelConfig.from_dict(written) == config
+    before = {name: value for name, value in written.items() if not name.startswith("infill")}
+    assert ModelConfig.from_dict(before) == tiny_config()
 
 
 def test_a_hole_has_a_length():

@@ -12,6 +12,7 @@ from cascade_model.errors import InputError
 from cascade_model.likelihood import sequential
 from cascade_model.model import vocabulary_logits
 from cascade_model.passes import Runner
+from cascade_model.requests import rearranged
 from cascade_model.sampler import (
     decoded,
     drive,
@@ -502,6 +503,25 @@ def test_a_hole_sees_the_suffix_of_its_own_block():
         list(drive(plan.loop(), recorder))
         logits.append(recorder.given[0])
     assert not torch.allclose(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("axes", [*CAUSAL, *BIDIRECTIONAL])
+def test_a_middle_sees_every_token_of_its_suffix(axes):
+    model = lively_model(**axes, infill="psm", infill_ids=(10, 11, 12))
+    suffix, params = [5, 6, 7, 8, 9, 5, 6], SamplingParams(max_tokens=9)
+
+    def first_logits(tokens) -> torch.Tensor:
+        recorder = Recorder(model)
+        found = decode(model.config, recorder, rearranged(model.config, [1, 2, 3], tokens), params)
+        written = [token for block in found for token in block.tokens]
+        assert not {10, 11, 12, MASK, PAD} & set(written)
+        return recorder.given[0]
+
+    as_it_is = first_logits(suffix)
+    for place in range(len(suffix)):
+        changed = [*suffix[:place], 4, *suffix[place + 1 :]]
+        assert not torch.allclose(first_logits(changed), as_it_is)
+    assert torch.equal(first_logits(suffix), as_it_is)
 
 
 def told(blocks) -> list:

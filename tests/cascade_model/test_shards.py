@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cascade_model.columns import rows_columns, rows_of
 from cascade_model.commit import Folder
 from cascade_model.errors import CorpusMismatch
-from cascade_model.schema import ShardEntry, rows_columns, rows_of, shard_schema
+from cascade_model.manifest import ShardEntry
+from cascade_model.schema import shard_schema
 from cascade_model.settings import digest
 from cascade_model.shard_cache import CacheConfig, ShardCache
 from cascade_model.shards import BatchFile, arrow_writer, read_arrow, write_shard

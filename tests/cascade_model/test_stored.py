@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cascade_model.schema import Geometry, rows_columns, shard_schema
+from cascade_model.columns import rows_columns
+from cascade_model.schema import Geometry, shard_schema
 from cascade_model.stored import fault_of, stored_of
 from tests.cascade_model.shard_making import FIRST, GEOMETRY, MASK_ID, rows
 

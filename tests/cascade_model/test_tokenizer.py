@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade_model.errors import InputError
-from cascade_model.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
+from cascade_model.tokenizer import INFILL_NAMES, Tokenizer, byte_tokenizer, train_tokenizer
 
 TEXTS = ["def area(width, height):\n    return width * height\n", "Größe, naïve 中文 🙂"]
 
@@ -77,6 +77,51 @@ def test_missing_specials_are_added_at_the_end_and_found_again():
     assert (completed.eos_id, completed.pad_id, completed.mask_id) == (1, 2, 3)
     assert completed.with_specials() is completed
     assert Tokenizer(completed.to_bytes()).sha256 == completed.sha256
+
+
+def of_names(names, special: bool) -> Tokenizer:
+    """A byte tokenizer that has these names besides."""
+    engine = tokenizers.Tokenizer.from_str(byte_tokenizer().to_bytes().decode())
+    engine.add_tokens([tokenizers.AddedToken(name, special=special) for name in names])
+    return Tokenizer(engine.to_str().encode())
+
+
+def test_tokens_of_prefix_suffix_and_middle_come_behind_mask_and_padding():
+    plain = byte_tokenizer()
+    with pytest.raises(InputError, match="has no tokens of prefix, suffix and middle"):
+        _ = plain.infill_ids
+    made = plain.with_infill()
+    assert made.infill_ids == (259, 260, 261)
+    assert made.with_infill() is made
+    assert Tokenizer(made.to_bytes()).infill_ids == made.infill_ids
+    assert made.with_specials() is made
+    assert plain.with_infill().sha256 == made.sha256 != plain.sha256
+    assert train_tokenizer(TEXTS, 300, infill=True).infill_ids == (3, 4, 5)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("names", INFILL_NAMES)
+def test_a_tokenizers_own_tokens_are_taken_and_no_text_becomes_one(names, special):
+    given = of_names(names, special)
+    made = given.with_infill()
+    assert made.infill_ids == (259, 260, 261) == given.infill_ids
+    assert made.vocab_size == given.vocab_size
+    assert (made is given) == special
+    assert made.special_tokens.items() >= dict(zip(names, made.infill_ids, strict=True)).items()
+    text = "".join(names) + " a"
+    assert made.encode(text) == list(text.encode())
+    assert made.decode(made.encode(text)) == text
+    assert (given.encode(text) == made.encode(text)) == special
+
+
+def test_tokens_in_the_plain_vocabulary_are_taken_too():
+    own = dict(zip(INFILL_NAMES[3], range(2, 5), strict=True))
+    engine = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "</s>": 1, **own}, unk_token="a")
+    )
+    made = Tokenizer(engine.to_str().encode()).with_specials().with_infill()
+    assert made.infill_ids == (2, 3, 4)
+    assert made.special_tokens.items() >= own.items()
 
 
 def test_a_missing_or_foreign_file_is_one_sentence(tmp_path):

@@ -10,8 +10,9 @@ import pytest
 from cascade_model.commit import RECORD_SUFFIX, Folder
 from cascade_model.config import NoiseConfig
 from cascade_model.corpus import Corpus, read_manifest
+from cascade_model.manifest import MANIFEST
 from cascade_model.provenance import DocumentTables
-from cascade_model.schema import MANIFEST, documents_schema
+from cascade_model.schema import documents_schema
 from cascade_model.shards import arrow_writer
 from cascade_model.verification import Verifier, draws_of
 from tests.cascade_model.corpus_making import make_corpus

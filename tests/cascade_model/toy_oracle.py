@@ -23,9 +23,9 @@ from cascade_model.config import NoiseConfig, Normaliser, TrainingNoise, Weight
 from cascade_model.corpus import Corpus
 from cascade_model.likelihood import Estimate, monte_carlo
 from cascade_model.loss import diffusion_loss, row_losses
+from cascade_model.manifest import Manifest, SourceEntry, SplitEntry
 from cascade_model.mixing import UNITS
 from cascade_model.objective import loss_parts, weights_of
-from cascade_model.schema import Manifest, SourceEntry, SplitEntry
 from cascade_model.sequences import SequenceRows
 from tests.tiny_models import lively_model
 

@@ -1,5 +1,6 @@
 """Conversion of an autoregressive checkpoint: as a teacher, and as a block-diffusion start."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from cascade_model.attention import dense
 from cascade_model.families import read_checkpoint
 from cascade_model.networks import own_state
+from cascade_model.requests import rearranged
 from cascade_model.sampler import sample
 from cascade_model.sampling import SamplingParams
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer
@@ -68,6 +70,42 @@ def test_every_choice_of_the_conversion_is_recorded(checkpoint):
     assert (config.block_size, config.logits, config.clean_half) == (4, "aligned", "token_causal")
     assert config.max_sequence_length == 64
     assert config.tokenizer_sha256 == Tokenizer.from_file(checkpoint).with_specials().sha256
+
+
+def test_tokens_of_infilling_get_rows_and_nothing_else_changes(checkpoint):
+    start = convert_to(checkpoint, "start", "--block-size", "4")
+    grown = convert_to(checkpoint, "grown", "--block-size", "4", "--infill", "tokens")
+    again = convert_to(start, "again", "--infill", "tokens")
+    (before, _), (model, tokenizer) = load_model(start), load_model(grown)
+    old, config = before.config, model.config
+    assert tokenizer.infill_ids == tuple(range(259, 262))
+    assert config.infill == "none"
+    assert tokenizer.sha256 == Tokenizer.from_file(start).with_infill().sha256
+    changed = {"vocab_size": config.vocab_size, "tokenizer_sha256": tokenizer.sha256}
+    assert config == dataclasses.replace(old, **changed) == read_config(again)
+    table, rows = model.embed.weight.detach(), before.embed.weight.detach()
+    kept = [i for i in range(len(rows)) if i not in tokenizer.infill_ids]
+    assert torch.equal(table[kept], rows[kept])
+    typical = rows.norm(dim=1).median()
+    for row in tokenizer.infill_ids:
+        assert 0.5 < table[row].norm() / typical < 2
+    assert convert_to(grown, "same", "--infill", "tokens").exists()
+    assert read_config(grown.parent / "same") == config
+
+
+def test_a_checkpoint_that_was_trained_to_fill_holes_says_so(checkpoint, capsys):
+    output = str(checkpoint.parent / "out")
+    words = ["--source", str(checkpoint), "--output", output, "--infill", "psm"]
+    assert convert.main(words) == 2
+    assert "has no tokens of prefix, suffix and middle" in " ".join(capsys.readouterr().err.split())
+    tokenizer = Tokenizer.from_file(checkpoint).with_infill()
+    tokenizer.save(checkpoint / "tokenizer.json")
+    config = read_config(convert_to(checkpoint, "able", "--infill", "psm", "--block-size", "1"))
+    assert (config.infill, config.infill_ids) == ("psm", tokenizer.infill_ids)
+    model, _ = load_model(checkpoint.parent / "able")
+    tokens = rearranged(config, [97, 98], [99])
+    blocks = list(sample(model, tokens, SamplingParams(max_tokens=4, stop_at_eos=False)))
+    assert len(blocks) == 4
 
 
 def test_new_rows_have_the_norm_of_ordinary_ones_and_are_never_emitted(checkpoint):

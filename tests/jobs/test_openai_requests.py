@@ -69,7 +69,6 @@ def test_a_value_outside_its_bounds_is_refused(fields):
     [
         ("logit_bias", {"5": 1}),
         ("best_of", 2),
-        ("suffix", "end"),
         ("presence_penalty", 0.5),
         ("frequency_penalty", -1),
         ("tools", [{"type": "function"}]),
@@ -81,6 +80,18 @@ def test_a_value_outside_its_bounds_is_refused(fields):
 def test_an_unsupported_or_unknown_field_is_refused_by_its_name(name, value):
     with pytest.raises(ValidationError, match=f"`{name}`"):
         completion(**{name: value})
+
+
+def test_a_suffix_is_for_completions_and_not_for_chats():
+    assert completion(suffix="end").suffix == "end"
+    with pytest.raises(ValidationError, match="`suffix` is not supported"):
+        chat(suffix="end")
+    for wrong in (["end"], 1, "x" * 1_000_001):
+        with pytest.raises(ValidationError, match="suffix"):
+            completion(suffix=wrong)
+    completion(suffix="end", echo=True)
+    with pytest.raises(ValidationError, match="so without a `suffix`"):
+        completion(suffix="end", echo=True, logprobs=1)
 
 
 def test_a_misspelt_field_is_answered_with_the_right_name():

@@ -8,6 +8,7 @@ import torch
 from starlette.testclient import TestClient
 
 from cascade_model.llm import LLM
+from cascade_model.tokenizer import byte_tokenizer
 from jobs.openai_protocol import MAX_BODY_BYTES, overloaded
 from jobs.routes import build_api
 from tests.jobs.tiny_endpoint import (
@@ -71,6 +72,48 @@ def test_a_list_of_prompts_is_answered_in_order_as_each_alone(client):
     both = complete(client, prompt=["abc", "xyz"], n=2, seed=2).json()["choices"]
     alone = complete(client, prompt="xyz", n=2, seed=2).json()["choices"]
     assert [choice["text"] for choice in both[2:]] == [choice["text"] for choice in alone]
+
+
+@pytest.fixture(scope="module")
+def filling():
+    """A model that claims to be trained on rearranged texts."""
+    tokenizer = byte_tokenizer().with_infill()
+    with tiny_llm(tokenizer, infill="psm", infill_ids=tokenizer.infill_ids) as own:
+        yield own
+
+
+def test_a_suffix_is_seen_and_counted(filling):
+    client = client_of(filling)
+    asked = {"suffix": "xy", "max_tokens": 10, "seed": 3}
+    body = complete(client, **asked).json()
+    assert body["usage"]["prompt_tokens"] == len("abc") + len("xy") + 3
+    tokens = filling.prompt_tokens("abc", "xy")
+    assert (
+        body["choices"]
+        == complete(client, **(asked | {"prompt": tokens, "suffix": None})).json()["choices"]
+    )
+    streamed = events_of(complete(client, stream=True, **asked))
+    text = "".join(choice["text"] for event in streamed[:-1] for choice in event["choices"])
+    assert text == body["choices"][0]["text"]
+    assert complete(client, **(asked | {"suffix": "xz"})).json()["choices"] != body["choices"]
+    several = complete(client, **(asked | {"prompt": ["abc", "d"]})).json()
+    assert several["choices"][0] == body["choices"][0]
+    assert several["usage"]["prompt_tokens"] == 8 + 6
+    echoed = complete(client, echo=True, **asked).json()["choices"]
+    assert echoed[0]["text"] == "abc" + body["choices"][0]["text"]
+    without = complete(client, **(asked | {"suffix": ""})).json()
+    assert without["usage"]["prompt_tokens"] == 3
+
+
+def test_a_suffix_that_the_model_cannot_see_is_refused_by_its_name(client, filling):
+    error = require_error(complete(client, suffix="xy"), 400, "suffix", "unsupported_parameter")
+    assert "infill=psm" in error["message"]
+    able = client_of(filling)
+    too_long = complete(able, suffix="x" * 120)
+    require_error(too_long, 400, "prompt", "context_length_exceeded")
+    body = {"model": "tiny", "messages": USER, "suffix": "xy"}
+    refused = able.post("/v1/chat/completions", json=body)
+    require_error(refused, 400, "suffix", "unsupported_parameter")
 
 
 def test_token_ids_are_taken_as_they_are(client):

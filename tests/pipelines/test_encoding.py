@@ -7,6 +7,7 @@ from cascade_model.chat_template import ChatTemplate
 from cascade_model.errors import InputError
 from cascade_model.tokenizer import byte_tokenizer
 from pipelines.encoding import DocumentEncoder
+from pipelines.infilling import Infilling
 
 TOKENIZER = byte_tokenizer()
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -62,3 +63,18 @@ def test_a_reserved_token_out_of_text_is_refused(role):
 
     with pytest.raises(InputError, match=f"reserved token {reserved}"):
         encoder(engine=Broken()).texts(["a"])
+
+
+def test_a_token_of_infilling_out_of_text_is_refused_where_documents_are_rearranged():
+    tokenizer = TOKENIZER.with_infill()
+    infilling = Infilling.of(0.5, 0, tokenizer, 64)
+
+    class Broken:
+        def encode_arrays(self, texts):
+            encoded = tokenizer.encode_arrays(texts)
+            encoded.tokens[0] = tokenizer.infill_ids[1]
+            return encoded
+
+    assert DocumentEncoder(tokenizer, Broken(), None, 64).texts(["a"]).tokens.tolist() == [260]
+    with pytest.raises(InputError, match="reserved token 260"):
+        DocumentEncoder(tokenizer, Broken(), None, 64, infilling).texts(["a"])

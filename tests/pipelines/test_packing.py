@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_model.schema import RAGGED, Geometry, Packed
+from cascade_model.columns import Packed
+from cascade_model.schema import RAGGED, Geometry
 from cascade_model.tokenizer import Encoded
 from pipelines.packing import joined, pack, padding_of
 

@@ -9,20 +9,13 @@ import numpy as np
 import pytest
 
 from cascade_model import noise as mask_noise
+from cascade_model.columns import packed_of, rows_of
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.fast_tokenizer import REFERENCE
-from cascade_model.schema import (
-    SPLITS,
-    TOKENIZER,
-    Geometry,
-    batch_rows,
-    documents_name,
-    documents_schema,
-    packed_of,
-    rows_of,
-)
+from cascade_model.manifest import TOKENIZER
+from cascade_model.schema import SPLITS, Geometry, batch_rows, documents_name, documents_schema
 from cascade_model.shards import read_arrow
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer
 from pipelines import encoding, intake, parts
@@ -70,6 +63,7 @@ def job_in(folder, tokenizer=None, **changes) -> Job:
         engine=REFERENCE,
         engine_version=engine_version(REFERENCE),
         chat_template=None,
+        infilling=None,
     )
     return dataclasses.replace(job, **changes)
 

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from cascade_model.commit import Folder
-from cascade_model.config import NoiseConfig
 from cascade_model.corpus import Corpus, read_manifest
 from cascade_model.errors import CorpusMismatch, InputError, Unfinished
 from cascade_model.tokenizer import byte_tokenizer
@@ -30,21 +29,7 @@ from pipelines.isolation import KILLED
 from pipelines.prepare import prepare
 from pipelines.report import REPORT_HTML, REPORT_JSON
 from pipelines.runner import run_tasks
-
-
-def config_for(output, path, **changes) -> PrepareConfig:
-    settings = {
-        "output": str(output),
-        "source": SourceConfig(paths=(str(path),)),
-        "tokenizer": "bytes",
-        "sequence_length": 64,
-        "noise": NoiseConfig(block_size=8),
-        "part_bytes": 60_000,
-        "held_out_rate": 0.1,
-        "tokenizer_engine": "reference",
-        "runner": "local",
-    }
-    return PrepareConfig(**{**settings, **changes})
+from tests.pipelines.config_making import config_for
 
 
 def contents(folder) -> dict[str, str]:

@@ -31,6 +31,11 @@ BROKEN = [
     (b'{"prompt": ""}', "empty_prompt"),
     (b'{"prompt": "a\\ud800"}', "lone_surrogate"),
     (b'{"prompt": "a", "id": "\\udfff"}', "lone_surrogate"),
+    (b'{"prompt": "", "suffix": ""}', "empty_prompt"),
+    (b'{"suffix": "a"}', "missing_prompt"),
+    (b'{"prompt": "a", "suffix": 7}', "suffix_is_no_string"),
+    (b'{"prompt": "a", "suffix": "\\ud800"}', "lone_surrogate"),
+    (b'{"messages": [{"role": "user", "content": "a"}], "suffix": "b"}', "suffix_of_a_chat"),
     (b'{"messages": "Hi"}', "broken_messages"),
     (b'{"messages": []}', "broken_messages"),
     (b'{"messages": [{"role": "user"}]}', "broken_messages"),
@@ -75,6 +80,17 @@ def test_a_rows_id_is_its_own_or_its_number(jsonl):
 
 def test_a_chat_becomes_the_prompt_of_its_template(jsonl):
     assert read(jsonl)[2].text == "User: Hi\n\nAssistant:"
+
+
+def test_a_suffix_comes_with_its_prompt_from_either_format(tmp_path):
+    rows = [{"prompt": "a", "after": "b"}, {"prompt": "", "after": "c"}, {"prompt": "d"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "prompts.parquet")
+    for name in ("prompts.jsonl", "prompts.parquet"):
+        found = read(tmp_path / name, suffix="after")
+        assert [(row.text, row.suffix) for row in found] == [("a", "b"), ("", "c"), ("d", None)]
+        assert read(tmp_path / name)[0] == Prompt(row=0, id="0", text="a")
 
 
 def test_a_part_never_crosses_a_file(tmp_path, jsonl):

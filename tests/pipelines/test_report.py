@@ -16,14 +16,14 @@ import pytest
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig
 from cascade_model.corpus import Corpus, SequenceRows
-from cascade_model.schema import Manifest
-from pipelines.config import PrepareConfig, SourceConfig
+from cascade_model.manifest import Manifest
 from pipelines.markup import Html, element, join, visible
 from pipelines.prepare import prepare
 from pipelines.report import REPORT_HTML, REPORT_JSON, make_report, write_report
 from pipelines.report_masks import mask_histogram
 from pipelines.report_numbers import at, plain, rate, rounded
 from pipelines.report_page import report_page
+from tests.pipelines.config_making import config_for
 
 HOSTILE = (
     "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -39,20 +39,6 @@ TIMING = {
 BROWSER = os.environ.get("CASCADE_BROWSER") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-
-
-def config_for(output, path, **changes) -> PrepareConfig:
-    settings = {
-        "output": str(output),
-        "source": SourceConfig(paths=(str(path),)),
-        "tokenizer": "bytes",
-        "sequence_length": 64,
-        "noise": NoiseConfig(block_size=8),
-        "part_bytes": 60_000,
-        "held_out_rate": 0.1,
-        "runner": "local",
-    }
-    return PrepareConfig(**{**settings, **changes})
 
 
 def by_bit_length(sizes) -> list[int]:
@@ -81,6 +67,7 @@ def facts_of(manifest: Manifest, texts: list[str], source: str) -> list[dict]:
             "dropped": {},
             "dead": {},
             "first_dead": None,
+            "rearranged": 0,
             "splits": splits,
             "document_bytes": by_bit_length(sizes),
             "document_tokens": by_bit_length(sizes),
