@@ -191,8 +191,10 @@ def answers(shape: type[BaseModel], *statuses: int, stream: bool = False) -> dic
     """`responses` of a route: its success, and its errors, all of one shape."""
     content: dict[str, Any] = {}
     if stream:
-        words = "`data: {json}`, one event a block, an error as `{error: ...}`, last `data: [DONE]`"
-        content = {"text/event-stream": {"schema": {"type": "string", "description": words}}}
+        words = "JSON: one a block, an error as `{error: ...}`; the last one is `[DONE]`."
+        one = {"type": "object", "required": ["data"], "description": "One event."}
+        data = {"data": {"type": "string", "description": words}}
+        content = {"text/event-stream": {"schema": {**one, "properties": data}}}
     errors = {status: {"model": ErrorBody, "description": _WORDS[status]} for status in statuses}
     return {200: {"model": shape, "content": content, "description": "Done."}, **errors}
 

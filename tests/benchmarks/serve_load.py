@@ -32,13 +32,14 @@ async def at_peak(url: str, seconds: float) -> list[Told]:
 
 
 async def at_rate(url: str, a_second: float, seconds: float) -> list[Told]:
-    """So many requests a second, whatever becomes of those before; nobody asks twice."""
+    """As many requests as there are places, then so many a second, whatever becomes of those
+    before; nobody asks twice."""
     tasks = []
     wanted = requests(PLACES, **LONG)
     async with client(url) as http:
-        for number in range(round(a_second * seconds)):
+        for number in range(PLACES + round(a_second * seconds)):
             tasks.append(asyncio.create_task(streamed(http, wanted[number % PLACES])))
-            await asyncio.sleep(1 / a_second)
+            await asyncio.sleep(0 if number < PLACES else 1 / a_second)
         return list(await asyncio.gather(*tasks))
 
 

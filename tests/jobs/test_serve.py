@@ -32,6 +32,7 @@ from jobs.serve import (
     wanted_of,
 )
 from tests.benchmarks.serve_client import streams
+from tests.benchmarks.serve_runs import write_model
 from tests.jobs.client_cases import CASES
 from tests.tiny_models import text_config
 
@@ -396,12 +397,15 @@ def wait_until(condition, seconds: float = 20) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
-def test_the_shipped_yaml_serves_and_ends_cleanly_on_sigterm_with_streams_open(model, tmp_path):
+def test_the_shipped_yaml_serves_and_ends_cleanly_on_sigterm_with_streams_open(tmp_path):
     port = free_port()
 
     def change(document) -> None:
         document["http_options"]["port"] = port
-        document["applications"][0]["args"] |= {"model": model, "reader_timeout_seconds": 2.0}
+        document["applications"][0]["args"] |= {
+            "model": write_model(tmp_path / "tiny"),
+            "reader_timeout_seconds": 2.0,
+        }
 
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"CASCADE_API_KEYS": "sesame"}
@@ -452,8 +456,9 @@ def test_the_shipped_yaml_serves_and_ends_cleanly_on_sigterm_with_streams_open(m
 
 def is_let_go(port: int, seconds: float) -> bool:
     """Whether the server drops a client that asks for megabytes and takes nothing."""
-    settings = {"n": 8, "logprobs": 5, "max_tokens": 250, "stream": True, "seed": 1}
-    body = json.dumps({"model": "cascade", "prompt": ["a"] * 8, **settings}).encode()
+    settings = {"n": 8, "logprobs": 5, "max_tokens": 900, "stream": True, "seed": 1}
+    settings |= {"stop_at_eos": False, "confidence_threshold": 0.0}
+    body = json.dumps({"model": "cascade", "prompt": ["a"] * 4, **settings}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
     head += "Content-Type: application/json\r\nAuthorization: Bearer sesame\r\n\r\n"
     with socket.socket() as reader:
