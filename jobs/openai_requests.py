@@ -52,6 +52,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
 }
 NO_EFFECT = "Taken for compatibility; changes nothing."
+NOT_SUPPORTED = "Anything else is refused."
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 Tokens = Annotated[
@@ -65,14 +66,8 @@ Label = Annotated[str, Field(max_length=512)]
 def _with_neutral(schema: dict[str, Any]) -> None:
     """Tell the OpenAPI document of the fields that are taken with a neutral value only."""
     for name, values in NEUTRAL.items():
-        told = ", ".join(repr(value) for value in values if value is not None) or "null"
-        schema["properties"].setdefault(
-            name,
-            {
-                "enum": list(values),
-                "description": f"Not supported: {told} is taken, anything else refused.",
-            },
-        )
+        described = {"enum": list(values), "description": NOT_SUPPORTED}
+        schema["properties"].setdefault(name, described)
 
 
 class StreamOptions(BaseModel):

@@ -9,11 +9,12 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from jobs.choices import Admission
 from jobs.endpoint import Endpoint
-from jobs.gate import Gate, error_response, http_error
+from jobs.gate import OPEN_PATH, Gate, error_response, http_error
 from jobs.openai_answers import (
     DECODES,
     READS,
@@ -49,17 +50,17 @@ def build_api(endpoint: Endpoint, behind_serve: bool = False) -> FastAPI:
     _add_openai_routes(api, endpoint)
     api.include_router(text_routes(endpoint))
     document = api.openapi
-    api.openapi = lambda: _as_answered(document())
+    api.openapi = lambda: _as_answered(document(), endpoint.model_name)
     return api
 
 
 def _add_operators_routes(api: FastAPI, endpoint: Endpoint) -> None:
-    @api.get("/health", responses=answers(Status, 431, 500))
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    @api.get(OPEN_PATH, responses=answers(Status, 431, 500))
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
 
     @api.get("/ready", responses=answers(Status, *READS, 503))
-    async def ready() -> dict[str, str]:
+    async def ready() -> Response:
         if not await endpoint.ready():
             raise ApiError(
                 503,
@@ -68,7 +69,7 @@ def _add_operators_routes(api: FastAPI, endpoint: Endpoint) -> None:
                 code="not_ready",
                 headers={"Retry-After": "1"},
             )
-        return {"status": "ok"}
+        return JSONResponse({"status": "ok"})
 
     @api.get("/metrics", response_class=Response, responses=_metrics_answers())
     async def metrics() -> Response:
@@ -79,13 +80,15 @@ def _add_openai_routes(api: FastAPI, endpoint: Endpoint) -> None:
     admission = Admission(endpoint.max_choices_in_flight)
 
     @api.get("/v1/models", responses=answers(ModelList, *READS))
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [endpoint.model_card()]}
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [endpoint.model_card()]})
 
-    @api.get("/v1/models/{name:path}", responses=answers(ModelCard, *READS, 404))
-    async def model(name: str) -> dict[str, Any]:
+    @api.get(
+        "/v1/models/{name:path}", responses=answers(ModelCard, *READS, 404), response_model=None
+    )
+    async def model(name: str) -> Response:
         endpoint.require_model(name)
-        return endpoint.model_card()
+        return JSONResponse(endpoint.model_card())
 
     @api.post("/v1/completions", responses=answers(CompletionAnswer, *DECODES, stream=True))
     async def completions(body: CompletionRequest) -> Response:
@@ -106,15 +109,19 @@ def _metrics_answers() -> dict[Any, Any]:
     return {200: {"content": text, "description": "Prometheus text."}, **errors}
 
 
-def _as_answered(document: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI's document without its 422, which is a 400 here, and with the key that is asked."""
+def _as_answered(document: dict[str, Any], model_name: str) -> dict[str, Any]:
+    """FastAPI's document without its 422, which is a 400 here, with the key that is asked and the
+    one model that there is."""
     for path, methods in document["paths"].items():
         for operation in methods.values():
             operation["responses"].pop("422", None)
-            if path != "/health":
+            if path != OPEN_PATH:
                 operation["security"] = [{"key": []}]
     parts = document["components"]
     for name in ("HTTPValidationError", "ValidationError"):
         parts["schemas"].pop(name, None)
+    for name, schema in parts["schemas"].items():
+        if name.endswith("Request"):
+            schema["properties"]["model"] |= {"enum": [model_name]}
     parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return document

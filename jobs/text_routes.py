@@ -1,7 +1,7 @@
 """Text to tokens and back over HTTP, for clients that count or cut by tokens (lm-eval does)."""
 
 import asyncio
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
@@ -91,9 +91,9 @@ def text_routes(endpoint: Endpoint) -> APIRouter:
         return JSONResponse({"prompt": text})
 
     @routes.get("/tokenizer_info", responses=answers(TokenizerInfo, *READS))
-    async def tokenizer_info() -> dict[str, Any]:
+    async def tokenizer_info() -> Response:
         tokenizer = endpoint.tokenizer
-        return {
+        told = {
             "tokenizer_class": "tokenizers",
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
@@ -105,6 +105,7 @@ def text_routes(endpoint: Endpoint) -> APIRouter:
             "special_tokens": tokenizer.special_tokens,
             "chat_template": endpoint.template.text,
         }
+        return JSONResponse(told)
 
     return routes
 

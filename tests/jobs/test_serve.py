@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import yaml
@@ -32,6 +33,7 @@ from jobs.serve import (
 )
 from tests.benchmarks.serve_client import streams
 from tests.benchmarks.serve_runs import write_model
+from tests.jobs.client_cases import CASES
 from tests.tiny_models import text_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -312,6 +314,25 @@ def test_the_real_client_raises_its_own_errors(client, endpoint):
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model="tiny", prompt="x", max_tokens=1000)
     assert long.value.code == "context_length_exceeded"
+
+
+@pytest.mark.ray
+def test_every_case_of_the_client_holds_behind_serve(client):
+    for case in CASES:
+        case(client, "tiny")
+
+
+@pytest.mark.ray
+def test_operators_routes_hold_behind_serve(endpoint):
+    root, key = endpoint.removesuffix("/v1"), {"Authorization": "Bearer sesame"}
+    wait_until(lambda: httpx.get(f"{root}/ready", headers=key).status_code == 200)
+    assert httpx.get(f"{root}/health").json() == {"status": "ok"}
+    assert "cascade_requests" in httpx.get(f"{root}/metrics", headers=key).text
+    assert httpx.get(f"{root}/tokenizer_info", headers=key).json()["eos_token"]
+    for path in ("/ready", "/metrics", "/tokenizer_info", "/openapi.json", "/v1/models"):
+        refused = httpx.get(f"{root}{path}")
+        assert refused.status_code == 401
+        assert refused.headers["x-request-id"]
 
 
 class EndlessSampler:
