@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from cascade_model.decisions import logprobs_of
 from cascade_model.likelihood import sequential_input, sequential_passes
-from cascade_model.loss import outcome_logits, read_places
+from cascade_model.loss import outcome_logits
 from cascade_model.networks import Network
 from cascade_model.objective import banned_ids
 from cascade_model.text_stream import TokenLogprob
+from cascade_model.training_input import read_places
 from cascade_model.unmasking import Drawn
 
 _TOKENS_PER_FORWARD = 8192
