@@ -260,6 +260,7 @@ def preempted_once(folder, device, started):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ranks_of_a_machine_that_is_taken_away_save_and_start_elsewhere(
     ray_knows_this_file, tmp_path, capsys
 ):
