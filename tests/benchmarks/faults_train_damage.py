@@ -187,7 +187,7 @@ def _is_refused(checkpoints: Path) -> bool:
 
 def _read_with_torch(folder: Path) -> None:
     """What opens a foreign checkpoint elsewhere."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     with suppress(Exception):  # the code has run by then
         FileSystemReader(folder).read_metadata()

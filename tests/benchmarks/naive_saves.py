@@ -38,7 +38,9 @@ class Naive:
 
         found = parallel.on_first_rank(facts)
         empty: dict[str, Any] = {"score": None, "index": {}, "files": {}}
-        return found and Checkpoint(path=str(self._folder), attempt="", facts=found, **empty)
+        if found is None:
+            return None
+        return Checkpoint(path=str(self._folder), attempt="", facts=found, **empty)
 
     def save(self, model: Any, optimizer: Any, facts: dict[str, Any], score: Any = None) -> Saving:
         """Write half by half; whatever goes wrong ends the run."""

@@ -56,11 +56,11 @@ class FaultyProxy(ThreadingHTTPServer):
         """Where clients find it."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def next_fault(self, path: str = "") -> str | None:
+    def next_fault(self) -> str | None:
         """What the next request meets; most meet nothing."""
         with self._lock:
             self.requests += 1
-            if self.about not in path or self._random.random() >= self.rate:
+            if self._random.random() >= self.rate:
                 return None
             fault = self._random.choice(self.kinds)
             self.faults[fault] += 1
@@ -88,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _meet(self) -> None:
         body = self._body()
-        fault = self.server.next_fault(self.path)
+        fault = self.server.next_fault() if self.server.about in self.path else None
         if fault is None or fault == "cut" or fault.endswith("after"):
             answer = self._forward(body)
             if fault is None:
@@ -176,7 +176,7 @@ def proxied(
 ) -> Iterator[FaultyProxy]:
     """The proxy before a server, serving until the block ends; `hang` in seconds.
 
-    Only requests whose path holds `about` meet faults.
+    Only requests whose path holds `about` meet faults, and are counted.
     """
     proxy = FaultyProxy(upstream, rate, seed, hang, kinds, about)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05})

@@ -43,6 +43,13 @@ def corpus(tmp_path_factory):
     return corpus_in(tmp_path_factory.mktemp("corpus") / "corpus")
 
 
+def finished(run) -> Result:
+    """What a run left, which must have come to its end."""
+    found = result_of(run)
+    assert found is not None
+    return found
+
+
 @pytest.fixture(scope="module")
 def undisturbed(launcher, corpus, tmp_path_factory):
     """A run that nobody disturbs, with its points beside it."""
@@ -75,24 +82,24 @@ def test_a_run_passes_every_point(undisturbed):
 def test_a_result_is_weights_and_every_line_but_its_times(undisturbed, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(undisturbed / "run", run)
-    whole = result_of(run)
-    assert whole == result_of(undisturbed / "run")
+    whole = finished(run)
+    assert whole == finished(undisturbed / "run")
     assert len(whole.lines) == STEPS
     assert {"loss", "grad_norm", "lr", "samples", "loss_by_mask_rate"} <= set(whole.lines[0])
     [weights] = (run / "model").glob("*.safetensors")
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert result_of(run).weights != whole.weights
+    assert finished(run).weights != whole.weights
     (run / "metrics.jsonl").write_text("")
-    assert result_of(run).lines != whole.lines
+    assert finished(run).lines != whole.lines
     (run / "summary.json").unlink()
     assert result_of(run) is None
 
 
 def test_a_kill_inside_a_save_is_survived(launcher, corpus, undisturbed, tmp_path):
     point = Point("COMMIT written", 0, 3, victim=1)
-    wanted = result_of(undisturbed / "run")
+    wanted = finished(undisturbed / "run")
     outcome = round_of(launcher, point, tmp_path / "round", corpus, wanted)
     assert outcome.is_same, outcome.says
     other = dataclasses.replace(wanted, weights="another")
@@ -102,14 +109,14 @@ def test_a_kill_inside_a_save_is_survived(launcher, corpus, undisturbed, tmp_pat
 
 def test_a_round_whose_point_never_comes_does_not_count(launcher, corpus, undisturbed, tmp_path):
     never = Point("forward", 0, 10 * STEPS, victim=0)
-    wanted = result_of(undisturbed / "run")
+    wanted = finished(undisturbed / "run")
     assert not round_of(launcher, never, tmp_path, corpus, wanted).is_same
     assert result_of(tmp_path / "run") == wanted
 
 
 def test_without_the_protocol_a_kill_is_found_out(launcher, corpus, undisturbed, tmp_path):
     point = Point("data half written", 0, 3, victim=0)
-    wanted = result_of(undisturbed / "run")
+    wanted = finished(undisturbed / "run")
     outcome = round_of(launcher, point, tmp_path, corpus, wanted, is_naive=True)
     assert not outcome.is_same
 
@@ -117,7 +124,7 @@ def test_without_the_protocol_a_kill_is_found_out(launcher, corpus, undisturbed,
 def test_without_a_fault_the_naive_saves_work(launcher, corpus, undisturbed, tmp_path):
     """Or the control would fail for another reason than the kill."""
     assert launcher.run(flags(corpus, tmp_path / "run"), tmp_path / "e", is_naive=True) == [0, 0]
-    assert result_of(tmp_path / "run") == result_of(undisturbed / "run")
+    assert result_of(tmp_path / "run") == finished(undisturbed / "run")
 
 
 def test_a_stopped_rank_is_a_living_one(launcher, corpus, tmp_path):

@@ -52,6 +52,16 @@ def test_the_same_seed_gives_the_same_faults(s3_server):
     assert 400 < sum(fault is not None for fault in lists[0]) < 600
 
 
+def test_only_requests_about_a_path_meet_faults(s3_server, through):
+    with proxied(s3_server, rate=1.0, kinds=("503",), about="refused") as proxy:
+        folder = Folder(f"s3://{through(proxy, attempts=1)}/corpus")
+        folder.commit("a.bin", b"hello")
+        assert proxy.faults.total() == 0
+        with pytest.raises(OSError):  # noqa: PT011
+            folder.commit("refused.bin", b"hello")
+        assert proxy.faults.total() > 0
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_commit_survives_each_fault_of_each_of_its_requests(
     s3_server, through, monkeypatch, fault
