@@ -7,7 +7,8 @@ export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup demo smollm2 smollm2-parent smollm2-long test lint clean \
-  bench-data bench-train bench-train-gpu bench-sampler bench-text bench-peer faults-train faults-data
+  bench-data bench-train bench-train-gpu bench-sampler bench-text bench-peer bench-conversion \
+  faults-train faults-data faults-serve serve-scaling lm-eval openai-clients
 setup: $(VENV)/.stamp
 
 # torch first, and from PyTorch's CPU index where there is neither a GPU nor a CPU build at hand:
@@ -83,6 +84,9 @@ bench-text: setup
 	  --dtype $(DTYPE)
 
 # Another engine of the field; without its dependencies, which its decoding loop does not need.
+bench-conversion: setup smollm2-parent
+	$(BIN)/python -m tests.benchmarks.conversion --better $(BETTER)
+
 bench-peer: setup
 	$(BIN)/python -m pip install --quiet --no-deps "ollada==0.3.0"
 	$(BIN)/python -m tests.benchmarks.peer
@@ -94,6 +98,29 @@ faults-train: setup
 faults-data: N ?= 20
 faults-data: setup
 	$(BIN)/python -m tests.benchmarks.faults_data $(N)
+
+# Outside tools are pointed at a real endpoint, each from an environment of its own.
+lm-eval: setup
+	test -x build/lm-eval/env/bin/lm_eval || $(PYTHON) -m venv build/lm-eval/env
+	build/lm-eval/env/bin/python -m pip install --quiet "lm-eval[api]==0.4.13"
+	$(BIN)/python -m tests.benchmarks.lm_evaluation --python build/lm-eval/env/bin/python \
+	  $(if $(filter command line,$(origin MODEL)),--model $(MODEL))
+
+OPENAI_VERSIONS ?= 1.109.1 2.54.0
+openai-clients: setup
+	for version in $(OPENAI_VERSIONS); do \
+	  test -x build/clients/$$version/bin/python || $(PYTHON) -m venv build/clients/$$version; \
+	  build/clients/$$version/bin/python -m pip install --quiet "openai==$$version"; done
+	$(BIN)/python -m tests.benchmarks.openai_clients $(BIN)/python \
+	  $(foreach version,$(OPENAI_VERSIONS),build/clients/$(version)/bin/python)
+
+faults-serve: N ?= 10
+faults-serve: setup
+	$(BIN)/python -m tests.benchmarks.faults_serve $(N)
+
+# The transcript of an endpoint that is scaled up, to zero and back.
+serve-scaling: setup
+	$(BIN)/python -m tests.benchmarks.serve_scaling
 
 clean:
 	rm -rf build runs

@@ -101,6 +101,17 @@ class ChatTemplate:
             sizes.append(together[1])
         return ChatEncoded(Encoded.of(tokens, sizes), np.concatenate(is_response))
 
+    @cached_property
+    def turn_end_id(self) -> int | None:
+        """The special token that ends an assistant's turn; none where the template has none."""
+        special = self._special.search(self._closing) if self._special else None
+        return self._tokenizer.special_tokens[special.group()] if special else None
+
+    @property
+    def bos(self) -> str | None:
+        """Name of the token that a template may begin with."""
+        return next((name for name in _BOS_NAMES if name in self._tokenizer.special_tokens), None)
+
     def prompt(self, messages: Messages) -> str:
         """The text of a conversation that is open for the assistant's answer."""
         return "".join(piece.text for piece in self.pieces(messages, open_turn=True))
@@ -200,12 +211,11 @@ class ChatTemplate:
 
     def _render(self, messages: Messages, open_turn: bool) -> str:
         tokenizer = self._tokenizer
-        names = tokenizer.special_tokens
         return rendered(
             self._template,
             messages=[{"role": m["role"], "content": m["content"]} for m in messages],
             add_generation_prompt=open_turn,
-            bos_token=next((name for name in _BOS_NAMES if name in names), ""),
+            bos_token=self.bos or "",
             eos_token=tokenizer.eos if tokenizer.has("eos") else "",
         )
 

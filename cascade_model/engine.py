@@ -53,6 +53,11 @@ class Engine:
         """Where the weights are."""
         return next(self.scheduler.model.parameters()).device
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether its thread has ended, or is told to: nothing is taken any more."""
+        return self._worker.is_closed
+
     def submit(
         self,
         prompt_tokens: Sequence[int],
@@ -122,12 +127,12 @@ class _Worker:
         self._tickets: dict[int, Ticket] = {}
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
         self._start = threading.Lock()
-        self._is_closed = False
+        self.is_closed = False
 
     def start(self) -> None:
         """Let the thread run; it may do so already."""
         with self._start:
-            if self._is_closed:
+            if self.is_closed:
                 raise RuntimeError("the engine is closed")
             if self._thread.ident is None:
                 self._thread.start()
@@ -152,7 +157,7 @@ class _Worker:
 
     def end(self) -> None:
         """See `Engine.close`."""
-        self._is_closed = True
+        self.is_closed = True
         self.orders.put(None)
         is_other = self._thread is not threading.current_thread()
         if self._thread.ident is not None and is_other:
@@ -174,7 +179,7 @@ class _Worker:
                     self._fail_all(error)
                     is_busy = False
         finally:  # whatever ended it: nobody may wait for ever
-            self._is_closed = True
+            self.is_closed = True
             self._fail_all(RuntimeError("the engine was closed"))
 
     def _obey(self, is_busy: bool) -> bool:

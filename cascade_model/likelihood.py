@@ -14,6 +14,7 @@ masked, as when it is decoded.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -100,15 +101,22 @@ def sequential(
     as the answer has tokens, an autoregressive one a single one. Raises `InputError` where no row
     predicts the first token: shifted logits and an empty prompt.
     """
-    canvas = _canvas(model, prompt, answer)
-    place = torch.arange(len(canvas), device=canvas.device)
-    is_open = (place >= len(prompt))[None]
-    is_target = is_open & (place < len(prompt) + len(answer))
-    batch = _batch(model.config, canvas[None], is_open)
+    batch, is_open, is_target = sequential_input(model, prompt, answer)
     nats = sequential_nats(
         model, batch, is_open, is_target, outcomes=outcomes, rows_per_forward=rows_per_forward
     )
     return -nats[is_target]
+
+
+def sequential_input(
+    model: Network, prompt: list[int], answer: list[int]
+) -> tuple[TrainBatch, Tensor, Tensor]:
+    """One sequence, which of its places are unknown and which of these are the answer's, [1, L]."""
+    canvas = _canvas(model, prompt, answer)
+    place = torch.arange(len(canvas), device=canvas.device)
+    is_open = (place >= len(prompt))[None]
+    is_target = is_open & (place < len(prompt) + len(answer))
+    return _batch(model.config, canvas[None], is_open), is_open, is_target
 
 
 @torch.no_grad()
@@ -127,10 +135,39 @@ def sequential_nats(
     is_target those among them whose values are wanted; elsewhere the result is 0. The batch's own
     masks do not matter.
     """
-    config = _as_decoded(model.config)
-    steps = _steps(config, batch)
-    banned = banned_ids(config, outcomes)
+    banned = banned_ids(model.config, outcomes)
     result = torch.zeros(is_target.shape, dtype=torch.float64, device=is_target.device)
+    for each in sequential_passes(model.config, batch, is_open, is_target, rows_per_forward):
+        nats = _nats(model, each.config, each.batch, each.rows, each.places, banned)
+        result[each.sequences[each.rows], each.places] = nats.double()
+    return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequentialPass:
+    """One forward pass of the sequential factorisation."""
+
+    config: ModelConfig
+    """How the model reads this pass: as when it decodes."""
+    batch: TrainBatch
+    sequences: Tensor
+    """int64 [n]: which sequence of the whole batch each of this one is."""
+    rows: Tensor
+    """int64 [r]: the sequence of this batch that each predicted token stands in."""
+    places: Tensor
+    """int64 [r]: its place there."""
+
+
+def sequential_passes(
+    config: ModelConfig,
+    batch: TrainBatch,
+    is_open: Tensor,
+    is_target: Tensor,
+    rows_per_forward: int,
+) -> Iterator[SequentialPass]:
+    """The passes that predict every target once; arguments as of `sequential_nats`."""
+    config = _as_decoded(config)
+    steps = _steps(config, batch)
     sequence, _ = is_target.nonzero(as_tuple=True)
     wanted = torch.stack([sequence, steps[is_target]], dim=1).unique(dim=0)
     for chosen, step in (part.unbind(dim=1) for part in wanted.split(rows_per_forward)):
@@ -138,9 +175,7 @@ def sequential_nats(
         part = replace(batch.select(chosen), is_masked=is_open[chosen] & (now >= step))
         rows, places = (is_target[chosen] & (now == step)).nonzero(as_tuple=True)
         _require_source(config, part, rows, places)
-        nats = _nats(model, config, part, rows, places, banned)
-        result[chosen[rows], places] = nats.double()
-    return result
+        yield SequentialPass(config=config, batch=part, sequences=chosen, rows=rows, places=places)
 
 
 def _as_decoded(config: ModelConfig) -> ModelConfig:

@@ -7,6 +7,7 @@ the SHA-256 of its tokenizer.json.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ from cascade_model.token_sizes import (
     byte_sizes,
     byte_symbols,
     only_unicode_forms,
+    pre_tokenizer_steps,
     sizes_from_offsets,
     sums,
     utf8_lengths,
@@ -180,6 +182,11 @@ class Tokenizer:
         assert name is not None
         return name
 
+    def name_of(self, role: str) -> str | None:
+        """Name of the "eos", "pad" or "mask" token; none where it is missing."""
+        index = self._ids[role]
+        return None if index is None else self._engine.id_to_token(index)
+
     def _special(self, role: str) -> int:
         value = self._ids[role]
         if value is None:
@@ -257,8 +264,7 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Names and ids of the special tokens."""
-        added = self._engine.get_added_tokens_decoder()
-        return {token.content: index for index, token in added.items() if token.special}
+        return {token.content: index for index, token in self._added.items() if token.special}
 
     @cached_property
     def _marking_engine(self) -> tokenizers.Tokenizer:
@@ -284,6 +290,33 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of text that a token stands for, a special token's name; none for an id without
+        a token. Those of a text's tokens need not be whole characters."""
+        name = self._engine.id_to_token(int(token))
+        if name is None:
+            return b""
+        if int(token) in self._added:
+            return name.encode()
+        symbols = self._byte_of_symbol
+        if symbols is not None and symbols.keys() >= set(name):
+            return bytes(symbols[symbol] for symbol in name)
+        if re.fullmatch("<0x[0-9A-F]{2}>", name):  # a byte that the vocabulary has no text for
+            return bytes.fromhex(name[3:5])
+        return name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+    @cached_property
+    def _added(self) -> dict[int, AddedToken]:
+        return self._engine.get_added_tokens_decoder()
+
+    @cached_property
+    def _byte_of_symbol(self) -> dict[str, int] | None:
+        """Of byte-level BPE the byte of each symbol that names are written in."""
+        steps = pre_tokenizer_steps(self.description)
+        if not any(step["type"] == "ByteLevel" for step in steps):
+            return None
+        return {symbol: byte for byte, symbol in enumerate(byte_symbols())}
 
     def to_bytes(self) -> bytes:
         """The tokenizer.json that `sha256` is the digest of."""

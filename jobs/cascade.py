@@ -17,6 +17,7 @@ STAGES = {
     "evaluate": "checkpoint -> held-out bound per token and per byte",
     "generate": "prompts -> completions, exactly once (Ray Data)",
     "serve": "checkpoint -> OpenAI-compatible endpoint (Ray Serve)",
+    "validate": "Serve YAMLs read strictly, before they are deployed",
     "demo": "all of it on one small real corpus",
 }
 

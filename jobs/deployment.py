@@ -1,12 +1,17 @@
 """A Serve config on the Ray of this process: deployed, waited for, ended on leaving."""
 
 import contextlib
+import io
+import logging
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from cascade_model.errors import CheckpointMismatch, InputError
+
+log = logging.getLogger("cascade.endpoint")
 
 
 @contextlib.contextmanager
@@ -17,6 +22,7 @@ def deployed(document: dict[str, Any], stop: threading.Event | None = None) -> I
     from ray.serve.schema import ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(document)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process alone
     try:
         client = serve_start(
             http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location
@@ -25,7 +31,55 @@ def deployed(document: dict[str, Any], stop: threading.Event | None = None) -> I
         wait_until_running([application.name for application in schema.applications], stop)
         yield
     finally:
-        serve.shutdown()
+        with without_the_controllers_end():
+            serve.shutdown()
+
+
+def drain(application: str, seconds: float) -> None:
+    """Let every ingress of an application end its streams; Serve's own end would cut them off."""
+    from ray import serve
+
+    try:
+        ingress = serve.get_deployment_handle("ingress", application)
+        left = ingress.broadcast("drain", seconds).results(timeout_s=seconds + 10)
+    except Exception as error:  # it was not there yet, or has died: nothing is open
+        log.warning("no ingress of %s could be drained: %s", application, error)
+        return
+    if any(left):
+        log.warning("%d answers were not whole after %g s and got an error", sum(left), seconds)
+
+
+@contextlib.contextmanager
+def without_the_controllers_end() -> Iterator[None]:
+    """Leaves out what Ray prints of calls to Serve's controller when the controller, which was told
+    to end, has ended; everything else on stdout is let through."""
+    out = _Lines(sys.stdout)
+    with contextlib.redirect_stdout(out):
+        try:
+            yield
+        finally:
+            out.flush()
+
+
+class _Lines(io.TextIOBase):
+    """A text stream that drops the lines about the controller."""
+
+    def __init__(self, target: TextIO) -> None:
+        self._target, self._line = target, ""
+
+    def write(self, text: str) -> int:
+        """Pass whole lines on."""
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if not ("Task ServeController." in line and "killed by `ray.kill`" in line):
+                self._target.write(f"{line}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what has no end yet."""
+        self._target.write(self._line)
+        self._line = ""
+        self._target.flush()
 
 
 def wait_until_running(

@@ -2,19 +2,32 @@
 
 import hashlib
 import logging
+import os
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
 from cascade_model.errors import InputError
-from jobs.openai_protocol import MAX_BODY_BYTES, ApiError
+from jobs.openai_protocol import MAX_BODY_BYTES, MAX_HEADERS, ApiError
 
+KEYS_VARIABLE = "CASCADE_API_KEYS"
+OPEN_PATH = "/health"
 log = logging.getLogger("cascade.endpoint")
+
+
+class Keys(Protocol):
+    """Whatever tells a right key from a wrong one."""
+
+    def accepts(self, authorization: str) -> bool:
+        """Whether an `Authorization: Bearer KEY` header holds one of the keys."""
+        ...
 
 
 class ApiKeys:
@@ -46,6 +59,56 @@ def load_api_keys(file: str | None, environment: str = "") -> ApiKeys:
     return ApiKeys([key for key in keys if key and not key.startswith("#")])
 
 
+class RotatingKeys:
+    """The keys of a file and of the variable, read again when either changes.
+
+    A file that cannot be read any more leaves the keys as they were, and is told of once; one that
+    is there counts as it is, so write a new one beside it and rename.
+    """
+
+    def __init__(
+        self,
+        file: str | None,
+        every_seconds: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Raises `InputError` for a file that cannot be read at the start."""
+        self._file, self._every, self._clock = file, every_seconds, clock
+        self._state = self._look()
+        self._keys = self._read()
+        self._next = clock() + every_seconds
+
+    def accepts(self, authorization: str) -> bool:
+        """See `Keys`; looks at the file at most once in `every_seconds`."""
+        if self._clock() >= self._next:
+            self._next = self._clock() + self._every
+            self._renew()
+        return self._keys.accepts(authorization)
+
+    def _renew(self) -> None:
+        state = self._look()
+        if state == self._state:
+            return
+        self._state = state
+        try:
+            self._keys = self._read()
+            log.info("the API keys were read again: %d", len(self._keys))
+        except InputError:
+            log.error("the file of API keys cannot be read; the keys stay as they were")
+
+    def _read(self) -> ApiKeys:
+        return load_api_keys(self._file, os.environ.get(KEYS_VARIABLE, ""))
+
+    def _look(self) -> tuple[Any, ...]:
+        """What tells that something changed."""
+        variable = os.environ.get(KEYS_VARIABLE, "")
+        try:
+            found = os.stat(self._file) if self._file else None
+        except OSError:
+            return (variable, "unreadable")
+        return (variable, found and (found.st_mtime_ns, found.st_size, found.st_ino))
+
+
 def error_response(error: ApiError) -> JSONResponse:
     """The error as an HTTP answer."""
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
@@ -68,7 +131,7 @@ def http_error(request: Request, error: HTTPException) -> JSONResponse:
 class Gate:
     """Outermost ASGI layer: request id, key, size of the body, and the last resort of a 500."""
 
-    def __init__(self, app: Any, keys: ApiKeys | None, behind_serve: bool) -> None:
+    def __init__(self, app: Any, keys: Keys | None, behind_serve: bool) -> None:
         """`behind_serve`: Ray Serve's proxy has named the request and will answer the name."""
         self.app = app
         self.keys = keys
@@ -96,6 +159,8 @@ class Gate:
             refusal = self._refusal(scope)
             app = self.app if refusal is None else error_response(refusal)
             await app(scope, _limited(receive), send_with_id)
+        except ClientDisconnect:
+            log.debug("request %s: the client left while sending", request_id)
         except Exception:
             log.exception("request %s failed", request_id)
             if started:
@@ -105,9 +170,11 @@ class Gate:
 
     def _refusal(self, scope: Any) -> ApiError | None:
         headers = dict(scope["headers"])
+        if len(scope["headers"]) > MAX_HEADERS:
+            return ApiError(431, f"There are over {MAX_HEADERS} headers.", code="too_many_headers")
         authorization = headers.get(b"authorization", b"").decode("latin-1")
-        is_open = self.keys is None or scope["path"] == "/health"
-        if not is_open and self.keys is not None and not self.keys.accepts(authorization):
+        is_open = scope["path"].removeprefix(scope.get("root_path", "")) == OPEN_PATH
+        if self.keys is not None and not is_open and not self.keys.accepts(authorization):
             return ApiError(
                 401,
                 "No valid API key; send the header `Authorization: Bearer KEY`.",

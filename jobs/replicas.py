@@ -1,93 +1,310 @@
 """The two tiers of the endpoint as Ray Serve replicas: an ingress over HTTP, samplers by handle."""
 
+import asyncio
 import contextlib
 import dataclasses
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cascade_model.config import EngineConfig
+from cascade_model.requests import block_edges
 from cascade_model.sampling import SamplingParams
 from cascade_model.settings import check
+from cascade_model.text_stream import TokenLogprob
+from jobs.autoscaling import Load
 
 if TYPE_CHECKING:
+    from jobs.resuming import Blocks
     from jobs.serve import ServeConfig
-
-KEYS_VARIABLE = "CASCADE_API_KEYS"
+    from jobs.serve_metrics import ServeMetrics
 
 
 class Sampler:
     """A replica with the weights; its engine decodes all running requests together."""
 
-    def __init__(self, model: str, threads: int, engine: EngineConfig) -> None:
+    def __init__(self, model: str, threads: int, engine: EngineConfig, places: int = 8) -> None:
         import torch
 
         from cascade_model.llm import LLM
+        from cascade_model.weights import weights_digest
 
         torch.set_num_threads(threads)
+        self._weights = weights_digest(model)
         self._llm = LLM.load(model, engine)
+        check(
+            weights_digest(model) == self._weights,
+            f"model={model} was changed while it was loaded; deploy it again",
+        )
+        self._load = Load(places)
+        self._scoring = asyncio.Lock()  # one text at a time: the rest of the threads decode
+
+    async def ready(self) -> bool:
+        """That a replica answers at all."""
+        return True
+
+    async def score(self, tokens: list[int], count: int) -> list[TokenLogprob | None]:
+        """Log-probability of each token given what is before it, none of the first, with the
+        `count` likeliest of its place (`scoring`); a cancelled call ends after a forward pass."""
+        from cascade_model.scoring import scored
+
+        told: list[TokenLogprob | None] = [None] * len(tokens)
+        async with self._scoring:
+            passes = scored(self._llm.model, tokens, count)
+            while (part := await asyncio.to_thread(next, passes, None)) is not None:
+                for place, logprob in part:
+                    told[place] = logprob
+        return told
 
     async def blocks(
-        self, prompt_tokens: list[int], params: dict[str, Any], choice: int
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Decoded blocks of one completion; a cancelled call frees its place."""
-        stream = self._llm.stream_blocks(prompt_tokens, SamplingParams(**params), choice)
-        async with contextlib.aclosing(stream) as blocks:  # type: ignore[type-var]
-            async for block in blocks:
-                yield dataclasses.asdict(block)
+        self,
+        prompt_tokens: list[int],
+        params: dict[str, Any],
+        choice: int,
+        weights: str,
+        committed: list[int],
+        steps_made: int,
+    ) -> "Blocks":
+        """First the digest of the weights, as a greeting; then the blocks of one completion behind
+        its `committed` tokens, if `weights` is that digest. A cancelled call frees its place."""
+        yield {"weights": self._weights}
+        if weights != self._weights:
+            return
+        settings = SamplingParams(**params)
+        edges = block_edges(self._llm.config, len(prompt_tokens), settings)
+        known = len(prompt_tokens) + len(committed)
+        stream = self._llm.stream_blocks(
+            prompt_tokens, settings, choice, committed=committed, steps_made=steps_made
+        )
+        with self._load.request(sum(end > known for end in edges[1:])) as block_done:
+            async with contextlib.aclosing(stream) as blocks:
+                async for block in blocks:
+                    block_done()
+                    yield dataclasses.asdict(block)
+
+    def state(self) -> dict[str, Any]:
+        """What it holds and did so far, for metrics: read, not measured."""
+        from ray.serve import get_replica_context
+
+        return {
+            **dataclasses.asdict(self._llm.counters),
+            "replica": get_replica_context().replica_id.unique_id,
+            "process": os.getpid(),
+            "weights": self._weights,
+            "places": self._load.places,
+            "blocks_left": self._load.blocks_left,
+            "choices": self._load.running,
+        }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For the autoscaling policy (called by Ray Serve)."""
+        return self._load.statement()
+
+    def check_health(self) -> None:
+        """Raises where the engine has ended (called by Ray Serve, which then replaces it)."""
+        if self._llm.engine.is_closed:
+            raise RuntimeError("the engine has ended")
 
 
 class Ingress:
     """The HTTP tier: builds its FastAPI application when the replica starts."""
 
     def __init__(self, config: "ServeConfig", sampler: Any) -> None:
+        from jobs.resuming import Patience, Pulse
+
         self._config = config
         self._sampler = sampler
+        self._pulse = Pulse()
+        self._is_draining = False
+        self._patience = Patience(
+            seconds=config.sampler_wait_seconds,
+            losses=config.max_sampler_losses,
+            blocks_ahead=config.blocks_ahead,
+        )
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application (called by Ray Serve)."""
+        from ray.serve import get_replica_context
+
+        from cascade_model.chat_template import ChatTemplate
         from cascade_model.commit import Folder
         from cascade_model.tokenizer import Tokenizer
         from cascade_model.weights import TOKENIZER, read_config, weights_digest
-        from jobs.endpoint import Endpoint, build_api
-        from jobs.gate import load_api_keys
+        from jobs.endpoint import Endpoint
+        from jobs.gate import RotatingKeys
+        from jobs.own_template import own_template
+        from jobs.routes import build_api
+        from jobs.serve_metrics import ServeMetrics
+        from jobs.slow_readers import SlowReaders
 
         config, model = self._config, self._config.model
         if config.no_auth:
             require_loopback()
-        keys = load_api_keys(config.api_keys, os.environ.get(KEYS_VARIABLE, ""))
+        tokenizer = Tokenizer(Folder(model).read_bytes(TOKENIZER), f"{model}/{TOKENIZER}")
+        template = config.chat_template or own_template(model) or "plain"
+        self._weights = weights_digest(model)
+        self._metrics = ServeMetrics(get_replica_context().replica_id.unique_id)
         endpoint = Endpoint(
             model_name=config.name,
             config=read_config(model),
-            tokenizer=Tokenizer(Folder(model).read_bytes(TOKENIZER), f"{model}/{TOKENIZER}"),
-            fingerprint=f"cascade-{weights_digest(model)[:12]}",
+            tokenizer=tokenizer,
+            template=ChatTemplate.of(template, tokenizer),
+            fingerprint=f"cascade-{self._weights[:12]}",
             decode=self._decode,
-            keys=None if config.no_auth else keys,
+            score=self._score,
+            ready=self._ready,
+            metrics=self._scrape,
+            keys=None if config.no_auth else RotatingKeys(config.api_keys),
             max_choices_in_flight=config.max_in_flight,
         )
-        return build_api(endpoint, behind_serve=True)
+        self._counted = Counted(build_api(endpoint, behind_serve=True), self._metrics)
+        return SlowReaders(self._counted, config.reader_timeout_seconds)
+
+    async def drain(self, seconds: float) -> int:
+        """Take no new choices, wait for the answers under way, and end those that are not whole by
+        then with an error event; how many these were."""
+        from jobs.openai_protocol import ApiError
+
+        self._is_draining = True
+        await self._counted.until_idle(seconds)
+        left = self._counted.under_way
+        message = "The server is ending; send the request again."
+        self._pulse.end(ApiError(503, message, type="server_error", code="server_ending"))
+        await self._counted.until_idle(5)
+        await asyncio.sleep(0.5)  # until the proxy has passed the last events on
+        return left
+
+    async def _scrape(self) -> bytes:
+        """The metrics of this ingress and of all samplers that answer in time."""
+        states = await self._asked("state", seconds=5)
+        return self._metrics.text([state for state in states if isinstance(state, dict)])
+
+    async def _ready(self) -> bool:
+        """Whether a sampler answers within a second; none is woken for it."""
+        return True in await self._asked("ready", seconds=1)
+
+    async def _asked(self, method: str, seconds: float) -> list[Any]:
+        """What all samplers answer to a call without arguments, errors among it."""
+        try:
+            asked = self._sampler.broadcast(method)
+            return await asked.results_async(timeout_s=seconds, return_exceptions=True)
+        except Exception:  # no sampler at all
+            return []
 
     async def _decode(
         self, prompt_tokens: list[int], params: SamplingParams, choice: int
     ) -> AsyncIterator[dict[str, Any]]:
-        """Blocks from some sampler replica, in the words of the protocol when none can."""
-        from ray.exceptions import RayActorError
-        from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+        """Blocks of one choice, from as many samplers as it takes."""
+        from jobs.openai_protocol import ApiError
+        from jobs.resuming import resuming
 
+        if self._is_draining:
+            message = "The server is ending; send the request to another."
+            raise ApiError(503, message, type="server_error", code="server_ending")
+
+        def source(params: SamplingParams, committed: list[int], steps_made: int) -> "Blocks":
+            request = (prompt_tokens, dataclasses.asdict(params), choice, self._weights)
+            return spoken(self._sampler, *request, committed, steps_made)
+
+        blocks = resuming(
+            source,
+            params,
+            weights=self._weights,
+            pulse=self._pulse,
+            patience=self._patience,
+            on_loss=self._metrics.sampler_lost,
+        )
+        with self._metrics.choice() as measured:
+            async with contextlib.aclosing(blocks):
+                async for block in blocks:
+                    measured.block(block)
+                    yield block
+
+    async def _score(self, tokens: list[int], count: int) -> list[TokenLogprob | None]:
+        """Scores of a text, from another sampler where one dies over it."""
         from jobs.openai_protocol import ApiError, overloaded
+        from jobs.resuming import NoRoom, SamplerLost
 
-        blocks = self._sampler.options(stream=True).blocks
-        response = blocks.remote(prompt_tokens, dataclasses.asdict(params), choice)
+        for _ in range(1 + self._patience.losses):
+            try:
+                return await answered(self._sampler.score.remote(tokens, count))
+            except NoRoom:
+                raise overloaded() from None
+            except SamplerLost:
+                self._metrics.sampler_lost()
+        message = "The samplers that scored this request are gone; send the request again."
+        raise ApiError(503, message, type="server_error", code="sampler_lost")
+
+
+async def spoken(sampler: Any, *request: Any) -> "Blocks":
+    """What some sampler replica says to a request; leaving early ends its decoding."""
+    response = sampler.options(stream=True).blocks.remote(*request)
+    with told_as_losses():
         try:
-            async for block in response:
-                yield block
-        except BackPressureError:
-            raise overloaded() from None
-        except (RayActorError, DeploymentUnavailableError):
-            message = "The sampler that decoded this request is gone; send the request again."
-            raise ApiError(503, message, type="server_error", code="sampler_lost") from None
+            async for item in response:
+                yield item
         finally:
             response.cancel()
+
+
+async def answered(response: Any) -> Any:
+    """What some sampler replica answers; leaving early cancels the call."""
+    with told_as_losses():
+        try:
+            return await response
+        finally:
+            response.cancel()
+
+
+@contextlib.contextmanager
+def told_as_losses() -> Iterator[None]:
+    """What Ray raises where no sampler can answer, in `resuming`'s words."""
+    from ray.exceptions import ObjectLostError, RayActorError
+    from ray.serve.exceptions import (
+        BackPressureError,
+        DeploymentUnavailableError,
+        ReplicaUnavailableError,
+    )
+
+    from jobs.resuming import NoRoom, SamplerLost
+
+    try:
+        yield
+    except BackPressureError:
+        raise NoRoom from None
+    except (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError):
+        raise SamplerLost from None
+
+
+class Counted:
+    """ASGI layer that counts answers: by status, and those under way."""
+
+    def __init__(self, app: Any, metrics: "ServeMetrics") -> None:
+        self.app, self.metrics, self.under_way = app, metrics, 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.answered(message["status"])
+            await send(message)
+
+        self.under_way += 1
+        try:
+            await self.app(scope, receive, counted)
+        finally:
+            self.under_way -= 1
+
+    async def until_idle(self, seconds: float) -> None:
+        """Wait until nothing is under way, but no longer than that."""
+        deadline = time.monotonic() + seconds
+        while self.under_way and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
 
 
 def require_loopback() -> None:

@@ -20,16 +20,43 @@ from typing import Any
 from cascade_model.config import EngineConfig
 from cascade_model.errors import InputError
 from cascade_model.settings import check
+from jobs.autoscaling import POLICY, QueuedBlocks
 from jobs.cli import build, command
-from jobs.deployment import deployed
+from jobs.deployment import deployed, drain, without_the_controllers_end
+from jobs.gate import KEYS_VARIABLE, load_api_keys
 from jobs.launch import absolute
-from jobs.replicas import KEYS_VARIABLE, Ingress, Sampler
+from jobs.replicas import Ingress, Sampler
 from jobs.serve_yaml import amounts_of, check_serve_document, read_serve_yaml
+from jobs.slow_readers import DEFAULT_SECONDS, SECONDS_VARIABLE
 from pipelines.cluster import require_resources, start_ray
 
 APP = "cascade"
 BUILDER = "jobs.serve:build_app"
 DEPLOYMENTS = ("ingress", "sampler")
+SERVE_ENVIRONMENT = {
+    # HAProxy binds all interfaces and fixed ports: for clusters, behind a firewall.
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "jobs.slow_readers:middlewares",
+}
+"""For every process of a Serve on one machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig(QueuedBlocks):
+    """When sampler replicas are added and taken away, between min_replicas and max_replicas."""
+
+    up_seconds: float = 5.0
+    """The load must have been there for this long before replicas are added; from none, at once."""
+    down_seconds: float = 120.0
+    """It must have been gone for this long before they are taken away."""
+    to_zero_seconds: float = 600.0
+    """The same for the last replica, where min_replicas is 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("up_seconds", "down_seconds", "to_zero_seconds"):
+            value = getattr(self, name)
+            check(value >= 0, f"scaling.{name}={value} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +73,9 @@ class ServeConfig:
     """Port to listen on."""
     api_keys: str | None = None
     """File with one API key a line; keys in the variable CASCADE_API_KEYS (commas) count too."""
+    chat_template: str | None = None
+    """How chats become text: plain, chatml, or a Jinja template or its file; none: the model
+    folder's own, else plain."""
     no_auth: bool = False
     """Serve without any key; only on a loopback address."""
     min_replicas: int = 1
@@ -55,9 +85,22 @@ class ServeConfig:
     streams_per_replica: int = 8
     """Completions that one sampler replica decodes at once, block by block in turn."""
     max_in_flight: int = 64
-    """Completions decoded or waiting in all; beyond it clients get 429."""
+    """Completions decoded or waiting, of one ingress replica; beyond it clients get 429."""
     threads_per_replica: int = 1
     """Torch threads and Ray CPUs of one sampler replica."""
+    max_sampler_losses: int = 3
+    """Samplers that may die over a completion with no block in between; it goes on elsewhere. 0:
+    the first loss is an error."""
+    sampler_wait_seconds: float = 120.0
+    """A request waits this long for a sampler while none is heard of, as during a cold start."""
+    blocks_ahead: int = 64
+    """Blocks decoded before their reader takes them; then its place is given to others."""
+    reader_timeout_seconds: float = DEFAULT_SECONDS
+    """A stream whose reader takes nothing for this long is ended."""
+    drain_seconds: float = 60.0
+    """When the server is to end, open streams get this long; what is left ends with an error."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """When sampler replicas come and go."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The decode engine of a sampler replica."""
     serve_config: str | None = None
@@ -87,6 +130,14 @@ class ServeConfig:
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         check(self.max_in_flight >= 8, f"max_in_flight={self.max_in_flight} must be at least 8")
         check(
+            self.max_sampler_losses >= 0,
+            f"max_sampler_losses={self.max_sampler_losses} must not be negative; use 3",
+        )
+        check(self.blocks_ahead >= 1, f"blocks_ahead={self.blocks_ahead} must be at least 1")
+        for name in ("sampler_wait_seconds", "reader_timeout_seconds"):
+            check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        check(self.drain_seconds >= 0, f"drain_seconds={self.drain_seconds} must not be negative")
+        check(
             not self.no_auth or is_loopback(self.host),
             f"no_auth=True with host={self.host} would serve strangers; use host=127.0.0.1 or "
             "give api_keys",
@@ -113,13 +164,14 @@ def build_app(args: dict[str, Any]) -> Any:
     options = deployment_options(config)
     sampler = serve.deployment(name="sampler", **options["sampler"])(Sampler)
     ingress = serve.deployment(name="ingress", **options["ingress"])(serve.ingress()(Ingress))
-    return ingress.bind(
-        config, sampler.bind(config.model, config.threads_per_replica, config.engine)
-    )
+    places = config.streams_per_replica
+    samplers = sampler.bind(config.model, config.threads_per_replica, config.engine, places)
+    return ingress.bind(config, samplers)
 
 
 def deployment_options(config: ServeConfig) -> dict[str, dict[str, Any]]:
     """Serve's options of the two tiers, where a Serve YAML does not override them."""
+    scaling = config.scaling
     sampler = {
         "max_ongoing_requests": config.streams_per_replica,
         "max_queued_requests": config.max_in_flight,
@@ -130,13 +182,34 @@ def deployment_options(config: ServeConfig) -> dict[str, dict[str, Any]]:
         "autoscaling_config": {
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
-            "target_ongoing_requests": config.streams_per_replica,
+            "upscale_delay_s": scaling.up_seconds,
+            "downscale_delay_s": scaling.down_seconds,
+            "downscale_to_zero_delay_s": scaling.to_zero_seconds,
+            # Statements every second, the last five count: the delays are to do the waiting. Serve
+            # means to replace the first by variables, which nothing of 2.60 reads.
+            "metrics_interval_s": 1.0,
+            "look_back_period_s": 5.0,
+            "policy": {
+                "policy_function": POLICY,
+                "policy_kwargs": {
+                    "queue_seconds": scaling.queue_seconds,
+                    "free_share": scaling.free_share,
+                },
+            },
         },
         "graceful_shutdown_timeout_s": 60,
+        "health_check_period_s": 2,
         "max_constructor_retry_count": 2,
     }
-    # The ingress counts requests itself, so that its refusals have OpenAI's shape.
-    ingress = {"max_ongoing_requests": 100_000, "ray_actor_options": {"num_cpus": 0}}
+    # The ingress counts requests itself, so that its refusals have OpenAI's shape. In an update the
+    # new one is there before the old one goes; it takes no CPU.
+    ingress = {
+        "max_ongoing_requests": 100_000,
+        # Serve cuts what is left then without a word: longer than any stream should take.
+        "graceful_shutdown_timeout_s": 600,
+        "max_surge_percent": 100,
+        "ray_actor_options": {"num_cpus": 0},
+    }
     return {"sampler": sampler, "ingress": ingress}
 
 
@@ -167,8 +240,6 @@ def settings_of(application: dict[str, Any], source: str = "args") -> ServeConfi
 
 def require_keys(config: ServeConfig) -> None:
     """Refuse a server that anyone could use."""
-    from jobs.gate import load_api_keys
-
     if not config.no_auth and not load_api_keys(config.api_keys, os.environ.get(KEYS_VARIABLE, "")):
         raise InputError(
             "api_keys: no key is set; put keys into the variable CASCADE_API_KEYS or a file "
@@ -183,6 +254,9 @@ def serve_document(config: ServeConfig) -> dict[str, Any]:
     }
     args["model"] = absolute(config.model)
     args["api_keys"] = config.api_keys and absolute(config.api_keys)
+    if config.chat_template and "{" not in config.chat_template:
+        file = Path(config.chat_template)
+        args["chat_template"] = file.read_text("utf-8") if file.is_file() else str(file)
     application = {"name": APP, "route_prefix": "/", "import_path": BUILDER, "args": args}
     return {
         "proxy_location": "HeadOnly",
@@ -191,9 +265,10 @@ def serve_document(config: ServeConfig) -> dict[str, Any]:
     }
 
 
-def validate_serve_config(path: str | Path) -> dict[str, Any]:
-    """Read a Serve YAML strictly, the `args` of our own application included."""
-    document = read_serve_yaml(path)
+def validate_serve_config(path: str | Path, text: str | None = None) -> dict[str, Any]:
+    """Read a Serve YAML, or such a text out of the file at `path`, strictly, the `args` of our own
+    application included."""
+    document = read_serve_yaml(path, text)
     check_serve_document(document, str(path))
     host = document.get("http_options", {}).get("host", "127.0.0.1")
     for index, application in enumerate(document["applications"]):
@@ -208,7 +283,15 @@ def validate_serve_config(path: str | Path) -> dict[str, Any]:
                 name in DEPLOYMENTS,
                 f"{place}.deployments: no deployment `{name}`; known are {list(DEPLOYMENTS)}",
             )
+            _check_policy(deployment, f"{place}.deployments: {name}")
     return document
+
+
+def _check_policy(deployment: dict[str, Any], place: str) -> None:
+    """Settings of our own autoscaling policy; Serve hands them over when it is too late to tell."""
+    policy = (deployment.get("autoscaling_config") or {}).get("policy") or {}
+    if policy.get("policy_function") in (POLICY, POLICY.replace(":", ".")):
+        build(QueuedBlocks, policy.get("policy_kwargs") or {}, f"{place}: policy_kwargs")
 
 
 def is_loopback(host: str) -> bool:
@@ -260,12 +343,20 @@ def run(config: ServeConfig) -> dict[str, Any]:
             announce(document, url)
         stop.wait()
         print("ending: open streams get their time", flush=True)
-    ray.shutdown()
+        for application in filter(is_ours, document["applications"]):
+            drain(application.get("name", "default"), settings_of(application).drain_seconds)
+    with without_the_controllers_end():
+        ray.shutdown()
     return {"url": url}
 
 
 def start_ray_for(document: dict[str, Any]) -> None:
     """A Ray of this machine with a place for every replica, or one that can start them at least."""
+    ours = [settings_of(each) for each in filter(is_ours, document["applications"])]
+    seconds = max((own.reader_timeout_seconds for own in ours), default=DEFAULT_SECONDS)
+    # Read by the processes of a Ray that starts here; a cluster has its own (cluster/*.yaml).
+    for name, value in {**SERVE_ENVIRONMENT, SECONDS_VARIABLE: str(seconds)}.items():
+        os.environ.setdefault(name, value)
     start, most = wanted_of(document)
     start_ray(num_cpus=max(1, math.ceil(most)))
     require_resources(

@@ -17,10 +17,11 @@ _HIDDEN_MODELS = {
 }
 
 
-def read_serve_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping of a Serve config YAML; `InputError` for a file that is none."""
+def read_serve_yaml(path: str | Path, text: str | None = None) -> dict[str, Any]:
+    """The mapping of a Serve config YAML, or of such a text out of the file at `path`;
+    `InputError` for one that is none."""
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = yaml.safe_load(Path(path).read_text("utf-8") if text is None else text)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"serve_config={path} cannot be read ({error}); check the path") from None
     except yaml.YAMLError as error:

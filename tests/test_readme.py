@@ -21,6 +21,7 @@ CONFIGS = {
     "serve": "ServeConfig", "demo": "DemoConfig", "export": "ExportConfig",
     "sft": "SftConfig", "teach": "TeachConfig", "plan": {"pretrain": "pretrain"},
     "shards": {"verify": "VerifyConfig"}, "tokenizer": {"train": "TrainConfig"},
+    "validate": "ValidateConfig",
 }  # fmt: skip
 
 

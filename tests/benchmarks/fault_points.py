@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cascade_model import commit
+from cascade_model import commit, local_files
 from cascade_model.commit import RECORD_SUFFIX, Folder, HashingWriter, Record
 from cascade_model.manifest import MANIFEST
 
@@ -98,7 +98,7 @@ def install(events: Path, target: tuple[str, int]) -> None:
         publish(self, name, data)
 
     HashingWriter.write = write_then_stop  # type: ignore[method-assign]
-    commit.draft = draft_with_stops  # type: ignore[assignment]
+    commit.draft = local_files.draft = draft_with_stops  # type: ignore[assignment]
     Folder.commit = commit_known  # type: ignore[method-assign]
     Folder.publish = publish_after_a_stop  # type: ignore[method-assign]
 

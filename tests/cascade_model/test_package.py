@@ -9,7 +9,20 @@ import cascade_model
 
 FOLDER = Path(cascade_model.__file__).parent
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = (
+    "no",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+)
 
 
 def rows() -> list[list[str]]:

@@ -239,6 +239,25 @@ def test_the_machines_suffice_for_all_replicas_of_the_endpoint():
     assert replicas >= args["max_replicas"]
 
 
+HAPROXY = {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"}
+
+
+@pytest.mark.parametrize("name", ["kuberay-service.yaml", "kuberay-cluster.yaml"])
+def test_haproxy_is_on_at_the_head_and_at_every_worker(name):
+    [document] = [each for each in load(name) if each["kind"].startswith("Ray")]
+    for container in containers(document):
+        assert HAPROXY in container["env"], container["name"]
+
+
+def test_haproxy_is_on_for_the_launchers_cluster_and_off_on_one_machine():
+    from jobs.serve import SERVE_ENVIRONMENT
+
+    launcher = yaml.safe_load((CLUSTER / "aws.yaml").read_text(encoding="utf-8"))
+    assert "--env RAY_SERVE_ENABLE_HA_PROXY=1" in launcher["docker"]["run_options"]
+    assert SERVE_ENVIRONMENT[HAPROXY["name"]] == "0"
+    assert HAPROXY["name"] not in (CLUSTER / "local.yaml").read_text(encoding="utf-8")
+
+
 def test_the_endpoints_keys_come_from_a_secret():
     for container in containers(load("kuberay-service.yaml")[0]):
         (keys,) = [e for e in container["env"] if e["name"] == "CASCADE_API_KEYS"]

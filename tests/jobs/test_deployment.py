@@ -1,11 +1,12 @@
 """What Serve reports as text becomes the user's mistake again; the rest is in test_serve.py."""
 
+import sys
 import threading
 
 import pytest
 
 from cascade_model.errors import CheckpointMismatch, InputError
-from jobs.deployment import refusal_in, wait_until_running
+from jobs.deployment import refusal_in, wait_until_running, without_the_controllers_end
 
 TRACEBACK = """Deploying app 'cascade' failed with exception:
 Traceback (most recent call last):
@@ -24,6 +25,17 @@ def test_a_mistake_is_found_in_a_traceback_with_its_class(kind):
 
 def test_a_fault_of_ours_is_none_of_the_users():
     assert refusal_in("Traceback\nValueError: cascade_model") is None
+
+
+def test_only_the_controllers_own_end_is_left_out(capsys):
+    end = "(raylet) Task ServeController.graceful_shutdown failed. {} killed by `ray.kill`."
+    with without_the_controllers_end():
+        sys.stdout.write(end.format("The actor is dead because it was") + "\n")
+        sys.stdout.write("Task ServeController.deploy failed: another cause\nno line")
+        sys.stdout.write(" yet")
+    assert capsys.readouterr().out == (
+        "Task ServeController.deploy failed: another cause\nno line yet"
+    )
 
 
 @pytest.mark.ray

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from cascade_model.errors import InputError
-from jobs.gate import ApiKeys, Gate, load_api_keys
+from jobs.gate import KEYS_VARIABLE, ApiKeys, Gate, RotatingKeys, load_api_keys
 from jobs.openai_protocol import MAX_BODY_BYTES
 
 BEARER = [(b"authorization", b"Bearer right")]
@@ -116,3 +118,98 @@ def test_what_is_no_http_passes():
 
     asyncio.run(Gate(app, ApiKeys(["right"]), False)({"type": "lifespan"}, None, None))
     assert seen == ["lifespan"]
+
+
+class Clock:
+    """Time that stands until it is moved."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def rotating(tmp_path, monkeypatch):
+    """Keys of a file, the file, and what lets their time pass."""
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    file, clock = tmp_path / "keys", Clock()
+    file.write_text("old\n")
+    keys = RotatingKeys(str(file), every_seconds=1.0, clock=clock)
+
+    def later() -> None:
+        clock.now += 1.5
+
+    return keys, file, later
+
+
+def accepted(keys, *names: str) -> list[str]:
+    return [name for name in names if keys.accepts(f"Bearer {name}")]
+
+
+def test_keys_are_rotated_without_a_restart(rotating, monkeypatch):
+    keys, file, later = rotating
+    file.write_text("old\nnew\n")
+    assert accepted(keys, "old", "new") == ["old"]  # not looked at again yet
+    later()
+    assert accepted(keys, "old", "new") == ["old", "new"]
+    fresh = file.with_name("fresh")
+    fresh.write_text("new\n")
+    fresh.rename(file)
+    later()
+    assert accepted(keys, "old", "new") == ["new"]
+    monkeypatch.setenv(KEYS_VARIABLE, "third")
+    later()
+    assert accepted(keys, "new", "third") == ["new", "third"]
+
+
+def test_a_file_that_goes_leaves_the_keys_and_one_that_is_emptied_takes_them(rotating, caplog):
+    keys, file, later = rotating
+    file.rename(file.with_name("away"))
+    for _ in range(3):
+        later()
+        assert accepted(keys, "old") == ["old"]
+    assert len(caplog.records) == 1
+    file.write_text("")
+    later()
+    assert accepted(keys, "old", "") == []
+    file.write_text("old\nsesame\n")
+    later()
+    assert accepted(keys, "old", "sesame") == ["old", "sesame"]
+    assert not any(word in caplog.text for word in ("old", "sesame"))
+
+
+def test_an_unchanged_file_is_not_read_again(rotating, monkeypatch):
+    keys, _, later = rotating
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("read again"))
+    later()
+    assert accepted(keys, "old") == ["old"]
+
+
+def test_a_client_that_leaves_while_sending_is_no_failure(caplog):
+    async def reads(scope, receive, send):
+        raise ClientDisconnect
+
+    gate, sent = Gate(reads, None, False), []
+    scope = {"type": "http", "path": "/", "method": "POST", "headers": []}
+    asyncio.run(gate(scope, None, sent.append))
+    assert sent == []
+    assert not caplog.records
+
+
+def test_a_path_behind_a_prefix_is_judged_without_it():
+    async def visited(path: str) -> int:
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        scope = {"type": "http", "path": path, "root_path": "/tiny", "method": "GET", "headers": []}
+        await Gate(echo, ApiKeys(["right"]), False)(scope, receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(visited("/tiny/health")) == 200
+    assert asyncio.run(visited("/tiny/ready")) == 401

@@ -1,14 +1,18 @@
 """The deployed endpoint: settings, Serve YAMLs, and the real client over real Ray Serve."""
 
 import asyncio
+import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import yaml
@@ -27,6 +31,9 @@ from jobs.serve import (
     validate_serve_config,
     wanted_of,
 )
+from tests.benchmarks.serve_client import streams
+from tests.benchmarks.serve_runs import write_model
+from tests.jobs.client_cases import CASES
 from tests.tiny_models import text_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -309,13 +316,33 @@ def test_the_real_client_raises_its_own_errors(client, endpoint):
     assert long.value.code == "context_length_exceeded"
 
 
+@pytest.mark.ray
+def test_every_case_of_the_client_holds_behind_serve(client):
+    for case in CASES:
+        case(client, "tiny")
+
+
+@pytest.mark.ray
+def test_operators_routes_hold_behind_serve(endpoint):
+    root, key = endpoint.removesuffix("/v1"), {"Authorization": "Bearer sesame"}
+    wait_until(lambda: httpx.get(f"{root}/ready", headers=key).status_code == 200)
+    assert httpx.get(f"{root}/health").json() == {"status": "ok"}
+    assert "cascade_requests" in httpx.get(f"{root}/metrics", headers=key).text
+    assert httpx.get(f"{root}/tokenizer_info", headers=key).json()["eos_token"]
+    for path in ("/ready", "/metrics", "/tokenizer_info", "/openapi.json", "/v1/models"):
+        refused = httpx.get(f"{root}{path}")
+        assert refused.status_code == 401
+        assert refused.headers["x-request-id"]
+
+
 class EndlessSampler:
     """Decodes for ever and writes a dot for every block."""
 
     def __init__(self, file: str) -> None:
         self.file = file
 
-    async def blocks(self, prompt_tokens, params, choice):
+    async def blocks(self, prompt_tokens, params, choice, weights, committed, steps_made):
+        yield {"weights": weights}
         while True:
             with open(self.file, "a") as file:
                 file.write(".")
@@ -369,13 +396,16 @@ def wait_until(condition, seconds: float = 20) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
-def test_the_shipped_yaml_serves_prints_a_curl_line_and_ends_cleanly_on_sigterm(model, tmp_path):
+@pytest.mark.timeout(400)
+def test_the_shipped_yaml_serves_and_ends_cleanly_on_sigterm_with_streams_open(tmp_path):
     port = free_port()
 
     def change(document) -> None:
         document["http_options"]["port"] = port
-        document["applications"][0]["args"]["model"] = model
+        document["applications"][0]["args"] |= {
+            "model": write_model(tmp_path / "tiny"),
+            "reader_timeout_seconds": 2.0,
+        }
 
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"CASCADE_API_KEYS": "sesame"}
@@ -390,7 +420,7 @@ def test_the_shipped_yaml_serves_prints_a_curl_line_and_ends_cleanly_on_sigterm(
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         while "try: curl" not in log.read_text():
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -401,11 +431,43 @@ def test_the_shipped_yaml_serves_prints_a_curl_line_and_ends_cleanly_on_sigterm(
             assert client.completions.create(model="cascade", prompt="a", max_tokens=4).choices
             with pytest.raises(openai.AuthenticationError):
                 client.with_options(api_key="other").models.list()
+        assert is_let_go(port, seconds=90)
+        found, has_begun = [], threading.Event()
+        long = {"max_tokens": 200, "confidence_threshold": 1.0, "temperature": 1.0}
+        wanted = [{"model": "cascade", "prompt": "a", "seed": seed, **long} for seed in range(4)]
+        answers = threading.Thread(
+            target=lambda: found.extend(
+                asyncio.run(
+                    streams(url.removesuffix("/v1"), wanted, on_piece=lambda _: has_begun.set())
+                )
+            )
+        )
+        answers.start()
+        assert has_begun.wait(60), log.read_text()
     finally:
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=60) == 0, log.read_text()
+        assert server.wait(timeout=90) == 0, log.read_text()
+    answers.join()
+    assert [told.is_whole for told in found] == [True] * 4
+    assert "ServeController" not in log.read_text()
     require_free_port("127.0.0.1", port)
     assert not processes_of(server.pid)
+
+
+def is_let_go(port: int, seconds: float) -> bool:
+    """Whether the server drops a client that asks for megabytes and takes nothing."""
+    settings = {"n": 8, "logprobs": 5, "max_tokens": 900, "stream": True, "seed": 1}
+    settings |= {"stop_at_eos": False, "confidence_threshold": 0.0}
+    body = json.dumps({"model": "cascade", "prompt": ["a"] * 4, **settings}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\nAuthorization: Bearer sesame\r\n\r\n"
+    with socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(("127.0.0.1", port))
+        reader.sendall(head.encode() + body)
+        watch = select.poll()
+        watch.register(reader, 0)  # errors and hang-ups alone
+        return bool(watch.poll(seconds * 1000))
 
 
 def processes_of(session: int) -> list[str]:

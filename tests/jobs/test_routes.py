@@ -1,7 +1,6 @@
 """The routes in process, over a real tiny model: no Ray, milliseconds."""
 
 import asyncio
-import dataclasses
 import json
 
 import pytest
@@ -9,14 +8,19 @@ import torch
 from starlette.testclient import TestClient
 
 from cascade_model.llm import LLM
-from cascade_model.model import Transformer
 from cascade_model.tokenizer import byte_tokenizer
-from jobs.endpoint import Endpoint, build_api
-from jobs.gate import ApiKeys
 from jobs.openai_protocol import MAX_BODY_BYTES, overloaded
-from tests.tiny_models import text_config
+from jobs.routes import build_api
+from tests.jobs.tiny_endpoint import (
+    KEY,
+    client_of,
+    complete,
+    endpoint,
+    events_of,
+    require_error,
+    tiny_llm,
+)
 
-KEY = {"Authorization": "Bearer right"}
 USER = [{"role": "user", "content": "Hi"}]
 
 
@@ -31,56 +35,12 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    tokenizer = byte_tokenizer()
-    config = text_config(tokenizer)
-    model = Transformer(config)
-    model.init_weights(0)
-    return LLM(model.eval(), tokenizer)
-
-
-def endpoint(llm: LLM, **changes) -> Endpoint:
-    async def decode(tokens, params, choice):
-        for block in llm.blocks(tokens, params, choice):
-            await asyncio.sleep(0)
-            yield dataclasses.asdict(block)
-
-    settings = {
-        "model_name": "tiny",
-        "config": llm.config,
-        "tokenizer": llm.tokenizer,
-        "fingerprint": "cascade-test",
-        "decode": decode,
-        "keys": ApiKeys(["other", "right"]),
-        "max_choices_in_flight": 16,
-    }
-    return Endpoint(**{**settings, **changes})
+    return tiny_llm()
 
 
 @pytest.fixture
 def client(llm) -> TestClient:
-    return TestClient(build_api(endpoint(llm)), headers=KEY, raise_server_exceptions=False)
-
-
-def complete(client, **fields):
-    return client.post("/v1/completions", json={"model": "tiny", "prompt": "abc", **fields})
-
-
-def events_of(response) -> list:
-    lines = [line for line in response.text.split("\n\n") if line]
-    assert all(line.startswith("data: ") for line in lines)
-    return [
-        line[6:] if line == "data: [DONE]" else json.loads(line.removeprefix("data: "))
-        for line in lines
-    ]
-
-
-def require_error(response, status: int, param: str | None, code: str | None) -> dict:
-    assert response.status_code == status, response.text
-    assert response.headers["x-request-id"].startswith("req_")
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert (error["param"], error["code"]) == (param, code), error
-    return error
+    return client_of(llm)
 
 
 def test_an_answer_has_text_reason_usage_and_passes(client):
@@ -118,15 +78,12 @@ def test_a_list_of_prompts_is_answered_in_order_as_each_alone(client):
 def filling():
     """A model that claims to be trained on rearranged texts."""
     tokenizer = byte_tokenizer().with_infill()
-    config = text_config(tokenizer, infill="psm", infill_ids=tokenizer.infill_ids)
-    model = Transformer(config)
-    model.init_weights(0)
-    with LLM(model.eval(), tokenizer) as own:
+    with tiny_llm(tokenizer, infill="psm", infill_ids=tokenizer.infill_ids) as own:
         yield own
 
 
 def test_a_suffix_is_seen_and_counted(filling):
-    client = TestClient(build_api(endpoint(filling)), headers=KEY)
+    client = client_of(filling)
     asked = {"suffix": "xy", "max_tokens": 10, "seed": 3}
     body = complete(client, **asked).json()
     assert body["usage"]["prompt_tokens"] == len("abc") + len("xy") + 3
@@ -142,6 +99,8 @@ def test_a_suffix_is_seen_and_counted(filling):
     several = complete(client, **(asked | {"prompt": ["abc", "d"]})).json()
     assert several["choices"][0] == body["choices"][0]
     assert several["usage"]["prompt_tokens"] == 8 + 6
+    echoed = complete(client, echo=True, **asked).json()["choices"]
+    assert echoed[0]["text"] == "abc" + body["choices"][0]["text"]
     without = complete(client, **(asked | {"suffix": ""})).json()
     assert without["usage"]["prompt_tokens"] == 3
 
@@ -149,7 +108,7 @@ def test_a_suffix_is_seen_and_counted(filling):
 def test_a_suffix_that_the_model_cannot_see_is_refused_by_its_name(client, filling):
     error = require_error(complete(client, suffix="xy"), 400, "suffix", "unsupported_parameter")
     assert "infill=psm" in error["message"]
-    able = TestClient(build_api(endpoint(filling)), headers=KEY)
+    able = client_of(filling)
     too_long = complete(able, suffix="x" * 120)
     require_error(too_long, 400, "prompt", "context_length_exceeded")
     body = {"model": "tiny", "messages": USER, "suffix": "xy"}
@@ -263,7 +222,11 @@ def test_models_are_listed_and_shown_by_name(client):
         ({"prompt": ["a"] * 3, "n": 8}, "n", "invalid_value"),
         ({"logit_bias": {"1": 2}}, "logit_bias", "unsupported_parameter"),
         ({"temprature": 1}, "temprature", "unknown_parameter"),
-        ({"temperature": 1e999}, "temperature", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"prompt": ["a"] * 64, "max_tokens": 100_000}, "max_tokens", "invalid_value"),
+        ({"prompt": ["a" * 600_000] * 2}, "prompt", "invalid_value"),
+        ({"logprobs": 21}, "logprobs", "invalid_value"),
+        ({"echo": "yes"}, "echo", "invalid_value"),
     ],
 )
 def test_a_bad_field_is_a_400_that_names_it(client, fields, param, code):
@@ -277,7 +240,17 @@ def test_every_other_error_has_the_same_shape(client, llm):
     post = {"url": "/v1/completions", "headers": {"Content-Type": "application/json"}}
     require_error(client.post(**post, content="{bad"), 400, None, "invalid_json")
     require_error(client.post(**post, content="[1]"), 400, None, "invalid_value")
-    require_error(client.post(**post, content=b'{"model": "\xff"}'), 400, None, None)
+    require_error(client.post(**post, content=b'{"model": "\xff"}'), 400, None, "invalid_json")
+    require_error(client.post(**post, content=""), 400, None, "invalid_json")
+    endless = '{"model": "tiny", "prompt": "a", "temperature": 1e999}'
+    require_error(client.post(**post, content=endless), 400, "temperature", "invalid_value")
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "application/jsonp"):
+        reply = client.post(post["url"], content="{}", headers={"Content-Type": kind})
+        require_error(reply, 415, None, "unsupported_media_type")
+    bare = client.build_request("POST", post["url"], content=b"{}")
+    require_error(client.send(bare), 415, None, "unsupported_media_type")
+    crowd = client.get("/v1/models", headers={f"x-{place}": "y" for place in range(120)})
+    require_error(crowd, 431, None, "too_many_headers")
     missing = client.post("/v1/completions", json={"model": "tiny"})
     require_error(missing, 400, "prompt", "missing_required_parameter")
     require_error(client.get("/nowhere"), 404, None, "unknown_url")

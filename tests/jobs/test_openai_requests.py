@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from jobs.openai_protocol import ChatRequest, CompletionRequest
+from jobs.openai_requests import ChatRequest, CompletionRequest
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -69,8 +69,6 @@ def test_a_value_outside_its_bounds_is_refused(fields):
     [
         ("logit_bias", {"5": 1}),
         ("best_of", 2),
-        ("echo", True),
-        ("logprobs", 0),
         ("presence_penalty", 0.5),
         ("frequency_penalty", -1),
         ("tools", [{"type": "function"}]),
@@ -91,6 +89,9 @@ def test_a_suffix_is_for_completions_and_not_for_chats():
     for wrong in (["end"], 1, "x" * 1_000_001):
         with pytest.raises(ValidationError, match="suffix"):
             completion(suffix=wrong)
+    completion(suffix="end", echo=True)
+    with pytest.raises(ValidationError, match="so without a `suffix`"):
+        completion(suffix="end", echo=True, logprobs=1)
 
 
 def test_a_misspelt_field_is_answered_with_the_right_name():

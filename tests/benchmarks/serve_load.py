@@ -1,0 +1,144 @@
+"""Overload, hang-ups and a soak of an endpoint: what a fault table says of them."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tests.benchmarks.report import Row
+from tests.benchmarks.serve_client import Told, client, streamed
+from tests.benchmarks.serve_runs import busy_slots, requests, serve_processes
+
+PLACES = 16
+"""Choices in flight that the server under load takes."""
+
+
+LONG = {"max_tokens": 200, "stop_at_eos": False}
+"""Each takes as long as any other, and long by the side of a refusal."""
+
+
+async def at_peak(url: str, seconds: float) -> list[Told]:
+    """As many clients as there are places, each asking again as soon as it is answered."""
+    found: list[Told] = []
+    deadline = time.monotonic() + seconds
+
+    async def ask(http: Any, request: dict[str, Any]) -> None:
+        while time.monotonic() < deadline:
+            found.append(await streamed(http, request))
+
+    async with client(url) as http:
+        await asyncio.gather(*(ask(http, each) for each in requests(PLACES, **LONG)))
+    return found
+
+
+async def at_rate(url: str, a_second: float, seconds: float) -> list[Told]:
+    """As many requests as there are places, then so many a second, whatever becomes of those
+    before; nobody asks twice."""
+    tasks = []
+    wanted = requests(PLACES, **LONG)
+    async with client(url) as http:
+        for number in range(PLACES + round(a_second * seconds)):
+            tasks.append(asyncio.create_task(streamed(http, wanted[number % PLACES])))
+            await asyncio.sleep(0 if number < PLACES else 1 / a_second)
+        return list(await asyncio.gather(*tasks))
+
+
+def overload_rows(url: str, seconds: float) -> Iterator[Row]:
+    """Peak and three times its requests, twice each in turn."""
+    rates: list[list[float]] = [[], []]
+    refused = wrong = unasked = 0
+    for _ in range(2):
+        began = time.perf_counter()
+        found = asyncio.run(at_peak(url, seconds))
+        rates[0].append(sum(told.is_whole for told in found) / (time.perf_counter() - began))
+        unasked += sum(not told.is_whole for told in found)
+        began = time.perf_counter()
+        found = asyncio.run(at_rate(url, 3 * rates[0][-1], seconds))
+        rates[1].append(sum(told.is_whole for told in found) / (time.perf_counter() - began))
+        rejects = [told for told in found if not told.is_whole]
+        refused += len(rejects)
+        wrong += sum(told.status != 429 or told.retry_after is None for told in rejects)
+    yield Row("overload x 3: peak", sum(rates[0]) / 2, "requests/s")
+    yield Row("... goodput by that of the peak", sum(rates[1]) / sum(rates[0]), "", bar=0.9)
+    yield Row("... refused with 429 and Retry-After", refused - wrong, "requests", bar=1)
+    yield Row("... refused otherwise", wrong, "", bar=0, is_limit=True)
+    yield Row("control: refused at the peak", unasked, "requests", bar=0, is_limit=True)
+
+
+async def hung_up(url: str, count: int) -> int:
+    """Busy places while nobody hangs up; then `count` clients that leave after the first piece."""
+
+    def leave(told: Told) -> None:
+        raise EOFError
+
+    async with client(url) as http:
+        long = requests(8, max_tokens=400)
+        stay = [asyncio.create_task(streamed(http, each)) for each in long]
+        busy = 0
+        while not busy and not all(task.done() for task in stay):
+            busy = await asyncio.to_thread(busy_slots)
+        await asyncio.gather(*stay)
+        for start in range(0, count, 10):
+            batch = requests(min(10, count - start), max_tokens=800)
+            await asyncio.gather(*(streamed(http, each, leave) for each in batch))
+    return busy
+
+
+def hang_up_rows(url: str, count: int) -> Iterator[Row]:
+    """Clients leave in mid-stream; the places must be free soon after the last one."""
+    busy = asyncio.run(hung_up(url, count))
+    began = time.perf_counter()
+    while left := busy_slots():
+        if time.perf_counter() - began > 10:
+            break
+    took = time.perf_counter() - began
+    yield Row("hang-ups: places still held", left, f"after {count}", bar=0, is_limit=True)
+    yield Row("... seconds until all were free", took, "s", bar=1, is_limit=True)
+    yield Row("control: places held while the clients stay", busy, "places", bar=1)
+
+
+def growth(values: Sequence[float], steps: Sequence[float]) -> float:
+    """Least-squares slope of the values over the steps."""
+    mean_x, mean_y = sum(steps) / len(steps), sum(values) / len(values)
+    above = sum((x - mean_x) * (y - mean_y) for x, y in zip(steps, values, strict=True))
+    return above / sum((x - mean_x) ** 2 for x in steps)
+
+
+def soak_rows(url: str, count: int) -> Iterator[Row]:
+    """Short requests, 8 at a time; memory and descriptors of every process in their second half."""
+    seen: list[tuple[int, dict[int, tuple[float, int]]]] = []
+    wrong = 0
+
+    async def soak() -> None:
+        nonlocal wrong
+        async with client(url) as http:
+            for start in range(0, count, 40):
+                batch = requests(40, max_tokens=8, confidence_threshold=0.0)
+                for group in range(0, 40, 8):
+                    told = await asyncio.gather(
+                        *(streamed(http, each) for each in batch[group : group + 8])
+                    )
+                    wrong += sum(not each.is_whole for each in told)
+                seen.append((start + 40, measured()))
+
+    asyncio.run(soak())
+    half = seen[len(seen) // 2 :]
+    steps = [number for number, _ in half]
+    same = set.intersection(*(set(each) for _, each in half))
+    names = {each.pid: each.name().removeprefix("ray::") for each in serve_processes()}
+    kilobytes = [growth([each[pid][0] for _, each in half], steps) / 1024 for pid in same]
+    files = [half[-1][1][pid][1] - half[0][1][pid][1] for pid in same]
+    yield Row("soak: requests", count, "requests")
+    yield Row("... that failed", wrong, "", bar=0, is_limit=True)
+    yield Row("... processes watched: proxy, ingress, samplers", len(same), "", bar=4)
+    for pid, slope in zip(same, kilobytes, strict=True):
+        yield Row(f"... memory of {names[pid]}", slope, "KB/request")
+    yield Row("... memory, the fastest-growing process", max(kilobytes), "KB/request", bar=4,
+              is_limit=True)  # fmt: skip
+    yield Row("... descriptors, the fastest-growing process", max(files), "more", bar=4,
+              is_limit=True)  # fmt: skip
+
+
+def measured() -> dict[int, tuple[float, int]]:
+    """Resident bytes and descriptors of the server's processes."""
+    return {each.pid: (float(each.memory_info().rss), each.num_fds()) for each in serve_processes()}

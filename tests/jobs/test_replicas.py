@@ -1,0 +1,81 @@
+"""A sampler without Ray around it: its greeting, its refusal, and the places that it frees."""
+
+import asyncio
+import dataclasses
+
+import pytest
+
+from cascade_model.config import EngineConfig
+from cascade_model.sampling import SamplingParams
+from jobs.replicas import Sampler
+from tests.benchmarks.serve_runs import write_model
+
+PROMPT = list(b"def f(")
+LONG = dataclasses.asdict(SamplingParams(max_tokens=800, confidence_threshold=1.0, temperature=1.0))
+
+
+@pytest.fixture(scope="module")
+def sampler(tmp_path_factory):
+    model = write_model(tmp_path_factory.mktemp("replica") / "tiny")
+    sampler = Sampler(model, 1, EngineConfig(), 8)
+    yield sampler
+    sampler._llm.close()
+
+
+def blocks(sampler, weights=None, params=LONG, committed=(), steps_made=0):
+    own = weights or sampler._weights
+    return sampler.blocks(PROMPT, params, 0, own, list(committed), steps_made)
+
+
+def test_it_greets_with_its_weights_and_refuses_others(sampler):
+    async def said():
+        return [item async for item in blocks(sampler, weights="other")]
+
+    before = sampler._llm.counters.passes
+    assert asyncio.run(said()) == [{"weights": sampler._weights}]
+    assert sampler._llm.counters.passes == before
+
+
+def test_it_goes_on_behind_committed_tokens(sampler):
+    params = dataclasses.asdict(SamplingParams(max_tokens=14, temperature=1.0, seed=3))
+
+    async def said(**changes):
+        greeting, *told = [item async for item in blocks(sampler, params=params, **changes)]
+        assert set(greeting) == {"weights"}
+        return told
+
+    whole = asyncio.run(said())
+    done = whole[:2]
+    tokens = [token for block in done for token in block["tokens"]]
+    steps = sum(block["steps"] for block in done)
+    rest = asyncio.run(said(committed=tokens, steps_made=steps))
+    assert [block["tokens"] for block in rest] == [block["tokens"] for block in whole[2:]]
+
+
+def test_eight_that_leave_free_their_places_within_two_rounds(sampler):
+    async def leave() -> tuple[int, int, int]:
+        streams = [blocks(sampler) for _ in range(8)]
+        for stream in streams:
+            await anext(stream)
+            await anext(stream)
+        held = sampler._llm.counters.running
+        assert sampler._load.running == 8
+        for stream in streams:
+            await stream.aclose()
+        left = sampler._llm.counters.rounds
+        while sampler._llm.counters.running:
+            await asyncio.sleep(0)
+        return held, left, sampler._llm.counters.rounds
+
+    held, left, free = asyncio.run(leave())
+    assert held == 8
+    assert free - left <= 2
+    assert (sampler._load.running, sampler._load.blocks_left) == (0, 0)
+
+
+def test_it_is_unhealthy_once_its_engine_has_ended(tmp_path):
+    sampler = Sampler(write_model(tmp_path / "tiny"), 1, EngineConfig(), 8)
+    sampler.check_health()
+    sampler._llm.close()
+    with pytest.raises(RuntimeError, match="has ended"):
+        sampler.check_health()
