@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from cascade_model import checkpoint, parallel
@@ -36,7 +37,8 @@ def step(model, adam, rows):
 
 def sharded(seed: int):
     model = made(seed)
-    parallel.shard(model, [model[0]], torch.device("cpu"))
+    fully_shard(model[0])
+    fully_shard(model)
     assert isinstance(model[1].weight, DTensor)
     return model, adam_of(model)
 
