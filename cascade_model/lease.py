@@ -221,7 +221,9 @@ def _is_of(last: _Held | None, owner: Owner) -> bool:
 
 
 def _record(owner: Owner, is_released: bool) -> bytes:
-    return (json.dumps({"owner": asdict(owner), "is_released": is_released}) + "\n").encode()
+    """Bytes of this writing alone, so that no other's record is taken for the own one."""
+    values = {"owner": asdict(owner), "is_released": is_released, "written": uuid.uuid4().hex}
+    return (json.dumps(values) + "\n").encode()
 
 
 def _taken_over(folder: Folder, last: _Held | None) -> str:

@@ -103,6 +103,27 @@ def test_a_new_start_of_the_same_run_fences_off_the_one_before(tmp_path):
         second.check()
 
 
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_of_two_starts_of_one_run_at_once_one_is_fenced_off(place, tmp_path, monkeypatch):
+    """The slower one looked at the lease and stands still before it creates the next record."""
+    folder = Folder(tmp_path if place == "local" else f"memory://{tmp_path.name}/run")
+    create, newer = Folder.create, []
+
+    def overtaken(self, name, data):
+        monkeypatch.setattr(Folder, "create", create)
+        newer.append(begin(folder, owner))
+        return create(self, name, data)
+
+    with hold(folder) as owner:
+        monkeypatch.setattr(Folder, "create", overtaken)
+        attempts = [begin(folder, owner), *newer]
+        assert len({attempt.number for attempt in attempts}) == 2
+        older, last = sorted(attempts, key=lambda attempt: attempt.number)
+        last.check()
+        with pytest.raises(LeaseLost):
+            older.check()
+
+
 def run_that_is_replaced(path):
     folder = Folder(path)
     with hold(folder) as owner:
