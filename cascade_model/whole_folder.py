@@ -7,6 +7,7 @@ hashes that do not agree.
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -92,4 +93,13 @@ def _replace(work: Path, target: Path) -> None:
         os.rename(target, old)
     os.rename(work, target)
     _flush_entry(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove_old(target)
+
+
+def _remove_old(target: Path) -> None:
+    """Remove what stood in the place before, and what a kill left of that in earlier times; only
+    now, as until here it may be all that there is."""
+    is_old = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{32}}\.old\.tmp").fullmatch
+    for path in target.parent.iterdir():
+        if is_old(path.name):
+            shutil.rmtree(path, ignore_errors=True)

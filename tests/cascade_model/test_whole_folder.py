@@ -1,5 +1,9 @@
 """A folder is whole or not there."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from cascade_model.commit import Folder
@@ -37,6 +41,59 @@ def test_a_failure_leaves_what_was_there(tmp_path):
         fail()
     assert (tmp_path / "made/file").read_text() == "old"
     assert [f.name for f in tmp_path.iterdir()] == ["made"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cascade_model import whole_folder as module
+rename, calls = os.rename, iter(range(9))
+
+def die_at(call):
+    def renaming(one, other):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(one, other)
+    return renaming
+
+def die_behind(path):
+    if path == Path(sys.argv[1]).parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[2] == "between":
+    os.rename = die_at(1)
+else:
+    module._flush_entry = die_behind
+with module.whole_folder(sys.argv[1], lambda _: True, "thing") as work:
+    (work / "file").write_text("newer")
+"""
+
+
+@pytest.mark.parametrize("moment", ["between", "behind"])
+def test_what_a_kill_left_of_the_old_goes_with_the_next_replacement(moment, tmp_path):
+    """Killed between the two renames, or behind them; what others left beside it is theirs."""
+    target = tmp_path / "made"
+    target.mkdir()
+    (target / "file").write_text("old")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(target), moment], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    [left] = tmp_path.glob(".made.*.old.tmp")
+    assert (left / "file").read_text() == "old"
+    others = [tmp_path / f".{name}.{'0' * 32}.old.tmp" for name in ("made.x", "x.made")]
+    for other in others:
+        other.mkdir()
+
+    def fail():
+        with whole_folder(target, always, "thing"):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert left.exists()
+    with whole_folder(target, always, "thing") as work:
+        (work / "file").write_text("newest")
+    assert (target / "file").read_text() == "newest"
+    assert sorted(tmp_path.glob(".*.old.tmp")) == sorted(others)
 
 
 def test_only_its_own_kind_is_replaced(tmp_path):
