@@ -31,6 +31,7 @@ from cascade_model.checkpoint_state import load, load_weights, state_of
 from cascade_model.checkpoint_storage import STATE, PartsPlanner, Writer, cause_of
 from cascade_model.commit import Folder
 from cascade_model.errors import CheckpointMismatch, InputError, Unfinished
+from cascade_model.hashing import HashingWriter
 from cascade_model.retention import Keep
 from cascade_model.staging import HostCopy
 
@@ -81,7 +82,9 @@ class Checkpoints:
 
     `check` raises where this process may no longer write (`Attempt.check`); `tell` shows a line to
     the person who watches, from the first rank alone. `attempt` is the lease's number, for the
-    names of folders. `timeout` bounds how long a rank waits for the others in a save (seconds).
+    names of folders. `timeout` bounds for how long a rank may stand still in a save (seconds), or
+    the first one take for the manifest, COMMIT and the removal of old ones; the writing of the data
+    may take any time.
     """
 
     def __init__(
@@ -92,12 +95,13 @@ class Checkpoints:
         tell: Callable[[str], None],
         *,
         attempt: int = 0,
-        timeout: float = 1800.0,
+        timeout: float = 600.0,
     ) -> None:
         self.failures = 0
         """Saves that failed so far."""
         self._folder, self._keep, self._check, self._tell = folder, keep, check, tell
         self._group = _own_group(timeout)
+        self._beat = timeout / 10
         self._attempt = f"{attempt:08d}-{self._same_on_all(secrets.token_hex(8))}"
         self._saves = 0
         self._stager = HostCopy()
@@ -153,7 +157,7 @@ class Checkpoints:
 
         future = async_save(
             {STATE: state_of(model, optimizer)},
-            storage_writer=Writer(target / attempt, self._check, seal),
+            storage_writer=Writer(target / attempt, self._check, seal, self._at_work),
             planner=PartsPlanner(),
             process_group=self._group,
             async_stager=self._stager,
@@ -171,6 +175,11 @@ class Checkpoints:
                 "are in no checkpoint; free some space or mend the storage and run the same "
                 "command again, which goes on from the checkpoint before it"
             )
+
+    def _at_work(self, write: Callable[[], HashingWriter | None]) -> HashingWriter | None:
+        if self._group is None:
+            return write()
+        return parallel.all_at_work(write, self._group, self._beat)
 
     def _end(self, saving: Saving, sealed: Sealing, future: Future) -> None:
         """In the thread that saved, on every rank."""

@@ -46,6 +46,7 @@ from cascade_model.checkpoint_files import (
 from cascade_model.checkpoint_reading import read_parts
 from cascade_model.commit import Folder, reason_of
 from cascade_model.errors import InputError, Unfinished, of_store
+from cascade_model.hashing import HashingWriter
 from cascade_model.staging import Part
 from cascade_model.tensor_files import DTYPES
 
@@ -56,6 +57,7 @@ _PIECE = 8 << 20
 STATE = "state"
 """The one thing that is saved: DCP keeps books on each of them, which takes 0.1 ms of training."""
 Seal = Callable[[dict[str, Entry], dict[str, File]], None]
+AtWork = Callable[[Callable[[], HashingWriter | None]], HashingWriter | None]
 
 
 class PartsPlanner(DefaultSavePlanner):
@@ -88,11 +90,14 @@ class Writer(StorageWriter):
     """Writes one file per rank into a folder of this attempt's own; `seal` is the last act.
 
     `check` is asked on the first rank before anything is written. What the storage refuses is an
-    `Unfinished`, which travels between ranks; DCP tells all of them, so they agree.
+    `Unfinished`, which travels between ranks; DCP tells all of them, so they agree. `at_work` does
+    this rank's writing, and returns what it does when all have written.
     """
 
-    def __init__(self, data: Folder, check: Callable[[], None], seal: Seal) -> None:
-        self._data, self._check, self._seal = data, check, seal
+    def __init__(
+        self, data: Folder, check: Callable[[], None], seal: Seal, at_work: AtWork
+    ) -> None:
+        self._data, self._check, self._seal, self._at_work = data, check, seal, at_work
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """A writer is used once."""
@@ -116,10 +121,14 @@ class Writer(StorageWriter):
         """This rank's file; its bytes and hash go to the first rank with the results."""
         file = f"rank_{self._rank:05d}.safetensors"
         done: Future[list[WriteResult]] = Future()
-        written = None
-        if plan.items:
+
+        def put() -> HashingWriter | None:
+            if not plan.items:
+                return None
             with _storage_errors(self._data):
-                written = self._data.put(file, lambda out: _write(out, plan, planner, file))
+                return self._data.put(file, lambda out: _write(out, plan, planner, file))
+
+        written = self._at_work(put)
         stored = written and (file, File(bytes=written.bytes, sha256=written.sha256))
         done.set_result([WriteResult(item.index, _size(item), stored) for item in plan.items])
         return done

@@ -6,6 +6,7 @@ Everything works for one process without a group, so the trainer has a single pa
 import atexit
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -86,6 +87,23 @@ def only_first_rank(work: Callable[[], Result]) -> Result:
 
     on_first_rank(keep)
     return mine[0]
+
+
+def all_at_work(work: Callable[[], Result], group: dist.ProcessGroup, beat: float) -> Result:
+    """Do something on every rank and go on when it is done on all, or raise this rank's error.
+
+    All meet every `beat` seconds meanwhile, so the group's timeout bounds for how long a rank may
+    stand still, and not for how long it may work. The error of a rank that is lost comes when this
+    one's own work has ended.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        done, are_busy = pool.submit(work), True
+        while are_busy:
+            wait([done], timeout=beat)
+            busy = torch.tensor(float(not done.done()))
+            dist.all_reduce(busy, group=group)
+            are_busy = bool(busy)
+    return done.result()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

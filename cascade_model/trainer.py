@@ -48,7 +48,8 @@ class Trainer:
     `owner` holds the run folder; without one, this process does while it trains. `published` is
     what the initial weights came from, passed on to `model/` for an export. `on_save` is called on
     every rank when a save has begun; `stop_wanted` is asked on every rank once a step for a reason
-    to stop, one rank's being enough; `held_out` is run by all ranks together.
+    to stop, one rank's being enough; `held_out` is run by all ranks together. A rank that stands
+    still for longer than `collective_timeout_s`, in a step or in a save, ends the others.
     """
 
     model: Network
@@ -66,6 +67,7 @@ class Trainer:
     on_save: Callable[[Saving], None] = lambda saving: None
     stop_wanted: Callable[[], str | None] = lambda: None
     held_out: Callable[[Network], HeldOut] | None = None
+    collective_timeout_s: float = 600.0
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, from the newest complete checkpoint if there is one.
@@ -76,7 +78,7 @@ class Trainer:
         loss stops being finite or another run holds the folder, `LeaseLost` when another took it
         over, `CheckpointMismatch` when the folder's checkpoint belongs to another run.
         """
-        parallel.join_group(self.device)
+        parallel.join_group(self.device, self.collective_timeout_s)
         self._passes = len(spans(0, self.trainer, parallel.rank(), parallel.world_size()))
         self._length = self.corpus.sequence_length
         self._total = self.trainer.num_steps * self.trainer.sequences_per_step
@@ -103,6 +105,7 @@ class Trainer:
             self._attempt.check,
             tell,
             attempt=self._attempt.number,
+            timeout=self.collective_timeout_s,
         )
 
     def _run(self, found: Checkpoint | None) -> dict[str, Any]:
@@ -131,7 +134,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def _save_ended(self) -> Iterator[None]:
-        """If the body fails, the save that is on its way still ends before the folder is let go."""
+        """If the body fails, the save that is on its way still ends before the folder is let go.
+
+        It waits for no rank that stands still for longer than the bound, and so ends.
+        """
         try:
             yield
         except Exception:

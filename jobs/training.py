@@ -189,6 +189,7 @@ def fit(
         on_save=started.on_save,
         stop_wanted=started.stop_wanted,
         held_out=held_out_of(config),
+        collective_timeout_s=config.collective_timeout_s,
     ).fit()
 
 

@@ -18,6 +18,8 @@ from tests.benchmarks.report import Row
 BOUND = 6.0
 """Seconds that ranks wait for one that stands still."""
 GRACE = 5.0
+STILL_IN_SAVE = (("data half written", 1), ("manifest written", 0))
+"""The first rank waits for the other's data, the other one for the first rank's COMMIT."""
 PER_STEP = 4
 _TOLERANCE = 1e-6
 
@@ -34,29 +36,45 @@ def rank_rows(
 
 def still_rows(launcher: Launcher, corpus: str, folder: Path, undisturbed: Result) -> Iterator[Row]:
     """SIGSTOP of a rank; the control waits for longer than the check does."""
-    seconds, told, again = _stand_still(launcher, corpus, folder / "run", BOUND)
+    seconds, told, again = stand_still(launcher, corpus, folder / "run", BOUND)
     yield Row("SIGSTOP of a rank: the other one ends, after", seconds, "s", BOUND + GRACE, True)
     yield Row("SIGSTOP: it says that it waited in vain", int("timed out" in told.lower()), "of 1",
               bar=1)  # fmt: skip
     same = again == [0, 0] and result_of(folder / "run/run") == undisturbed
     yield Row("SIGSTOP: run again, weights and log lines as undisturbed", int(same), "of 1", bar=1)
-    longer, _, _ = _stand_still(launcher, corpus, folder / "control", 10 * BOUND)
+    longer, _, _ = stand_still(launcher, corpus, folder / "control", 10 * BOUND)
     is_late = longer > BOUND + GRACE
     yield Row("control: with a longer patience it still waits", int(is_late), "of 1", bar=1)
+    for phase, rank in STILL_IN_SAVE:
+        name, run = name_of(phase, rank), folder / phase
+        seconds, _, again = stand_still(launcher, corpus, run, BOUND, (phase, rank, 3))
+        limit = BOUND + GRACE
+        yield Row(f"SIGSTOP, {name}: the other one ends, after", seconds, "s", limit, True)
+        same = again == [0, 0] and result_of(run / "run") == undisturbed
+        yield Row(f"SIGSTOP, {name}: run again, all as undisturbed", int(same), "of 1", bar=1)
 
 
-def _stand_still(
-    launcher: Launcher, corpus: str, folder: Path, bound: float
+def stand_still(
+    launcher: Launcher,
+    corpus: str,
+    folder: Path,
+    bound: float,
+    point: tuple[str, int, int] = ("collective", 1, 5),
 ) -> tuple[float, str, list[int | None]]:
-    """Seconds until the rank beside the stopped one ended (infinite: not in time), its words, and
-    how the same command ended that was run again."""
+    """Stop a rank when it comes to a phase for the n-th time (`point`).
+
+    Seconds until the rank beside it ended (infinite: not in time), its words, and how the same
+    command ended that was run again.
+    """
+    phase, still, number = point
     words = [*flags(corpus, folder / "run"), "--collective-timeout-s", str(bound)]
-    ranks = launcher.start(words, folder / "events", target=(name_of("collective", 1), 5))
+    ranks = launcher.start(words, folder / "events", target=(name_of(phase, still), number))
     seconds = math.inf
     if ranks.until_paused():
-        ranks.signal(signal.SIGSTOP, 1)
+        ranks.signal(signal.SIGSTOP, still)
         began = time.monotonic()
-        if _ended(ranks, 0, BOUND + GRACE) and ranks.exits[0] not in (0, None):
+        other = 1 - still
+        if _ended(ranks, other, BOUND + GRACE) and ranks.exits[other] not in (0, None):
             seconds = time.monotonic() - began
     ranks.kill_all()  # what `torchrun` does when a rank has failed
     told = ranks.told()

@@ -16,7 +16,14 @@ from tests.benchmarks.faults_train import (
     round_of,
     undisturbed_run,
 )
-from tests.benchmarks.faults_train_ranks import committed, difference, follows, steps_of
+from tests.benchmarks.faults_train_ranks import (
+    STILL_IN_SAVE,
+    committed,
+    difference,
+    follows,
+    stand_still,
+    steps_of,
+)
 from tests.benchmarks.rank_points import (
     AFTER_DATA,
     IN_SAVE,
@@ -138,6 +145,16 @@ def test_a_stopped_rank_is_a_living_one(launcher, corpus, tmp_path):
     assert ranks.exits == [None, None]
     ranks.kill_all()
     assert ranks.exits[0] == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("phase", "rank"), STILL_IN_SAVE)
+def test_a_rank_that_stands_still_in_a_save_ends_the_other(
+    launcher, corpus, undisturbed, tmp_path, phase, rank
+):
+    seconds, _, again = stand_still(launcher, corpus, tmp_path, 6.0, (phase, rank, 3))
+    assert seconds < 11
+    assert again == [0, 0]
+    assert result_of(tmp_path / "run") == finished(undisturbed / "run")
 
 
 def test_every_consumed_batch_is_logged(undisturbed):

@@ -34,9 +34,9 @@ def allow() -> None:
     """A lease that is always held."""
 
 
-def open_run(folder, keep=None, check=allow, tell=print) -> Checkpoints:
+def open_run(folder, keep=None, check=allow, tell=print, timeout=600.0) -> Checkpoints:
     """The checkpoints of a run, as a rank opens them."""
-    return Checkpoints(Folder(folder), keep or Keep(last=99), check, tell)
+    return Checkpoints(Folder(folder), keep or Keep(last=99), check, tell, timeout=timeout)
 
 
 def save(folder, step, seed=0, score=None, **options) -> Saving:

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from cascade_model import checkpoint, parallel
+from cascade_model import checkpoint, checkpoint_storage, parallel
 from cascade_model.checkpoint_storage import Writer
+from cascade_model.commit import Folder
 from tests.cascade_model.checkpoint_making import X, open_run, told_newest
 from tests.two_ranks import run_on_two_ranks
 
@@ -62,6 +63,25 @@ def keep(folder, name, model, adam):
 
 def equal(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def write_for_longer_than_the_bound(rank, folder):
+    """The second rank writes for three times as long as a rank may stand still."""
+    model, adam = sharded(seed=1)
+    checkpoints = open_run(f"{folder}/checkpoints", timeout=2.0)
+    inner = checkpoint_storage._write
+
+    def slow(*args):
+        time.sleep(6.0 * rank)
+        inner(*args)
+
+    checkpoint_storage._write = slow
+    assert checkpoints.save(model, adam, {"step": 1, "samples": 1}).wait()
+
+
+def test_the_bound_is_for_standing_still_and_not_for_writing(tmp_path):
+    run_on_two_ranks(write_for_longer_than_the_bound, tmp_path)
+    assert checkpoint.newest(Folder(tmp_path / "checkpoints"), pytest.fail).step == 1
 
 
 def on_two(rank, folder):
