@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from cascade_model import parallel
 from cascade_model.checkpoint_commit import Sealing, clear, retain, tidy
-from cascade_model.checkpoint_files import Checkpoint, Entry, File, step_name, steps_in
+from cascade_model.checkpoint_files import COMMIT, Checkpoint, Entry, File, step_name, steps_in
 from cascade_model.checkpoint_reading import OtherFormat, verify
 from cascade_model.checkpoint_state import load, load_weights, state_of
 from cascade_model.checkpoint_storage import STATE, PartsPlanner, Writer, cause_of
@@ -113,7 +113,7 @@ class Checkpoints:
 
         Damaged ones are told and passed over; leftovers of dead writers are removed, so only the
         holder of the run folder may call this. Raises `CheckpointMismatch` when there are only
-        checkpoints of another format.
+        checkpoints of another format, or only damaged ones.
         """
 
         def tidy_and_find() -> Checkpoint | None:
@@ -214,17 +214,26 @@ def newest(folder: Folder, tell: Callable[[str], None]) -> Checkpoint | None:
     """The newest complete checkpoint of a folder; damaged ones are told and passed over.
 
     Raises `CheckpointMismatch` when there are checkpoints and the only ones that are left are of
-    another format, so that no run begins anew beside them.
+    another format, or every one that was committed is damaged, so that no run begins anew beside
+    them and replaces them. Saves that never came to their COMMIT do not count.
     """
     foreign: OtherFormat | None = None
+    damaged = 0
     for step in reversed(steps_in(folder)):
+        target = folder / step_name(step)
         try:
-            return verify(folder / step_name(step))
+            return verify(target)
         except CheckpointMismatch as error:
             foreign = error if isinstance(error, OtherFormat) else foreign
+            damaged += COMMIT in target.list()
             tell(f"{error}; falling back to the checkpoint before it")
     if foreign is not None:
         raise foreign
+    if damaged:
+        raise CheckpointMismatch(
+            f"none of the checkpoints in {folder.url} is whole ({damaged} committed, all damaged); "
+            "restore one of them, or remove that folder to begin anew"
+        )
     return None
 
 

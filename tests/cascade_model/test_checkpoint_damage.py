@@ -74,6 +74,33 @@ def test_each_of_200_damages_is_found_and_the_run_falls_back(sound, tmp_path):
     assert min(counts.values()) >= 8
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_all_are_damaged_no_run_begins_anew(sound, tmp_path, kind):
+    """But where no COMMIT is left, there is nothing to lose."""
+    folder = damaged(sound, tmp_path / "run", kind, KINDS[kind], 0)
+    shutil.rmtree(folder / "step_00000001")
+    try:
+        found, error = open_run(folder).newest(), None
+    except CheckpointMismatch as raised:
+        found, error = None, str(raised)
+    assert found is None
+    assert (error is not None) == (folder / "step_00000002" / "COMMIT").exists()
+    assert (folder / "step_00000002").exists() == (error is not None)
+
+
+def test_the_refusal_says_how_many_where_and_what_helps(sound, tmp_path):
+    folder = damaged(sound, tmp_path / "run", "zeros", KINDS["zeros"], 0)
+    KINDS["bit flip"](folder / "step_00000001", random.Random(1))
+    unfinished = folder / "step_00000003" / "00000001-0123456789abcdef-0001"
+    unfinished.mkdir(parents=True)
+    with pytest.raises(CheckpointMismatch) as caught:
+        open_run(folder).newest()
+    for words in (str(folder), "2 committed, all damaged", "restore one", "remove that folder"):
+        assert words in str(caught.value)
+    shutil.rmtree(folder)
+    assert open_run(folder).newest() is None
+
+
 def lenient(monkeypatch):
     """Verification off: what COMMIT names is taken as it is."""
     monkeypatch.setattr(checkpoint_reading, "_compare", lambda *_: None)
