@@ -149,7 +149,8 @@ class Trainer:
         return Progress.from_facts(found.facts["progress"])
 
     def _open_log(self, opened: contextlib.ExitStack) -> MetricsLog:
-        log = MetricsLog(self.folder, self._at.step)
+        told = self._at.step if self._at.is_told else self._at.step - 1
+        log = MetricsLog(self.folder, told)
         opened.callback(log.abandon)
         peak = device_peak(self.device, self.trainer.precision)
         self._peak = None if peak is None else peak * parallel.world_size()

@@ -109,6 +109,18 @@ def test_a_signal_saves_at_the_end_of_the_step_and_the_next_start_goes_on(corpus
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
+def test_a_death_after_a_stop_at_a_logged_step_leaves_its_line_once(corpus, tmp_path):
+    make(corpus, tmp_path / "whole").fit()
+    stopping = at_call(5, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped, match="step 3"):
+        make(corpus, tmp_path / "cut", loss_fn=stopping).fit()
+    with pytest.raises(Killed):
+        make(corpus, tmp_path / "cut", loss_fn=dying(1)).fit()
+    assert [step for step, _ in told_in(Folder(tmp_path / "cut"))] == [3]
+    make(corpus, tmp_path / "cut").fit()
+    assert told_in(Folder(tmp_path / "cut")) == told_in(Folder(tmp_path / "whole"))
+
+
 def test_a_second_interrupt_ends_at_once(corpus, tmp_path):
     def twice():
         signal.raise_signal(signal.SIGINT)
@@ -281,4 +293,4 @@ def test_a_run_in_a_store_stops_and_goes_on_as_one_on_a_disk(corpus, tmp_path, s
 
 
 def told_in(folder):
-    return {line["step"]: line["loss"] for line in read_metrics(folder)}
+    return [(line["step"], line["loss"]) for line in read_metrics(folder)]
