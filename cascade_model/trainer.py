@@ -150,7 +150,7 @@ class Trainer:
 
     def _open_log(self, opened: contextlib.ExitStack) -> MetricsLog:
         told = self._at.step if self._at.is_told else self._at.step - 1
-        log = MetricsLog(self.folder, told)
+        log = MetricsLog(self.folder, told, self._attempt.check)
         opened.callback(log.abandon)
         peak = device_peak(self.device, self.trainer.precision)
         self._peak = None if peak is None else peak * parallel.world_size()
@@ -255,7 +255,7 @@ class Trainer:
                 held_out = self.held_out(self.model)
             sharding.reshard(self.model)
         if held_out or at.step % config.log_every == 0 or is_last:
-            self._on_first(lambda: self._write_line(held_out))
+            parallel.on_first_rank(lambda: self._write_line(held_out))
             at.window = Window()
         at.is_told = True
         return held_out
@@ -275,7 +275,7 @@ class Trainer:
             "settings": self.settings,
             "progress": to_dict(self._at),
         }
-        self._on_first(lambda: self._log.save())
+        parallel.on_first_rank(lambda: self._log.save())
         score = None if held_out is None else held_out.loss
         self._saving = self._checkpoints.save(self.model, self._adam, facts, score)
         self._at.window.saving += time.perf_counter() - started

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from cascade_model import metrics
 from cascade_model.checkpoint import load_weights, newest
 from cascade_model.commit import Folder
 from cascade_model.config import Phase
@@ -290,6 +291,35 @@ def test_a_run_in_a_store_stops_and_goes_on_as_one_on_a_disk(corpus, tmp_path, s
     state = store.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in disk.model.state_dict().items())
     assert Folder(s3_url).read_bytes("loss.png").startswith(b"\x89PNG")
+
+
+def test_a_store_that_is_silent_for_some_steps_ends_no_run(corpus, tmp_path, s3_url, monkeypatch):
+    """Two lines, an evaluation and a save are due while no request is answered."""
+    import s3fs
+    from botocore.exceptions import EndpointConnectionError
+
+    answering, steps = s3fs.S3FileSystem._call_s3, set()
+    calls = iter(range(1000))
+
+    async def answer(self, *words, **named):
+        if steps & {3, 4}:
+            raise EndpointConnectionError(endpoint_url=s3_url)
+        return await answering(self, *words, **named)
+
+    def watched(model, batch):
+        steps.clear()
+        steps.add(next(calls) // 2 + 1)
+        return elbo(model, batch)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", answer)
+    monkeypatch.setattr(metrics, "PUT_EVERY", 0.0)
+    often = dataclasses.replace(STEPS, log_every=1, evaluate_every=3)
+    more = {"held_out": held_out_of, "on_save": lambda saving: saving.wait()}
+    make(corpus, tmp_path, often, more=more).fit()
+    make(corpus, Folder(s3_url), often, watched, more=more).fit()
+    assert told_in(Folder(s3_url)) == told_in(Folder(tmp_path))
+    lines = read_metrics(Folder(s3_url))
+    assert [line["failed_checkpoints"] for line in lines] == [0, 0, 0, 0, 1, 1]
 
 
 def told_in(folder):
