@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cascade_model import metrics
+from cascade_model import trainer as trainer_file
 from cascade_model.checkpoint import load_weights, newest
 from cascade_model.commit import Folder
 from cascade_model.config import Phase
@@ -192,6 +193,32 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(corpus, tmp_path):
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_00000002", "step_00000004", "step_00000006"]
     assert summary["held_out_loss"] == 6.0
+
+
+def measured(trainer):
+    """The run with a held-out loss of its own at each step; the second step's is the lowest."""
+    trainer.held_out = lambda model: HeldOut(
+        [3.0, 1.0, 2.0, 4.0, 5.0, 6.0][trainer._at.step - 1], 0
+    )
+    return trainer
+
+
+@pytest.mark.parametrize(("quick", "best"), [(60.0, 2), (-1.0, 3)], ids=["quick", "slow"])
+def test_a_stop_at_the_best_step_measures_it_unless_that_takes_long(
+    corpus, tmp_path, monkeypatch, quick, best
+):
+    often = dataclasses.replace(
+        STEPS, evaluate_every=1, checkpoint_every=1, keep_last=1, keep_best=1, log_every=1
+    )
+    monkeypatch.setattr(trainer_file, "QUICK", quick)
+    stopping = at_call(3, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped, match="step 2"):
+        measured(make(corpus, tmp_path, often, stopping)).fit()
+    measured(make(corpus, tmp_path, often)).fit()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [f"step_0000000{best}", "step_00000006"]
+    lines = read_metrics(Folder(tmp_path))
+    assert [line["held_out_loss"] for line in lines] == [3.0, 1.0, 2.0, 4.0, 5.0, 6.0]
 
 
 def poisoned(*numbers):
