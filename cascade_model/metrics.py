@@ -2,6 +2,7 @@
 
 Telling never ends a run: what cannot be written is told on stderr once, kept, and written with what
 follows. In an object store, which has no appending, the whole file is put anew at a bounded rate.
+Only a run that lost its folder to another ends here: it must write nothing more.
 """
 
 import contextlib
@@ -9,11 +10,12 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cascade_model.commit import Folder, reason_of
+from cascade_model.lease import LeaseLost
 
 METRICS = "metrics.jsonl"
 BOARD = "tensorboard"
@@ -31,12 +33,18 @@ def tell(line: str) -> None:
 class MetricsLog:
     """The metrics of a run; one writer, the first rank."""
 
-    def __init__(self, folder: Folder, step: int) -> None:
-        """Open for the steps after `step`; lines beyond it, of an attempt that died, are cut."""
+    def __init__(self, folder: Folder, step: int, check: Callable[[], None] = lambda: None) -> None:
+        """Open for the steps after `step`; lines beyond it, of an attempt that died, are cut.
+
+        `check` is asked before each writing and raises `LeaseLost` where this process may not
+        (`Attempt.check`), which every method here then raises; if it fails otherwise, nothing is
+        written that time.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder = folder
+        self._folder, self._check = folder, check
         self._lines = [line for line in read_metrics(folder) if line["step"] <= step]
+        self._written = 0
         self._file: BinaryIO | None = None
         self._due = {METRICS: 0.0, CURVE: 0.0}
         self._failing: set[str] = set()
@@ -46,8 +54,7 @@ class MetricsLog:
                 place = kept.enter_context(tempfile.TemporaryDirectory())
             self._place, self._kept = Path(place), kept.pop_all()
         self._board: SummaryWriter | None = SummaryWriter(str(self._place), purge_step=step + 1)
-        with self._telling(METRICS):
-            self._put()
+        self._try(METRICS, self._put)
 
     def write(self, line: dict[str, Any], tokens_left: int) -> None:
         """Append one line, and the same values as TensorBoard scalars; show it to the user.
@@ -56,21 +63,16 @@ class MetricsLog:
         """
         line["seconds_left"] = tokens_left / max(line["tokens_per_second"], 1e-9)
         self._lines.append(line)
-        self._append()
-        with self._telling(BOARD):
-            self._scalars(line)
+        self._try(METRICS, self._append)
+        self._try(BOARD, lambda: self._scalars(line))
         tell(progress_line(line))
 
     def save(self) -> None:
         """Bring everything to the folder, as a checkpoint is being written there."""
-        with self._telling(METRICS):
-            if self._file is None:
-                self._put()
-        with self._telling(BOARD):
-            self._save_board()
+        self._try(METRICS, self._append if self._file else self._put)
+        self._try(BOARD, self._save_board)
         if time.monotonic() >= self._due[CURVE]:
-            with self._telling(CURVE):
-                self._draw()
+            self._try(CURVE, self._draw)
 
     def close(self) -> list[dict[str, Any]]:
         """Bring everything to the folder, the newest curve too, and return all lines of the run."""
@@ -91,22 +93,24 @@ class MetricsLog:
         self._kept.close()
 
     def _append(self) -> None:
-        """Bring the newest line to the folder: at once where that is appending, else if due."""
-        with self._telling(METRICS):
-            if self._file is None:
-                if self._folder.is_local or time.monotonic() >= self._due[METRICS]:
-                    self._put()
-                return
-            try:
-                self._file.write(_text(self._lines[-1:]))
-            except OSError:
-                self._file.close()
-                self._file = None  # all lines are written the next time
-                raise
+        """Bring the lines that are not there to the folder: at once where that is appending, else
+        if due."""
+        if self._file is None:
+            if self._folder.is_local or time.monotonic() >= self._due[METRICS]:
+                self._put()
+            return
+        try:
+            self._file.write(_text(self._lines[self._written :]))
+            self._written = len(self._lines)
+        except OSError:
+            self._file.close()
+            self._file = None  # all lines are written the next time
+            raise
 
     def _put(self) -> None:
         """Write all lines anew; a local file is then open for the next ones."""
         self._folder.replace(METRICS, _text(self._lines))
+        self._written = len(self._lines)
         self._due[METRICS] = time.monotonic() + PUT_EVERY
         if self._folder.is_local:
             self._file = Path(self._folder.path(METRICS)).open("ab", buffering=0)  # noqa: SIM115
@@ -135,11 +139,16 @@ class MetricsLog:
         self._folder.replace(CURVE, draw(self._lines))
         self._due[CURVE] = time.monotonic() + PUT_EVERY
 
-    @contextlib.contextmanager
-    def _telling(self, name: str) -> Iterator[None]:
-        """A disk that is full or a store that does not answer is told, once in a row."""
+    def _try(self, name: str, write: Callable[[], None]) -> None:
+        """Write if the folder is still ours.
+
+        A disk that is full or a store that does not answer is told, once in a row.
+        """
         try:
-            yield
+            self._check()
+            write()
+        except LeaseLost:
+            raise
         except Exception as error:  # each store has errors of its own
             if name not in self._failing:
                 tell(f"{self._folder.path(name)} cannot be written: {reason_of(error)}")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, of_store
 
 Result = TypeVar("Result")
 
@@ -56,14 +56,15 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     """Do something on the first rank alone; its result on every rank, which all must call.
 
     If it fails, all fail: an `InputError` is the same on each, so none waits for one that stopped.
+    A store that does not answer is one of those (`Unfinished`).
     """
     if world_size() == 1:
-        return work()
+        return _told_in_a_sentence(work)
     told: list[Any] = [None, None, None]
     failure: Exception | None = None
     if rank() == 0:
         try:
-            told[0] = work()
+            told[0] = _told_in_a_sentence(work)
         except InputError as error:
             failure, told[1] = error, error.to_data()
         except Exception as error:
@@ -76,6 +77,17 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     if told[2] is not None:
         raise RuntimeError(told[2])
     return told[0]
+
+
+def _told_in_a_sentence(work: Callable[[], Result]) -> Result:
+    """What `work` returns; what a store's client raises in it becomes an `InputError`."""
+    try:
+        return work()
+    except Exception as error:
+        known = of_store(error)
+        if known is None:
+            raise
+        raise known from error
 
 
 def only_first_rank(work: Callable[[], Result]) -> Result:

@@ -37,6 +37,9 @@ from cascade_model.weights import Published, save_model
 from cascade_model.window import HeldOut, Window, told_of
 
 LossFn = Callable[[Network, TrainBatch], LossParts]
+QUICK = 5.0
+"""Seconds that an evaluation may have taken to be made once more before a stop: launchers commonly
+wait 30 s from the signal on, and the save comes after it."""
 
 
 @dataclass(kw_only=True)
@@ -114,6 +117,7 @@ class Trainer:
         self._adam = make_optimizer(self.model, self.optimizer)
         self._at = at = self._resume(found)
         self._saving: Saving | None = None
+        self._evaluation_took = math.inf
         batches = feed(self.corpus, self.noise, self.trainer, at.step)
         with contextlib.ExitStack() as opened:
             self._log = parallel.only_first_rank(lambda: self._open_log(opened))
@@ -155,7 +159,8 @@ class Trainer:
         return Progress.from_facts(found.facts["progress"])
 
     def _open_log(self, opened: contextlib.ExitStack) -> MetricsLog:
-        log = MetricsLog(self.folder, self._at.step)
+        told = self._at.step if self._at.is_told else self._at.step - 1
+        log = MetricsLog(self.folder, told, self._attempt.check)
         opened.callback(log.abandon)
         peak = device_peak(self.device, self.trainer.precision)
         self._peak = None if peak is None else peak * parallel.world_size()
@@ -253,17 +258,25 @@ class Trainer:
     def _tell(self) -> HeldOut | None:
         """Evaluate and log, where that is due after this step."""
         at, config = self._at, self.trainer
-        is_last, every = at.samples >= self._total, config.evaluate_every
-        held_out = None
-        if self.held_out and every and (at.step % every == 0 or is_last):
-            with self._precision():
-                held_out = self.held_out(self.model)
-            sharding.reshard(self.model)
-        if held_out or at.step % config.log_every == 0 or is_last:
-            self._on_first(lambda: self._write_line(held_out))
+        held_out = self._evaluate() if self._is_evaluated() else None
+        if held_out or at.step % config.log_every == 0 or at.samples >= self._total:
+            parallel.on_first_rank(lambda: self._write_line(held_out))
             at.window = Window()
         at.is_told = True
         return held_out
+
+    def _is_evaluated(self) -> bool:
+        every, is_last = self.trainer.evaluate_every, self._at.samples >= self._total
+        return bool(self.held_out and every and (self._at.step % every == 0 or is_last))
+
+    def _evaluate(self) -> HeldOut:
+        assert self.held_out is not None
+        started = time.perf_counter()
+        with self._precision():
+            found = self.held_out(self.model)
+        sharding.reshard(self.model)
+        self._evaluation_took = time.perf_counter() - started
+        return found
 
     def _write_line(self, held_out: HeldOut | None) -> None:
         line = line_of(self._at, self.model.config, self.trainer, self._length)
@@ -280,16 +293,22 @@ class Trainer:
             "settings": self.settings,
             "progress": to_dict(self._at),
         }
-        self._on_first(lambda: self._log.save())
+        parallel.on_first_rank(lambda: self._log.save())
         score = None if held_out is None else held_out.loss
         self._saving = self._checkpoints.save(self.model, self._adam, facts, score)
         self._at.window.saving += time.perf_counter() - started
         self.on_save(self._saving)
 
     def _stop(self) -> None:
-        """Save at once and end the run, on all ranks for the same reason."""
+        """Save at once and end the run, on all ranks for the same reason.
+
+        A checkpoint that would have been made without the stop is measured first where that is
+        quick: its score is written with it or never, and the best ones are kept by their scores.
+        """
         reason = parallel.first_of(self._reason)
-        self._save(None)
+        is_due = self._is_evaluated() and self._at.step % self.trainer.checkpoint_every == 0
+        is_quick = parallel.on_first_rank(lambda: self._evaluation_took <= QUICK)
+        self._save(self._tell() if is_due and is_quick else None)
         self._checkpoints.finish()
         raise Stopped.at(self._at.step, reason or "asked to")
 

@@ -7,6 +7,7 @@ import pytest
 
 from cascade_model import metrics
 from cascade_model.commit import Folder
+from cascade_model.lease import LeaseLost
 from cascade_model.metrics import MetricsLog, progress_line, read_metrics, speed
 
 LINE = {
@@ -164,3 +165,21 @@ def test_speed_is_of_all_lines():
     seconds, rate = speed([line(1), line(2, tokens_per_second=16.0, seconds=6.0)])
     assert seconds == 8.0
     assert rate == (64.0 * 2 + 16.0 * 6) / 8
+
+
+def test_lines_wait_while_the_folders_holder_is_not_known_and_end_with_another_one(tmp_path):
+    answers = iter([None, OSError("silent"), None, None, None, LeaseLost("taken over")])
+
+    def check():
+        if answer := next(answers):
+            raise answer
+
+    log = MetricsLog(Folder(tmp_path), 0, check)
+    log.write(line(2), 0)
+    assert steps(tmp_path) == []
+    log.write(line(4), 0)
+    assert steps(tmp_path) == [2, 4]
+    with pytest.raises(LeaseLost):
+        log.write(line(6), 0)
+    log.abandon()
+    assert steps(tmp_path) == [2, 4]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cascade_model import parallel
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, Unfinished
 from tests.cascade_model.training_runs import run_ranks
 
 RANKS = """
@@ -134,3 +134,13 @@ def test_a_rank_leaves_its_group_before_python_ends(tmp_path, tiny_corpus, fails
     if not fails:  # else the launcher may end the other rank first
         assert ended[0].read_text() == "False"
     assert "terminate called" not in shown
+
+
+def test_a_store_that_does_not_answer_the_first_rank_is_one_sentence():
+    from botocore.exceptions import EndpointConnectionError
+
+    def ask():
+        raise EndpointConnectionError(endpoint_url="http://127.0.0.1:1")
+
+    with pytest.raises(Unfinished, match=r"cannot be used \(EndpointConnectionError"):
+        parallel.on_first_rank(ask)

@@ -8,6 +8,8 @@ import signal
 import pytest
 import torch
 
+from cascade_model import metrics
+from cascade_model import trainer as trainer_file
 from cascade_model.checkpoint import load_weights, newest
 from cascade_model.commit import Folder
 from cascade_model.config import Phase
@@ -109,6 +111,18 @@ def test_a_signal_saves_at_the_end_of_the_step_and_the_next_start_goes_on(corpus
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
+def test_a_death_after_a_stop_at_a_logged_step_leaves_its_line_once(corpus, tmp_path):
+    make(corpus, tmp_path / "whole").fit()
+    stopping = at_call(5, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped, match="step 3"):
+        make(corpus, tmp_path / "cut", loss_fn=stopping).fit()
+    with pytest.raises(Killed):
+        make(corpus, tmp_path / "cut", loss_fn=dying(1)).fit()
+    assert [step for step, _ in told_in(Folder(tmp_path / "cut"))] == [3]
+    make(corpus, tmp_path / "cut").fit()
+    assert told_in(Folder(tmp_path / "cut")) == told_in(Folder(tmp_path / "whole"))
+
+
 def test_a_second_interrupt_ends_at_once(corpus, tmp_path):
     def twice():
         signal.raise_signal(signal.SIGINT)
@@ -179,6 +193,32 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(corpus, tmp_path):
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_00000002", "step_00000004", "step_00000006"]
     assert summary["held_out_loss"] == 6.0
+
+
+def measured(trainer):
+    """The run with a held-out loss of its own at each step; the second step's is the lowest."""
+    trainer.held_out = lambda model: HeldOut(
+        [3.0, 1.0, 2.0, 4.0, 5.0, 6.0][trainer._at.step - 1], 0
+    )
+    return trainer
+
+
+@pytest.mark.parametrize(("quick", "best"), [(60.0, 2), (-1.0, 3)], ids=["quick", "slow"])
+def test_a_stop_at_the_best_step_measures_it_unless_that_takes_long(
+    corpus, tmp_path, monkeypatch, quick, best
+):
+    often = dataclasses.replace(
+        STEPS, evaluate_every=1, checkpoint_every=1, keep_last=1, keep_best=1, log_every=1
+    )
+    monkeypatch.setattr(trainer_file, "QUICK", quick)
+    stopping = at_call(3, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped, match="step 2"):
+        measured(make(corpus, tmp_path, often, stopping)).fit()
+    measured(make(corpus, tmp_path, often)).fit()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [f"step_0000000{best}", "step_00000006"]
+    lines = read_metrics(Folder(tmp_path))
+    assert [line["held_out_loss"] for line in lines] == [3.0, 1.0, 2.0, 4.0, 5.0, 6.0]
 
 
 def poisoned(*numbers):
@@ -280,5 +320,34 @@ def test_a_run_in_a_store_stops_and_goes_on_as_one_on_a_disk(corpus, tmp_path, s
     assert Folder(s3_url).read_bytes("loss.png").startswith(b"\x89PNG")
 
 
+def test_a_store_that_is_silent_for_some_steps_ends_no_run(corpus, tmp_path, s3_url, monkeypatch):
+    """Two lines, an evaluation and a save are due while no request is answered."""
+    import s3fs
+    from botocore.exceptions import EndpointConnectionError
+
+    answering, steps = s3fs.S3FileSystem._call_s3, set()
+    calls = iter(range(1000))
+
+    async def answer(self, *words, **named):
+        if steps & {3, 4}:
+            raise EndpointConnectionError(endpoint_url=s3_url)
+        return await answering(self, *words, **named)
+
+    def watched(model, batch):
+        steps.clear()
+        steps.add(next(calls) // 2 + 1)
+        return elbo(model, batch)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", answer)
+    monkeypatch.setattr(metrics, "PUT_EVERY", 0.0)
+    often = dataclasses.replace(STEPS, log_every=1, evaluate_every=3)
+    more = {"held_out": held_out_of, "on_save": lambda saving: saving.wait()}
+    make(corpus, tmp_path, often, more=more).fit()
+    make(corpus, Folder(s3_url), often, watched, more=more).fit()
+    assert told_in(Folder(s3_url)) == told_in(Folder(tmp_path))
+    lines = read_metrics(Folder(s3_url))
+    assert [line["failed_checkpoints"] for line in lines] == [0, 0, 0, 0, 1, 1]
+
+
 def told_in(folder):
-    return {line["step"]: line["loss"] for line in read_metrics(folder)}
+    return [(line["step"], line["loss"]) for line in read_metrics(folder)]
