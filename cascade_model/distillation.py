@@ -63,7 +63,7 @@ class Online:
 
     teacher: Network
     banned: list[int]
-    """Ids that neither can emit."""
+    """Ids that one of the two cannot emit, see `banned_with`; the teacher speaks of the others."""
     temperature: float = 1.0
 
     def __call__(self, batch: TrainBatch, sequences: Tensor, places: Tensor) -> Taught:
@@ -179,6 +179,14 @@ def divergence(reference: Tensor, student: Tensor, banned: list[int]) -> Tensor:
     # -inf on both sides; as zeros they add nothing, where -inf minus -inf would be NaN.
     difference = log_p.index_fill(1, ids, 0.0) - log_q.index_fill(1, ids, 0.0)
     return (log_p.exp() * difference).sum(dim=-1)
+
+
+def banned_with(teacher: ModelConfig, student: ModelConfig) -> list[int]:
+    """Ids, rising, that a running teacher must not name: those that it or the student cannot emit.
+
+    Where the student alone cannot emit a token, any probability of it makes the KL infinite.
+    """
+    return sorted({*never_emitted(teacher), *never_emitted(student)})
 
 
 def require_teacher(teacher: ModelConfig, student: ModelConfig) -> None:
