@@ -33,7 +33,7 @@ from cascade_model.errors import CheckpointMismatch
 from cascade_model.loss import OfLogits, token_losses
 from cascade_model.model import never_emitted, vocabulary_logits
 from cascade_model.networks import Network
-from cascade_model.objective import LossParts, RowLosses, Term, loss_parts, weights_of
+from cascade_model.objective import LossParts, RowLosses, Term, by_one, loss_parts, weights_of
 from cascade_model.training_input import config_for, read_places, source_rows, supervised
 
 
@@ -120,11 +120,6 @@ def distillation_loss(
     return loss_parts(values, batch, rows, normaliser, terms, weighted)
 
 
-def by_rate(config: ModelConfig, batch: TrainBatch, rows: RowLosses) -> Tensor:
-    """w / t of w = t."""
-    return torch.ones_like(rows.losses)
-
-
 def by_right_context(config: ModelConfig, batch: TrainBatch, rows: RowLosses) -> Tensor:
     """w / t = (1 + m) / (1 + r): r tokens of the text to the right in the block, m of them masked.
 
@@ -141,9 +136,10 @@ def by_right_context(config: ModelConfig, batch: TrainBatch, rows: RowLosses) ->
 
 
 TRUST: dict[TeacherWeight, Callable[[ModelConfig, TrainBatch, RowLosses], Tensor]] = {
-    "rate": by_rate,
+    "rate": by_one,
     "right_context": by_right_context,
 }
+"""w / t of each supervised token, [r]: at "rate" w = t."""
 
 
 def _to_the_right(chosen: Tensor, block: Tensor, segments: Tensor) -> Tensor:

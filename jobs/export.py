@@ -84,12 +84,13 @@ def _model_folder(folder: "Folder") -> "Folder":
 def _origin(run: str | None, model: "Folder") -> Any:
     """What the card can tell of the training."""
     from cascade_model.commit import Folder
+    from cascade_model.run_record import SUMMARY
     from jobs.model_card import Origin
 
     if run is not None:
         return Origin.of_run(Folder(run))
     above = Folder(model.url.rpartition("/")[0] or "/")
-    has_one = model.url.endswith("/model") and above.exists("summary.json")
+    has_one = model.url.endswith("/model") and above.exists(SUMMARY)
     return Origin.of_run(above) if has_one else Origin()
 
 
