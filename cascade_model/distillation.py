@@ -33,7 +33,7 @@ from cascade_model.errors import CheckpointMismatch
 from cascade_model.loss import OfLogits, token_losses
 from cascade_model.model import never_emitted, vocabulary_logits
 from cascade_model.networks import Network
-from cascade_model.objective import LossParts, RowLosses, Term, loss_parts, weights_of
+from cascade_model.objective import LossParts, RowLosses, Term, by_one, loss_parts, weights_of
 from cascade_model.training_input import config_for, read_places, source_rows, supervised
 
 
@@ -63,7 +63,7 @@ class Online:
 
     teacher: Network
     banned: list[int]
-    """Ids that neither can emit."""
+    """Ids that one of the two cannot emit, see `banned_with`; the teacher speaks of the others."""
     temperature: float = 1.0
 
     def __call__(self, batch: TrainBatch, sequences: Tensor, places: Tensor) -> Taught:
@@ -120,11 +120,6 @@ def distillation_loss(
     return loss_parts(values, batch, rows, normaliser, terms, weighted)
 
 
-def by_rate(config: ModelConfig, batch: TrainBatch, rows: RowLosses) -> Tensor:
-    """w / t of w = t."""
-    return torch.ones_like(rows.losses)
-
-
 def by_right_context(config: ModelConfig, batch: TrainBatch, rows: RowLosses) -> Tensor:
     """w / t = (1 + m) / (1 + r): r tokens of the text to the right in the block, m of them masked.
 
@@ -141,9 +136,10 @@ def by_right_context(config: ModelConfig, batch: TrainBatch, rows: RowLosses) ->
 
 
 TRUST: dict[TeacherWeight, Callable[[ModelConfig, TrainBatch, RowLosses], Tensor]] = {
-    "rate": by_rate,
+    "rate": by_one,
     "right_context": by_right_context,
 }
+"""w / t of each supervised token, [r]: at "rate" w = t."""
 
 
 def _to_the_right(chosen: Tensor, block: Tensor, segments: Tensor) -> Tensor:
@@ -179,6 +175,14 @@ def divergence(reference: Tensor, student: Tensor, banned: list[int]) -> Tensor:
     # -inf on both sides; as zeros they add nothing, where -inf minus -inf would be NaN.
     difference = log_p.index_fill(1, ids, 0.0) - log_q.index_fill(1, ids, 0.0)
     return (log_p.exp() * difference).sum(dim=-1)
+
+
+def banned_with(teacher: ModelConfig, student: ModelConfig) -> list[int]:
+    """Ids, rising, that a running teacher must not name: those that it or the student cannot emit.
+
+    Where the student alone cannot emit a token, any probability of it makes the KL infinite.
+    """
+    return sorted({*never_emitted(teacher), *never_emitted(student)})
 
 
 def require_teacher(teacher: ModelConfig, student: ModelConfig) -> None:

@@ -51,9 +51,12 @@ def save_model(
     model: Network,
     tokenizer: Tokenizer,
     published: Published | None = None,
+    card: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a model folder, local or at any fsspec URL; one that stands there is replaced whole.
 
+    `card` are files for people, by name: they come with the folder, but the manifest does not name
+    them, so that they may be edited.
     Raises `CheckpointMismatch` when the tokenizer is not the one that the model's config names.
     """
     _require_tokenizer(str(folder), model.config, tokenizer)
@@ -71,6 +74,8 @@ def save_model(
             for name in local.list()
         }
         (work / MANIFEST).write_bytes(_json({"format_version": FORMAT_VERSION, "files": files}))
+        for name, data in (card or {}).items():
+            (work / name).write_bytes(data)
 
 
 def load_model(

@@ -40,6 +40,7 @@ class DemoConfig:
 def run(config: DemoConfig) -> dict[str, Any]:
     """Run every stage and print the table; the summary stands in <output>/summary.json too."""
     from cascade_model.commit import require_writable
+    from cascade_model.run_record import SUMMARY
 
     require_writable(config.output)
     folder = Path(config.output)
@@ -66,7 +67,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     )
     answer = steps.measure("serve", lambda: ask_endpoint(model, config.prompts[0], folder))
     summary = summarise(folder, measured, answer, steps.seconds, time.perf_counter() - began)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2))
     print(table(summary))
     require_gain(summary)
     return summary
@@ -150,8 +151,10 @@ def summarise(
     total: float,
 ) -> dict[str, Any]:
     """Gather what the stages left behind in their own files."""
+    from cascade_model.run_record import SUMMARY
+
     manifest = json.loads((folder / "corpus/manifest.json").read_text())
-    runs = {name: json.loads((folder / name / "summary.json").read_text()) for name in measured}
+    runs = {name: json.loads((folder / name / SUMMARY).read_text()) for name in measured}
     rows = completions_in(folder / "completions")
     train = manifest["splits"]["train"]
     return {

@@ -130,19 +130,20 @@ def loss_of(config: DistilConfig, device: str) -> "LossFn":
 
 def reference_of(config: DistilConfig, device: str) -> "Reference":
     """Where this rank takes the teacher's word from."""
+    from cascade_model.corpus import Corpus
+
+    corpus = Corpus.open(config.corpus)
     if config.teacher is not None:
-        from cascade_model.distillation import Online
-        from cascade_model.model import never_emitted
+        from cascade_model.distillation import Online, banned_with
         from cascade_model.weights import load_model
 
         teacher = load_model(config.teacher)[0].to(device).eval().requires_grad_(False)
-        return Online(teacher, never_emitted(teacher.config), config.temperature)
-    from cascade_model.corpus import Corpus
+        banned = banned_with(teacher.config, starting_config(config, corpus))
+        return Online(teacher, banned, config.temperature)
     from cascade_model.stored_teaching import Stored
     from cascade_model.teacher_targets import TeacherTargets
 
-    manifest = Corpus.open(config.corpus).manifest
-    return Stored(TeacherTargets(str(config.targets), manifest, cache=config.cache))
+    return Stored(TeacherTargets(str(config.targets), corpus.manifest, cache=config.cache))
 
 
 main = command(DistilConfig, run)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cascade_model.errors import InputError
+from cascade_model.settings import check
 from jobs.cli import command
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class ExportConfig:
     model: str
     """Model folder to export, or the run folder that holds it."""
     output: str
-    """Folder to write; it must not exist or be empty."""
+    """Folder to write; it must not exist or be empty. A URL only for a model of our own."""
     like: str | None = None
     """Folder whose published config is used: the one this model was trained from. None: the
     model's own."""
@@ -41,7 +42,7 @@ class ExportConfig:
 
 def run(config: ExportConfig) -> dict[str, Any]:
     """Read and write; returns a summary."""
-    from cascade_model.commit import Folder, replace_file, require_writable
+    from cascade_model.commit import Folder, require_writable
     from cascade_model.families import export
     from cascade_model.weights import load_model, read_published, require_text, save_model
     from jobs.model_card import CARD, card
@@ -51,6 +52,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     evaluation = _evaluation(config.evaluation)
     origin = _origin(config.run, folder)
     published = read_published(config.like or folder.url)
+    _require_free(Folder(config.output), is_published=published is not None)
     model, tokenizer = load_model(folder.url, dtype=None)
     family = model.config.family if published else None
     told = card(
@@ -61,13 +63,13 @@ def run(config: ExportConfig) -> dict[str, Any]:
         evaluation=evaluation,
         layout=family,
     )
+    cards = {CARD: told.encode()}
     if published is None:
-        _require_empty(Path(config.output))
-        save_model(config.output, model, require_text(tokenizer, folder.url))
+        text = require_text(tokenizer, folder.url)
+        save_model(config.output, model, text, card=cards)
     else:
-        types = published.dtypes
-        export(model, config.output, published.config, dtypes=types, tokenizer=tokenizer)
-    replace_file(Path(config.output) / CARD, told.encode())
+        layout, types = published.config, published.dtypes
+        export(model, config.output, layout, dtypes=types, tokenizer=tokenizer, card=cards)
     print(f"wrote {config.output}: {family or 'our own'} layout, with its card in {CARD}")
     return {"output": config.output, "family": model.config.family}
 
@@ -82,12 +84,13 @@ def _model_folder(folder: "Folder") -> "Folder":
 def _origin(run: str | None, model: "Folder") -> Any:
     """What the card can tell of the training."""
     from cascade_model.commit import Folder
+    from cascade_model.run_record import SUMMARY
     from jobs.model_card import Origin
 
     if run is not None:
         return Origin.of_run(Folder(run))
     above = Folder(model.url.rpartition("/")[0] or "/")
-    has_one = model.url.endswith("/model") and above.exists("summary.json")
+    has_one = model.url.endswith("/model") and above.exists(SUMMARY)
     return Origin.of_run(above) if has_one else Origin()
 
 
@@ -105,11 +108,17 @@ def _evaluation(path: str | None) -> dict[str, Any] | None:
     )
 
 
-def _require_empty(output: Path) -> None:
-    if output.exists() and any(output.iterdir()):
-        raise InputError(
-            f"output={output} exists and is no empty folder; choose another folder or empty it"
-        )
+def _require_free(output: "Folder", is_published: bool) -> None:
+    """Refuse a place that cannot be written whole, before the weights are read."""
+    check(
+        output.is_local or not is_published,
+        f"output={output.url} is in a store, where a published layout cannot appear whole; write "
+        "to a local folder and copy it",
+    )
+    check(
+        not output.list(),
+        f"output={output.url} exists and is no empty folder; choose another folder or empty it",
+    )
 
 
 main = command(ExportConfig, run)

@@ -22,8 +22,8 @@ from cascade_model.errors import InputError, Stopped, Unfinished
 from cascade_model.settings import check
 from cascade_model.stopping import signals_noted
 from jobs import run_folder
-from jobs.progress import Progress
 from jobs.ranks import CHECKPOINTS, Started, run_rank
+from jobs.terminal import Terminal
 from pipelines.cluster import require_resources, start_ray
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 Train = Callable[[Any, str, Started], dict[str, Any]]
 """(config, device type, what started it) -> summary; runs in every rank, in its process group."""
 
-SUMMARY = "summary.json"
 _PATHS = ("corpus", "output", "teacher", "initial_model", "targets")
 # Ray Train asks for the ranks' machines again every 60 s; a cluster has this long to grow.
 _STARTS = 30
@@ -118,6 +117,8 @@ def launch(
     same `InputError`, without Ray's traceback. Raises `Stopped` after a signal, when all is saved,
     and `Unfinished` when ranks died or hung more often than they may.
     """
+    from cascade_model.run_record import SUMMARY
+
     if placement.num_workers == 0:
         _require_gpu(placement.use_gpu)
         return train(config, placement.device, Started(owner=owner))
@@ -184,14 +185,14 @@ def _fit(settings: dict[str, Any], folder: Folder, placement: Placement) -> str 
         finally:
             ended.set()
 
-    progress, asked = Progress(folder), None
+    terminal, asked = Terminal(folder), None
     with signals_noted() as signalled:
         threading.Thread(target=run, daemon=True).start()
         while not ended.wait(_LOOK_EVERY):
-            progress.show()
+            terminal.show()
             if asked is None and (asked := signalled()):
                 _pass_on(asked, folder, settings["launch"])
-    progress.show(is_last=True)
+    terminal.show(is_last=True)
     if failure:
         raise failure[0]
     return asked

@@ -32,12 +32,13 @@ class Origin:
         """Read a run folder; `InputError` when it is none."""
         from cascade_model.checkpoint import newest
         from cascade_model.metrics import tell
+        from cascade_model.run_record import SUMMARY
 
         try:
-            summary = json.loads(run.read_bytes("summary.json"))
+            summary = json.loads(run.read_bytes(SUMMARY))
         except (OSError, ValueError):
             raise InputError(
-                f"run={run.url} has no summary.json that can be read; give the folder of a run "
+                f"run={run.url} has no {SUMMARY} that can be read; give the folder of a run "
                 "that has ended, or leave it out"
             ) from None
         found = newest(run / "checkpoints", tell)

@@ -2,9 +2,12 @@
 
 It learns from the run folder that the command wants to stop, and from Ray that its machine is about
 to be taken away; the trainer asks once a step, agrees with the other ranks, saves and ends with
-`Stopped`. Checkpoints are told to Ray when they are known to be committed, so one save late: Ray's
-own reports are not durable when they return (a death within a second loses them), and its upload in
-the background deletes the folder that it was given. What counts is our COMMIT.
+`Stopped`.
+
+Ray is told of a checkpoint when it is known to be committed: when the next save begins, or at the
+end. So what Ray knows is one save late, and no step waits for a save. Nothing depends on it: Ray's
+own reports are not durable when they return (a death within a second loses them), it uploads
+nothing and deletes nothing, and what counts is our COMMIT.
 """
 
 import contextlib

@@ -79,6 +79,10 @@ def test_one_training_loop():
     assert places == ["trainer.py"]
 
 
+def test_the_name_of_a_summary_stands_in_one_place():
+    assert [p.name for p in SOURCES if '"summary.json"' in p.read_text()] == ["run_record.py"]
+
+
 def called_names(path: Path) -> set[str]:
     calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
     return {ast.unparse(call) for call in calls}

@@ -33,12 +33,14 @@ def export(
     *,
     dtypes: Mapping[str, str] | None = None,
     tokenizer: Tokenizer | None = None,
+    card: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write config.json, model.safetensors and tokenizer.json, whole or not at all.
 
     `published` is the original config.json and `dtypes` the types of tensors that differ from the
-    one it names (`Checkpoint`). Raises `InputError` when the folder holds something, or when the
-    network has no published layout, and `CheckpointMismatch` when it is not that of `published`.
+    one it names (`Checkpoint`); `card` are files for people, by name. Raises `InputError` when the
+    folder holds something, or when the network has no published layout, and `CheckpointMismatch`
+    when it is not that of `published`.
     """
     family, config = published_layout(network.config, published)
     settings = family.settings(config, "the published config", list(config))
@@ -58,6 +60,8 @@ def export(
         (work / WEIGHTS).chmod((work / "config.json").stat().st_mode)
         if tokenizer is not None:
             (work / "tokenizer.json").write_bytes(_within(tokenizer, table.rows))
+        for name, data in (card or {}).items():
+            (work / name).write_bytes(data)
 
 
 def published_layout(

@@ -10,6 +10,7 @@ from cascade_model.config import ModelConfig
 from cascade_model.distillation import (
     TRUST,
     Online,
+    banned_with,
     distillation_loss,
     divergence,
     require_teacher,
@@ -113,6 +114,23 @@ def test_teacher_row_is_the_one_before_the_token_and_starts_again_with_a_documen
     changed[0, 2] = (changed[0, 2] + 1) % 16
     moved, _ = teacher_rows(teacher, other, sequences, places)
     assert not torch.equal(rows[1], moved[1])
+
+
+@pytest.mark.parametrize("who", ["student", "teacher", "both"])
+def test_what_one_of_the_two_cannot_emit_is_no_outcome(who):
+    infilling = {"infill": "psm", "infill_ids": (13, 14, 15)}
+    teacher = dataclasses.replace(TEACHER, **infilling if who != "student" else {})
+    student = dataclasses.replace(STUDENT, **infilling if who != "teacher" else {})
+    batch = batch_of()
+    batch = dataclasses.replace(batch, clean_tokens=batch.clean_tokens % 13)
+    banned = banned_with(teacher, student)
+    assert banned == [13, 14, 15, 17, 18]
+    model, reference = fresh(student), Online(fresh(teacher, 1), banned)
+    parts = distillation_loss(model, batch, reference=reference, alpha=1.0)
+    parts.sum.backward()
+    assert parts.sum.isfinite()
+    assert parts.sum > 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def train_towards(teacher, batch, alpha=1.0, steps=120):

@@ -1,10 +1,15 @@
 """The distil command is pretraining with a teacher."""
 
+import json
+import math
+
 import pytest
 
 from cascade_model.checkpoint import verify
-from cascade_model.weights import load_model, weights_digest
-from jobs import distil, pretrain
+from cascade_model.commit import Folder
+from cascade_model.metrics import read_metrics
+from cascade_model.weights import load_model, read_config, weights_digest
+from jobs import distil, prepare, pretrain
 
 SHAPE = ["--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-heads", "2"]
 SHAPE += ["--model.num-kv-heads", "2", "--model.head-dim", "8", "--model.intermediate-size", "32"]
@@ -21,7 +26,7 @@ def teacher(tiny_corpus, tmp_path_factory):
 
 
 def flags(corpus, output, teacher, *more):
-    words = ["--corpus", corpus, "--output", str(output), "--teacher", str(teacher)]
+    words = ["--corpus", str(corpus), "--output", str(output), "--teacher", str(teacher)]
     return [*words, *SHAPE, *STEPS, *more]
 
 
@@ -46,6 +51,27 @@ def test_teacher_that_is_no_autoregressive_model_is_refused(tiny_corpus, tmp_pat
     assert distil.main(flags(tiny_corpus, tmp_path / "run", model)) == 3
     assert "must be autoregressive" in " ".join(capsys.readouterr().err.replace("│", "").split())
     assert not (tmp_path / "run").exists()
+
+
+def test_student_of_rearranged_texts_learns_from_a_teacher_of_plain_ones(tmp_path):
+    (tmp_path / "documents.jsonl").write_text(
+        "".join(json.dumps({"text": f"Row {i} says that {i * i}."}) + "\n" for i in range(200))
+    )
+    words = ["--source.paths", str(tmp_path / "documents.jsonl"), "--sequence-length", "64"]
+    words += ["--noise.block-size", "4", "--runner", "local"]
+    texts = {"rearranged": ["--tokenizer", "train", "--vocab-size", "400", "--infill-rate", "0.5"]}
+    texts["plain"] = ["--tokenizer", str(tmp_path / "rearranged" / "tokenizer.json")]
+    for name, more in texts.items():
+        assert prepare.main(["--output", str(tmp_path / name), *words, *more]) == 0
+    run = ["--corpus", str(tmp_path / "plain"), "--output", str(tmp_path / "teacher")]
+    kind = ["--model.block-size", "1", "--model.logits", "shifted"]
+    assert pretrain.main([*run, *SHAPE, *STEPS, *kind]) == 0
+    taught = flags(tmp_path / "rearranged", tmp_path / "run", tmp_path / "teacher" / "model")
+    assert distil.main(taught) == 0
+    assert read_config(tmp_path / "run" / "model").infill == "psm"
+    losses = [line["loss"] for line in read_metrics(Folder(tmp_path / "run"))]
+    assert len(losses) == 3
+    assert all(map(math.isfinite, losses))
 
 
 def test_missing_teacher_is_refused(tiny_corpus, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus
 from cascade_model.families import read_checkpoint
 from cascade_model.tokenizer import byte_tokenizer
@@ -35,6 +38,13 @@ def converted(source: Path, *flags: str) -> Path:
     output = source.with_name("model")
     assert convert.main(["--source", str(source), "--output", str(output), *flags]) == 0
     return output
+
+
+def own_model(source: Path) -> Path:
+    """A folder in this project's layout, which records no published one."""
+    model, tokenizer = load_model(converted(source))
+    save_model(source.with_name("own"), model, tokenizer)
+    return source.with_name("own")
 
 
 def exported(model: Path, *flags: str) -> Path:
@@ -88,10 +98,8 @@ def test_a_published_folder_itself_is_exported(source):
 
 
 def test_a_model_of_our_own_is_exported_as_it_is_with_a_card_that_says_what_is_not_known(source):
-    folder = converted(source)
-    model, tokenizer = load_model(folder)
-    own = folder.with_name("own")
-    save_model(own, model, tokenizer)
+    own = own_model(source)
+    model, _ = load_model(own)
     found = exported(own, "--licence", "apache-2.0", "--title", "Small one")
     again = load_model(found)[0].state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
@@ -103,6 +111,60 @@ def test_a_model_of_our_own_is_exported_as_it_is_with_a_card_that_says_what_is_n
     assert "No run folder was given." in card
     assert "Not measured." in card
     assert export.main(["--model", str(own), "--output", str(found)]) == 2  # not empty
+
+
+def test_a_store_gets_the_model_of_our_own_with_its_card_and_nothing_falls_on_the_disk(
+    source, s3_url, tmp_path, monkeypatch
+):
+    own, output = own_model(source), s3_url.replace("/corpus", "/exported")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    words = ["--model", str(own), "--output", output]
+    assert export.main([*words, "--title", "Small one"]) == 0
+    assert b"# Small one" in Folder(output).read_bytes("README.md")
+    assert load_model(output)[0].config == load_model(own)[0].config
+    assert not any((tmp_path / "here").iterdir())
+    assert export.main(words) == 2  # not empty
+
+
+def test_a_published_layout_is_refused_in_a_store_before_anything_is_written(
+    source, s3_url, tmp_path, monkeypatch, capsys
+):
+    model, output = converted(source), s3_url.replace("/corpus", "/exported")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert export.main(["--model", str(model), "--output", output]) == 2
+    told = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert "published layout cannot appear whole; write to a local folder and copy it" in told
+    assert Folder(output).list() == []
+    assert not any((tmp_path / "here").iterdir())
+
+
+def test_a_card_may_be_edited_without_harm_to_the_model(source):
+    found = exported(own_model(source))
+    (found / "README.md").write_text("What its maker wants to say.")
+    load_model(found)
+
+
+DIES = """
+import os, sys
+from jobs import export
+output = sys.argv[-1]
+def die(event, arguments):
+    if event == "open" and os.path.isdir(output):
+        os._exit(9)
+sys.addaudithook(die)
+export.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("make", [own_model, converted])
+def test_an_export_that_dies_as_soon_as_its_folder_is_there_has_left_the_card_in_it(source, make):
+    output = source.with_name("exported")
+    words = ["--model", str(make(source)), "--output", str(output)]
+    died = subprocess.run([sys.executable, "-c", DIES, *words], capture_output=True, text=True)
+    assert died.returncode == 9, died.stderr
+    assert "## How to use it" in (output / "README.md").read_text()
 
 
 def test_the_card_of_a_trained_model_tells_what_its_run_folder_knows(tiny_corpus, tmp_path):

@@ -16,7 +16,7 @@ from cascade_model.commit import Folder
 from cascade_model.errors import InputError, Stopped, Unfinished
 from jobs import launch, pretrain, run_folder
 from jobs.launch import Placement
-from jobs.progress import Progress
+from jobs.terminal import Terminal
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -278,14 +278,14 @@ def test_metrics_are_shown_as_they_come_and_once(tmp_path, capsys):
     values = dict.fromkeys(("loss", "lr", "tokens_per_second", "grad_norm", "data_wait_rate"), 0.5)
     lines = [{"step": step, **values} for step in (1, 2, 3)]
     file.write_text(json.dumps(lines[0]) + "\n")
-    progress = Progress(Folder(tmp_path))
+    terminal = Terminal(Folder(tmp_path))
     for line in lines[1:]:
         with file.open("a") as more:
             more.write(json.dumps(line) + "\n")
-        progress.show()
-        progress.show()
+        terminal.show()
+        terminal.show()
     shown = capsys.readouterr().err
     assert [line.split()[1] for line in shown.splitlines()] == ["2", "3"]
     file.write_text(json.dumps(lines[0]) + "\n")  # a rank died and went on from a checkpoint
-    progress.show(is_last=True)
+    terminal.show(is_last=True)
     assert "the ranks were started again; going on after step 1" in capsys.readouterr().err

@@ -13,7 +13,7 @@ _STORE_EVERY = 5.0
 """Seconds between two looks at the lines in a store, which are read whole."""
 
 
-class Progress:
+class Terminal:
     """What was shown of a run's metrics.jsonl."""
 
     def __init__(self, folder: Folder) -> None:
