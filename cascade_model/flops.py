@@ -14,7 +14,8 @@ Per data token of a sequence of L tokens in blocks of B, in one layer:
     autoregressive        1     (L + 1) / 2                                all
 
 With a token-causal clean half its pairs are (L + 1) / 2. The output head meets the masked rows,
-or all rows of an autoregressive model. The backward pass is two products for each one of the
+or all rows of an autoregressive model; the autoregressive term of the loss adds one row a token,
+and the last layer's clean queries. The backward pass is two products for each one of the
 forward pass. A sequence counts as one document: shorter ones see fewer pairs, so for packed short
 documents the attention's part is an upper bound.
 """
@@ -94,12 +95,14 @@ def training_flops(
     sequence_length: int,
     block_size: int | None = None,
     mask_rate: float = 0.5,
+    has_next_tokens: bool = False,
 ) -> Flops:
     """Operations per data token of one training step, or of `forward` alone.
 
     `block_size` replaces the model's own, `mask_rate` is the mean share of the tokens that is
-    masked. Adds nothing for norms, the optimiser, or the conditioning of a `dit`, which is
-    computed once per pass.
+    masked, `has_next_tokens` whether the clean half predicts its next tokens too (`ar_weight`), as
+    an autoregressive model does anyhow. Adds nothing for norms, the optimiser, or the conditioning
+    of a `dit`, which is computed once per pass.
     """
     length, layers = sequence_length, config.num_layers
     block = min(block_size or config.block_size, length)
@@ -111,9 +114,12 @@ def training_flops(
         clean = 1 if config.clean_half == "token_causal" else block
         halves, head_rows = [(length + block) / 2, (length + clean) / 2], mask_rate
     rows, pairs = len(halves), sum(halves)
+    is_trimmed = is_last_trimmed(config)
+    if has_next_tokens and rows == 2:
+        head_rows, is_trimmed = head_rows + 1.0, False
     queries, keys = _projections(config)
-    kept_rows = 1 if is_last_trimmed(config) else rows
-    kept_pairs = halves[0] if is_last_trimmed(config) else pairs
+    kept_rows = 1 if is_trimmed else rows
+    kept_pairs = halves[0] if is_trimmed else pairs
     linear = sum(
         (rows if layer < layers - 1 else kept_rows) * (queries + _feed_forward(config, layer))
         for layer in range(layers)

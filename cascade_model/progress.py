@@ -14,6 +14,19 @@ from cascade_model.phases import block_size_at
 from cascade_model.window import OTHER, Window
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """What a loss computes beside the tokens that the model supervises of itself."""
+
+    has_next_tokens: bool = False
+    """Whether the clean half predicts its next tokens (`AuxiliaryConfig.ar_weight`)."""
+    teacher: ModelConfig | None = None
+    """An autoregressive model that runs forward on the same tokens."""
+
+
+NOTHING_BESIDE = Beside()
+
+
 @dataclass(kw_only=True)
 class Progress:
     """The state of a run beside weights and optimiser; it travels in the checkpoint."""
@@ -66,11 +79,21 @@ def line_of(
     }
 
 
-def work_of(model: ModelConfig, noise: NoiseConfig, length: int) -> tuple[int, float]:
+def work_of(
+    model: ModelConfig, noise: NoiseConfig, length: int, beside: Beside = NOTHING_BESIDE
+) -> tuple[int, float]:
     """Of one data token: the rows it takes in the network, 2 where noisy and clean half stand side
-    by side, and the useful floating point operations."""
+    by side, and the useful floating point operations, a running teacher's included."""
     rate = (noise.min_rate + noise.max_rate) / 2
-    if model.block_size >= length:  # has no clean half
+    next_tokens = beside.has_next_tokens and not model.is_autoregressive
+    if model.block_size >= length and not next_tokens:  # has no clean half
         model = dataclasses.replace(model, attention="bidirectional")
     rows = 1 if model.is_autoregressive or model.attention == "bidirectional" else 2
-    return rows, training_flops(model, sequence_length=length, mask_rate=rate).total
+    own = training_flops(
+        model, sequence_length=length, mask_rate=rate, has_next_tokens=next_tokens
+    ).total
+    if beside.teacher is None:
+        return rows, own
+    teacher = training_flops(beside.teacher, sequence_length=length)
+    taught = 1.0 if model.is_autoregressive else rate  # tokens whose logits it is asked for
+    return rows, own + teacher.linear + teacher.attention + taught * teacher.head

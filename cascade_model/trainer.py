@@ -29,7 +29,15 @@ from cascade_model.networks import Network, build_network
 from cascade_model.objective import LossParts
 from cascade_model.optim import learning_rate, make_optimizer, set_learning_rate
 from cascade_model.phases import noise_at, require_phases
-from cascade_model.progress import Progress, line_of, model_at, sums_of, work_of
+from cascade_model.progress import (
+    NOTHING_BESIDE,
+    Beside,
+    Progress,
+    line_of,
+    model_at,
+    sums_of,
+    work_of,
+)
 from cascade_model.run_record import MODEL, facts_of, finished_summary, write_summary
 from cascade_model.settings import to_dict
 from cascade_model.stopping import signals_noted
@@ -52,7 +60,8 @@ class Trainer:
     what the initial weights came from, passed on to `model/` for an export. `on_save` is called on
     every rank when a save has begun; `stop_wanted` is asked on every rank once a step for a reason
     to stop, one rank's being enough; `held_out` is run by all ranks together. A rank that stands
-    still for longer than `collective_timeout_s`, in a step or in a save, ends the others.
+    still for longer than `collective_timeout_s`, in a step or in a save, ends the others. `beside`
+    is what `loss_fn` computes besides, for the utilisation in the metrics.
     """
 
     model: Network
@@ -71,6 +80,7 @@ class Trainer:
     stop_wanted: Callable[[], str | None] = lambda: None
     held_out: Callable[[Network], HeldOut] | None = None
     collective_timeout_s: float = 600.0
+    beside: Beside = NOTHING_BESIDE
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, from the newest complete checkpoint if there is one.
@@ -194,7 +204,7 @@ class Trainer:
         else:  # every rank holds the same sums, so all of them come here in the same step
             self._pass_over(totals["loss"], norm)
         shape = model_at(at.step, self.model.config, self.trainer)
-        rows, flops = work_of(shape, self._noise_at(at.step), self._length)
+        rows, flops = work_of(shape, self._noise_at(at.step), self._length, self.beside)
         at.window.spend(
             seconds=time.perf_counter() - started,
             waited=waited,

@@ -85,6 +85,7 @@ def _memory(
 ) -> dict[str, Any]:
     """Bytes per rank, as trained and with the other choice of `recompute`."""
     from cascade_model.footprint import FLOAT32, footprint, parameter_count
+    from jobs.training import teacher_config
 
     trainer, rate = config.trainer, (noise.min_rate + noise.max_rate) / 2
     other = dataclasses.replace(trainer, recompute=not trainer.recompute)
@@ -95,7 +96,7 @@ def _memory(
 
     ranks = max(config.num_workers, 1)
     found = of(trainer, config.min_workers or ranks)
-    teacher = _teacher(config)
+    teacher = teacher_config(config)
     beside = FLOAT32 * parameter_count(teacher) if teacher else 0
     return {
         "parameters": parameter_count(shape),
@@ -111,21 +112,20 @@ def _work(
     config: Any, shape: "ModelConfig", corpus: "Corpus", noise: "NoiseConfig"
 ) -> dict[str, Any]:
     """Steps, tokens and useful operations, over the phases of the block-size schedule."""
-    from cascade_model.flops import training_flops
     from cascade_model.phases import noise_at, phase_starts
     from cascade_model.progress import model_at, work_of
+    from jobs.training import beside_of
 
     trainer, length = config.trainer, corpus.sequence_length
     starts = [first for first, _ in phase_starts(trainer)] or [0]
     ends = [*starts[1:], trainer.num_steps]
-    teacher = _teacher(config)
-    beside = training_flops(teacher, sequence_length=length).forward if teacher else 0.0
+    beside = beside_of(config)
     total = 0.0
     per_step = trainer.sequences_per_step * length
     for first, end in zip(starts, ends, strict=True):
         recipe = noise_at(first, noise, trainer, length)
-        _, flops = work_of(model_at(first, shape, trainer), recipe, length)
-        total += (end - first) * per_step * (flops + beside)
+        _, flops = work_of(model_at(first, shape, trainer), recipe, length, beside)
+        total += (end - first) * per_step * flops
     tokens = trainer.num_steps * per_step
     return {
         "steps": trainer.num_steps,
@@ -213,14 +213,6 @@ def _memory_there(config: Any) -> int | None:
         return torch.cuda.mem_get_info()[1]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return memory // max(config.num_workers, 1)
-
-
-def _teacher(config: Any) -> "ModelConfig | None":
-    """The shape of a teacher that runs beside the student."""
-    from cascade_model.weights import read_config
-
-    path = getattr(config, "teacher", None)
-    return None if path is None else read_config(path)
 
 
 def _probe(config: Any, module: Any, corpus: "Corpus", noise: "NoiseConfig") -> float:

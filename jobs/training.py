@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from cascade_model.corpus import Corpus
     from cascade_model.lease import Owner
     from cascade_model.networks import Network
+    from cascade_model.progress import Beside
     from cascade_model.trainer import LossFn
     from cascade_model.window import HeldOut
 
@@ -190,7 +191,25 @@ def fit(
         stop_wanted=started.stop_wanted,
         held_out=held_out_of(config),
         collective_timeout_s=config.collective_timeout_s,
+        beside=beside_of(config),
     ).fit()
+
+
+def beside_of(config: TrainingConfig) -> "Beside":
+    """What the stage's loss computes beside the masked tokens, of those stages that can."""
+    from cascade_model.progress import Beside
+
+    return Beside(
+        has_next_tokens=getattr(config, "ar_weight", 0.0) > 0, teacher=teacher_config(config)
+    )
+
+
+def teacher_config(config: TrainingConfig) -> ModelConfig | None:
+    """The shape of a teacher that runs beside the student."""
+    from cascade_model.weights import read_config
+
+    path = getattr(config, "teacher", None)
+    return None if path is None else read_config(path)
 
 
 def held_out_of(config: TrainingConfig) -> "Callable[[Network], HeldOut] | None":

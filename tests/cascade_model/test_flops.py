@@ -1,6 +1,7 @@
 """Operations counted by hand against those that torch counts while it computes."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade_model.attention import clean_mask, dense, training_mask
-from cascade_model.config import ExpertsConfig
+from cascade_model.config import AuxiliaryConfig, ExpertsConfig, NoiseConfig
+from cascade_model.distillation import Online, distillation_loss
 from cascade_model.flops import GPUS, device_peak, gpu_of, is_last_trimmed, training_flops
 from cascade_model.loss import diffusion_loss
 from cascade_model.model import Transformer
 from cascade_model.networks import build_network
+from cascade_model.progress import Beside, work_of
 from tests.tiny_models import batch_of, tiny_config
 
 LENGTH, BLOCK, N = 32, 4, 2
@@ -48,7 +51,7 @@ def dense_training(segments, block_size, clean_half):
     return attend
 
 
-def counted_by_torch(config, is_masked):
+def counted_by_torch(config, is_masked, loss=partial(diffusion_loss, outcomes="all")):
     """Operations of one forward and backward pass on the dense path, by module: in all, and those
     of the attention's products."""
     model = build_network(config)
@@ -57,7 +60,7 @@ def counted_by_torch(config, is_masked):
     clean = torch.randint(0, 13, (N, LENGTH), generator=torch.Generator().manual_seed(0))
     batch = batch_of(clean, block_size=config.block_size, is_masked=is_masked)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        diffusion_loss(model, batch, outcomes="all").sum.backward()
+        loss(model, batch).sum.backward()
     by_op = counter.get_flop_counts()["Global"]
     attention = sum(count for op, count in by_op.items() if "bmm" in str(op))
     return counter.get_total_flops(), attention
@@ -90,6 +93,37 @@ def test_counts_are_those_of_torch_but_for_the_pairs_nobody_sees(changes, monkey
     per_pair = 4 * config.num_heads * config.head_dim
     assert attention == 3 * tokens * per_pair * dense_pairs(config)
     assert total - attention == 3 * tokens * (found.linear + found.head + unused_queries(config))
+
+
+def test_the_next_token_term_adds_its_head_rows_and_the_clean_queries(monkeypatch):
+    monkeypatch.setattr("cascade_model.training_input.grouped_clean", dense_clean)
+    config = tiny_config(clean_half="token_causal", max_sequence_length=LENGTH)
+    is_masked = torch.rand(N, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.5
+    loss = partial(diffusion_loss, outcomes="all", auxiliary=AuxiliaryConfig(ar_weight=0.3))
+    total, attention = counted_by_torch(config, is_masked, loss)
+    tokens, rate = N * LENGTH, int(is_masked.sum()) / (N * LENGTH)
+    found = training_flops(config, sequence_length=LENGTH, mask_rate=rate, has_next_tokens=True)
+    per_pair = 4 * config.num_heads * config.head_dim
+    assert attention == 3 * tokens * per_pair * config.num_layers * 4 * LENGTH
+    first_tokens = 2 * config.hidden_size * config.vocab_size * N  # which nothing predicts
+    assert total - attention == 3 * (tokens * (found.linear + found.head) - first_tokens)
+
+
+def test_a_running_teacher_is_counted_forward_with_the_logits_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr("cascade_model.training_input.grouped_clean", dense_clean)
+    student, shape = tiny_config(), tiny_config(**AR, num_layers=3)
+    teacher = build_network(shape).requires_grad_(False)
+    teacher.init_weights(1)
+    is_masked = torch.rand(N, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.5
+    loss = partial(distillation_loss, reference=Online(teacher, []), alpha=0.5)
+    with_teacher, pairs = counted_by_torch(student, is_masked, loss)
+    alone, own_pairs = counted_by_torch(student, is_masked, diffusion_loss)
+    rate = int(is_masked.sum()) / (N * LENGTH)
+    noise = NoiseConfig(block_size=BLOCK, min_rate=rate, max_rate=rate)
+    flops = [work_of(student, noise, LENGTH, it)[1] for it in (Beside(teacher=shape), Beside())]
+    useful = 4 * shape.num_heads * shape.head_dim * shape.num_layers * (LENGTH + 1) / 2
+    linear = (with_teacher - pairs) - (alone - own_pairs)
+    assert flops[0] - flops[1] == pytest.approx(useful + linear / (N * LENGTH), rel=1e-9)
 
 
 def unused_queries(config):

@@ -197,9 +197,8 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(corpus, tmp_path):
 
 def measured(trainer):
     """The run with a held-out loss of its own at each step; the second step's is the lowest."""
-    trainer.held_out = lambda model: HeldOut(
-        [3.0, 1.0, 2.0, 4.0, 5.0, 6.0][trainer._at.step - 1], 0
-    )
+    values = [3.0, 1.0, 2.0, 4.0, 5.0, 6.0]
+    trainer.held_out = lambda model: HeldOut(values[trainer._at.step - 1], 0.1)
     return trainer
 
 

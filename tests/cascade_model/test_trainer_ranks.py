@@ -241,3 +241,34 @@ def test_a_preempted_launcher_gives_its_ranks_the_time_to_save(tiny_corpus, tmp_
     step = int(re.fullmatch(r"stopped at step (\d+) \(SIGTERM\); run the same .*", ends[0])[1])
     assert 3 <= step < 2000
     assert (tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / "COMMIT").exists()
+
+
+HYBRID = """
+SMALL = dataclasses.replace(STEPS, num_steps=4, sequences_per_forward=1, log_every=1, replicas=2)
+
+def fit(name, *args):
+    trainer = make(corpus, folder / name, SMALL, *args)
+    try:
+        trainer.fit()
+    except Killed:
+        pass
+    return trainer.model.embed.weight.device_mesh.shape
+
+shape = fit("whole")
+assert shape == (2, 2), shape
+fit("cut", dying(3))
+fit("cut")
+"""
+
+
+def test_two_replicas_of_two_shards_train_as_one_process_and_go_on_exactly(tiny_corpus, tmp_path):
+    run_ranks(tmp_path, str(tiny_corpus), HYBRID, ranks=4)
+    alone = dataclasses.replace(STEPS, num_steps=4, log_every=1)
+    make(Corpus.open(tiny_corpus), tmp_path / "alone", alone).fit()
+    whole, cut, one = (weights(tmp_path / name) for name in ("whole", "cut", "alone"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    for name in one:
+        torch.testing.assert_close(whole[name], one[name], rtol=1e-3, atol=1e-4)
+    expected = [pytest.approx(loss, rel=1e-5) for _, loss in losses(tmp_path / "alone")]
+    assert [loss for _, loss in losses(tmp_path / "whole")] == expected

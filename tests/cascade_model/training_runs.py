@@ -87,9 +87,11 @@ def run_ranks(
     corpus: str,
     body: str,
     code: int | None = 0,
+    *,
+    ranks: int = 2,
     meanwhile: Callable[[subprocess.Popen], None] = lambda process: None,
 ) -> str:
-    """Run `body` on two ranks under torchrun, with this module's names and `corpus` at hand.
+    """Run `body` on some ranks under torchrun, with this module's names and `corpus` at hand.
 
     Returns stderr. `code` is the exit code that is wanted, none for any; `meanwhile` may deal with
     the launcher while it runs.
@@ -106,10 +108,10 @@ def run_ranks(
         "rank = int(os.environ['RANK'])\n"
         f"{body}"
     )
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(
-        [sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, *words, str(script)], env=environment, stderr=subprocess.PIPE, text=True
     )
     try:
         meanwhile(process)

@@ -9,8 +9,9 @@ import pytest
 
 from cascade_model.checkpoint import verify
 from cascade_model.commit import Folder
+from cascade_model.corpus import Corpus
 from cascade_model.metrics import read_metrics
-from jobs import plan, pretrain
+from jobs import distil, plan, pretrain
 from jobs.plan_table import duration, size
 
 SHAPE = ["--model.hidden-size", "64", "--model.num-layers", "3", "--model.num-heads", "4"]
@@ -25,12 +26,12 @@ def flags(corpus, output, *more):
     return [*words, *SHAPE, *STEPS, *more]
 
 
-def planned(words, monkeypatch):
-    """The numbers of `cascade plan pretrain`."""
+def planned(words, monkeypatch, stage="pretrain"):
+    """The numbers of `cascade plan`."""
     found = []
     real = plan.table
     monkeypatch.setattr(plan, "table", lambda report: found.append(report) or real(report))
-    assert plan.main(["pretrain", *words]) == 0
+    assert plan.main([stage, *words]) == 0
     return found[0]
 
 
@@ -60,17 +61,37 @@ def test_a_plan_writes_nothing_and_its_storage_is_what_the_job_leaves(
     assert again["is_finished"]
 
 
-def test_the_work_is_what_the_run_counts_of_itself(tiny_corpus, tmp_path, monkeypatch):
-    """The utilisation in the metrics is useful FLOP/s over the peak, so both give the same work."""
+def test_the_work_is_what_torch_counts_in_the_run(tiny_corpus, tmp_path, monkeypatch):
+    """With every term: projections, feed-forward and head as torch counts them in the steps of a
+    real run. The plan's head rows are those of the mean mask rate, and its pairs of queries and
+    keys the useful ones, so those are held apart."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    teacher = tmp_path / "teacher"
+    words = flags(tiny_corpus, teacher, "--model.block-size", "1", "--model.logits", "shifted")
+    assert pretrain.main(words) == 0
+    more = ["--teacher", str(teacher / "model"), "--ar-weight", "0.3"]
+    words = flags(tiny_corpus, tmp_path / "run", *more, "--model.clean-half", "token_causal")
+    report = planned(words, monkeypatch, "distil")
+    with FlopCounterMode(display=False) as counter:
+        assert distil.main(words) == 0
+    by_op = counter.get_flop_counts()["Global"]
+    products = sum(count for op, count in by_op.items() if "mm" in str(op) and "bmm" not in str(op))
+    corpus = Corpus.open(str(tiny_corpus))
+    length, causal = corpus.sequence_length, (corpus.sequence_length + 1) / 2
+    noisy = (length + corpus.block_size) / 2
+    attention = report["tokens"] * 4 * 4 * 16 * 3 * (3 * (noisy + causal) + causal)
+    assert products == pytest.approx(report["flops"] - attention, rel=0.03)
+    counted = counted_by_the_run(tmp_path / "run")
+    assert counted == pytest.approx(report["flops"], rel=1e-9)
+
+
+def counted_by_the_run(run):
+    """Its utilisation is useful FLOP/s over the peak."""
     from cascade_model.flops import device_peak
 
-    run = tmp_path / "run"
-    report = planned(flags(tiny_corpus, run), monkeypatch)
-    assert pretrain.main(flags(tiny_corpus, run)) == 0
-    lines = read_metrics(Folder(run))
     peak = device_peak("cpu", "float32")
-    counted = sum(line["mfu"] * line["seconds"] * peak for line in lines)
-    assert counted == pytest.approx(report["flops"], rel=1e-9)
+    return sum(line["mfu"] * line["seconds"] * peak for line in read_metrics(Folder(run)))
 
 
 # Not getrusage's: a child begins with the peak of the process that forked it.
