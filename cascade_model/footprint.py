@@ -14,13 +14,12 @@ import torch
 
 from cascade_model.config import ModelConfig, TrainerConfig
 from cascade_model.flops import active_width, is_last_trimmed
+from cascade_model.loss import LOGITS_PER_CHUNK
 from cascade_model.networks import build_network
 
 FLOAT32 = 4
 _GROUP_TOKENS = 64
 _ADAM_MOMENTS = 2
-LOGITS_PER_CHUNK = 2**24
-"""As the loss cuts them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,7 +44,8 @@ from cascade_model.training_input import (
     supervised,
 )
 
-_LOGITS_PER_CHUNK = 2**24
+LOGITS_PER_CHUNK = 2**24
+"""Logits that may exist at once, in numbers."""
 _PLAIN = AuxiliaryConfig()
 OfLogits = Callable[..., Tensor]
 """Logits [r, v] of masked tokens, and whatever was given for each -> one number each, [r]."""
@@ -240,7 +241,7 @@ def in_chunks(
 
 def rows_per_chunk(vocabulary: int) -> int:
     """Rows whose logits may exist at once."""
-    return max(1, _LOGITS_PER_CHUNK // vocabulary)
+    return max(1, LOGITS_PER_CHUNK // vocabulary)
 
 
 def _recomputed(function: Callable[..., Tensor], chunk: tuple[Tensor, ...]) -> Tensor:

@@ -105,7 +105,7 @@ def test_an_autoregressive_phase_has_no_second_autoregressive_term():
 def test_next_tokens_reach_the_head_in_chunks_that_change_no_gradient(monkeypatch):
     results = []
     for limit in (2**24, 16 * 5):
-        monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", limit)
+        monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", limit)
         model, batch, seen = lively_model(**CAUSAL), noisy_batch(4), []
         model.head.register_forward_hook(
             lambda module, args, out, seen=seen: seen.append(math.prod(args[0].shape[:-1]))

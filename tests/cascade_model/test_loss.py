@@ -275,7 +275,7 @@ def test_a_bidirectional_model_may_have_a_rate_per_block_of_any_grid():
 
 @pytest.mark.parametrize("kind", [{}, {"attention": "bidirectional"}, AUTOREGRESSIVE])
 def test_only_supervised_rows_reach_the_head_and_never_all_at_once(kind, monkeypatch):
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 16 * 5)
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 16 * 5)
     model, seen = lively_model(**kind), []
     model.head.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
     batch = random_batch(block_size=model.config.block_size)
@@ -312,7 +312,7 @@ def test_chunks_of_rows_change_neither_the_loss_nor_its_gradient(monkeypatch):
     tokens = torch.randint(0, 12, (2, 16))
     results = []
     for limit in (2**24, 16 * 5):
-        monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", limit)
+        monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", limit)
         model = lively_model()
         total = diffusion_loss(model, batch_of(tokens, block_size=4)).sum
         total.backward()
