@@ -21,9 +21,11 @@ def facts_of(
     noise: NoiseConfig,
     objective: dict[str, Any],
     trainer: TrainerConfig,
+    initial_weights: str | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it.
 
+    `initial_weights` is the digest of the model that the run began with; none if it drew its own.
     A run with a block-size schedule keeps its number of steps, which the phases' borders depend on.
     """
     return {
@@ -33,6 +35,7 @@ def facts_of(
         "objective": objective,
         "sequences_per_step": trainer.sequences_per_step,
         "block_sizes": phase_starts(trainer),
+        "initial_weights": initial_weights or f"drawn from trainer.seed={trainer.seed}",
     }
 
 

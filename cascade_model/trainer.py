@@ -61,7 +61,8 @@ class Trainer:
     every rank when a save has begun; `stop_wanted` is asked on every rank once a step for a reason
     to stop, one rank's being enough; `held_out` is run by all ranks together. A rank that stands
     still for longer than `collective_timeout_s`, in a step or in a save, ends the others. `beside`
-    is what `loss_fn` computes besides, for the utilisation in the metrics.
+    is what `loss_fn` computes besides, for the utilisation in the metrics. `initial_weights` is the
+    digest of the model that `model` was loaded from, which a resumed run must share.
     """
 
     model: Network
@@ -81,6 +82,7 @@ class Trainer:
     held_out: Callable[[Network], HeldOut] | None = None
     collective_timeout_s: float = 600.0
     beside: Beside = NOTHING_BESIDE
+    initial_weights: str | None = None
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, from the newest complete checkpoint if there is one.
@@ -337,7 +339,8 @@ class Trainer:
 
     def _facts(self) -> dict[str, Any]:
         config = self.model.config
-        return facts_of(config, self.corpus, self.noise, self.objective, self.trainer)
+        given = self.corpus, self.noise, self.objective, self.trainer
+        return facts_of(config, *given, self.initial_weights)
 
     def _on_first(self, work: Callable[[], Any]) -> Any:
         """Write something on the first rank, if the folder is still this attempt's."""

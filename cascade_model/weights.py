@@ -149,7 +149,15 @@ def is_published(files: Folder) -> bool:
 
 
 def _is_model_folder(old: Folder) -> bool:
-    return MANIFEST in old.list()
+    """Whether what stands there is a model and nothing else: a corpus has a manifest too. On a
+    store, also one whose writer was killed, which had taken the manifest away first."""
+    try:
+        if MANIFEST in old.list():
+            return WEIGHTS in json.loads(old.read_bytes(MANIFEST))["files"]
+        config = {} if old.is_local else json.loads(old.read_bytes(CONFIG))
+        return "format_version" in config and "model_type" not in config
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _verify(files: Folder) -> None:

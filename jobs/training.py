@@ -135,7 +135,8 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
     corpus.batch(0, 1, noise)
     found = checkpoint.newest(folder / CHECKPOINTS, tell)
     if found is not None:
-        facts = facts_of(shape, corpus, noise, objective, config.trainer)
+        given = shape, corpus, noise, objective, config.trainer
+        facts = facts_of(*given, initial_weights_of(config))
         checkpoint.require_same(found, facts)
     return finished_summary(folder, found, config.trainer)
 
@@ -167,6 +168,7 @@ def fit(
     """One rank's part, inside its process group (or alone)."""
     import torch
 
+    from cascade_model import parallel
     from cascade_model.corpus import Corpus
     from cascade_model.trainer import Trainer
     from cascade_model.weights import read_published
@@ -192,6 +194,7 @@ def fit(
         held_out=held_out_of(config),
         collective_timeout_s=config.collective_timeout_s,
         beside=beside_of(config),
+        initial_weights=parallel.on_first_rank(lambda: initial_weights_of(config)),
     ).fit()
 
 
@@ -286,6 +289,13 @@ def starting_model(config: TrainingConfig, corpus: "Corpus") -> "Network":
     model = build_network(shape)
     model.init_weights(config.trainer.seed)
     return model
+
+
+def initial_weights_of(config: TrainingConfig) -> str | None:
+    """The digest of the model that a run starts from; none if it draws its own."""
+    from cascade_model.weights import weights_digest
+
+    return None if config.initial_model is None else weights_digest(config.initial_model)
 
 
 def noise_of(

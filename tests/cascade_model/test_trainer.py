@@ -92,6 +92,8 @@ def test_facts_differ_with_everything_a_run_cannot_change(corpus):
         facts_of(model, corpus, dataclasses.replace(noise, seed=9), objective, STEPS),
         facts_of(model, corpus, noise, objective | {"weight": "unit"}, STEPS),
         facts_of(model, corpus, noise, objective, dataclasses.replace(STEPS, sequences_per_step=8)),
+        facts_of(model, corpus, noise, objective, STEPS, initial_weights="0f"),
+        facts_of(model, corpus, noise, objective, dataclasses.replace(STEPS, seed=1)),
     ]
     assert all(other != facts for other in others)
     free = dataclasses.replace(STEPS, num_steps=99, sequences_per_forward=1, log_every=1)

@@ -91,6 +91,14 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_corpus_is_not_replaced_though_it_has_a_manifest(tiny_corpus, tmp_path):
+    corpus = shutil.copytree(tiny_corpus, tmp_path / "corpus")
+    before = {path.name: path.read_bytes() for path in corpus.iterdir()}
+    with pytest.raises(InputError, match="exists and is no model folder"):
+        save_model(corpus, small_model(), TOKENIZER)
+    assert {path.name: path.read_bytes() for path in corpus.iterdir()} == before
+
+
 def test_a_foreign_tokenizer_is_refused_with_both_digests(tmp_path):
     model = small_model(tokenizer_sha256="abc")
     with pytest.raises(CheckpointMismatch, match=f"tokenizer abc and got {TOKENIZER.sha256}"):
@@ -222,3 +230,15 @@ def test_a_model_folder_in_a_store_is_written_read_and_refused_when_damaged(s3_u
     Folder(s3_url).replace("model.safetensors", b"x")
     with pytest.raises(CheckpointMismatch, match="with sha256"):
         load_model(s3_url)
+
+
+def test_a_writer_that_was_killed_in_a_store_can_write_again(s3_url):
+    """Its first act was to take the old manifest away; what else is there is nobody's model."""
+    save_model(s3_url, small_model(), TOKENIZER)
+    Folder(s3_url).remove("manifest.json")
+    save_model(s3_url, small_model(seed=1), TOKENIZER)
+    assert load_model(s3_url)[1].sha256 == TOKENIZER.sha256
+    Folder(s3_url).remove("manifest.json")
+    Folder(s3_url).replace("config.json", b'{"model_type": "llama"}')
+    with pytest.raises(InputError, match="exists and is no model folder"):
+        save_model(s3_url, small_model(), TOKENIZER)

@@ -71,6 +71,19 @@ def test_training_can_start_from_a_model_folder(tiny_corpus, tmp_path):
     assert second[0]["loss"] < first[0]["loss"]
 
 
+def test_a_run_goes_on_from_the_weights_it_began_with_alone(tiny_corpus, tmp_path, capsys):
+    for name in ("first", "other"):
+        more = ["--trainer.seed", "1"] if name == "other" else []
+        assert pretrain.main(flags(tiny_corpus, tmp_path / name, *more)) == 0
+    run = flags(tiny_corpus, tmp_path / "run")
+    for name, code in (("first", 0), ("other", 3)):
+        assert pretrain.main([*run, "--initial-model", str(tmp_path / name / "model")]) == code
+    assert pretrain.main(run) == 3
+    told = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert told.count("was made with initial_weights='") == 2
+    assert "initial_weights='drawn from trainer.seed=0'" in told
+
+
 def test_one_block_shifted_is_an_autoregressive_model(tiny_corpus, tmp_path):
     more = ["--model.block-size", "1", "--model.logits", "shifted"]
     assert pretrain.main(flags(tiny_corpus, tmp_path, *more)) == 0
