@@ -4,6 +4,9 @@ Weights, gradients, moments and checkpoints are counted exactly, from the networ
 values. Activations are what autograd keeps of `model` under the grouped attention, tensor by
 tensor; of the other networks, whose layers differ a little, they are near. One rank keeps of every
 tensor the share that FSDP2 gives to the first one, the largest.
+
+Tensors in use are counted, and nothing that an allocator keeps when they are freed: on a CPU glibc
+may hold half as much again, which MALLOC_MMAP_THRESHOLD_=65536 in the environment gives back.
 """
 
 import functools

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus
 from cascade_model.metrics import read_metrics
 from jobs import distil, plan, pretrain
-from jobs.plan_table import duration, size
+from jobs.plan_table import size
 
 SHAPE = ["--model.hidden-size", "64", "--model.num-layers", "3", "--model.num-heads", "4"]
 SHAPE += ["--model.num-kv-heads", "2", "--model.head-dim", "16", "--model.intermediate-size", "96"]
@@ -103,9 +104,19 @@ peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
 open(sys.argv[-1], "w").write(str(1024 * int(peak[1])))
 """
 
+# glibc keeps much of what is freed, more or less of it in each run: 0.68 to 0.80 GB in six runs of
+# the test below. With these a block of a tensor's size goes back to the system when it is freed,
+# so the peak is that of what is in use: 0.54 GB, whatever the run and the number of threads.
+FREED_AT_ONCE = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "OMP_NUM_THREADS": "1",
+}
+
 
 def test_memory_is_within_a_factor_of_a_real_runs_peak(tiny_corpus, tmp_path, monkeypatch):
-    """A run of 7 M parameters, less what the same run of a tiny model takes: the estimate covers it
+    """A run of 8 M parameters, less what the same run of a tiny model takes: the estimate covers it
     and is less than 1.7 times as much. It is an upper bound, as not all of it is there at once."""
     large = ["--model.hidden-size", "512", "--model.intermediate-size", "1024"]
     large += ["--model.head-dim", "64", "--model.num-heads", "8", "--model.num-kv-heads", "8"]
@@ -115,7 +126,8 @@ def test_memory_is_within_a_factor_of_a_real_runs_peak(tiny_corpus, tmp_path, mo
     for name, more in (("small", []), ("large", large)):
         words = flags(tiny_corpus, tmp_path / name, *more)
         out = tmp_path / f"{name}.txt"
-        done = subprocess.run([sys.executable, "-c", PEAK, *words, str(out)], timeout=240)
+        command = [sys.executable, "-c", PEAK, *words, str(out)]
+        done = subprocess.run(command, env=os.environ | FREED_AT_ONCE, timeout=240)
         assert done.returncode == 0
         peaks.append(int(out.read_text()))
     report = planned(flags(tiny_corpus, tmp_path / "plan", *large), monkeypatch)
@@ -193,7 +205,4 @@ def test_stages_that_do_not_train_have_no_plan(capsys):
 def test_units_are_those_that_people_read():
     assert [size(n) for n in (0, 999, 1000, 12_340_000, 2.5e12)] == [
         "0 B", "999 B", "1 kB", "12.3 MB", "2.5 TB",
-    ]  # fmt: skip
-    assert [duration(s) for s in (5, 125, 3600 * 5 + 60, 86400 * 2 + 3600 * 3)] == [
-        "5 s", "2 min", "5 h 1 min", "2 d 3 h",
     ]  # fmt: skip
