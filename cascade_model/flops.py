@@ -83,11 +83,6 @@ class Flops:
         """Forward and backward."""
         return self.forward + self.backward
 
-    @property
-    def with_recompute(self) -> float:
-        """What is computed when the layers run a second time in the backward pass."""
-        return self.total + self.linear + self.attention
-
 
 def training_flops(
     config: ModelConfig,

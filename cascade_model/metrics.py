@@ -174,8 +174,18 @@ def progress_line(line: dict[str, Any]) -> str:
     if line.get("held_out_loss") is not None:
         parts.append(f"held out {line['held_out_loss']:.4f}")
     if line.get("seconds_left"):
-        parts.append(f"{_duration(line['seconds_left'])} left")
+        parts.append(f"{duration(line['seconds_left'])} left")
     return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person, in the two largest of days, hours, minutes and seconds: 2 d 3 h."""
+    left, parts = round(seconds), []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        count, left = divmod(left, size)
+        if count or (parts and unit != "s") or unit == "s":
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
 
 
 def speed(lines: list[dict[str, Any]]) -> tuple[float, float]:
@@ -209,13 +219,3 @@ def _text(lines: list[dict[str, Any]]) -> bytes:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _duration(seconds: float) -> str:
-    """The two largest of days, hours, minutes and seconds."""
-    left, parts = round(seconds), []
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        count, left = divmod(left, size)
-        if count or (parts and unit != "s") or unit == "s":
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2])

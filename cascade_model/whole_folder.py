@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cascade_model.commit import Folder
 from cascade_model.errors import InputError
+from cascade_model.local_files import fsync
 
 
 @contextlib.contextmanager
@@ -76,15 +77,7 @@ def _upload(work: Path, place: Folder, seal: str) -> None:
 def _flush(folder: Path) -> None:
     """Bring every file, then the folder itself, to disk."""
     for path in (*sorted(folder.iterdir()), folder):
-        _flush_entry(path)
-
-
-def _flush_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        fsync(path)
 
 
 def _replace(work: Path, target: Path) -> None:
@@ -92,7 +85,7 @@ def _replace(work: Path, target: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.rename(target, old)
     os.rename(work, target)
-    _flush_entry(target.parent)
+    fsync(target.parent)
     _remove_old(target)
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from cascade_model.metrics import duration
+
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _PARTS = {
     "parameters": "weights",
@@ -74,14 +76,3 @@ def size(count: float) -> str:
     while count >= 1000 and unit < len(_UNITS) - 1:
         count, unit = count / 1000, unit + 1
     return f"{count:.3g} {_UNITS[unit]}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the two largest units: 2 d 3 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    days, hours, left = minutes // 1440, minutes // 60 % 24, minutes % 60
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {left} min" if hours else f"{left} min"

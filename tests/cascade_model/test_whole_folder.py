@@ -63,7 +63,7 @@ def die_behind(path):
 if sys.argv[2] == "between":
     os.rename = die_at(1)
 else:
-    module._flush_entry = die_behind
+    module.fsync = die_behind
 with module.whole_folder(sys.argv[1], lambda _: True, "thing") as work:
     (work / "file").write_text("newer")
 """
