@@ -83,7 +83,9 @@ def hold(folder: Folder) -> Iterator[Owner]:
     """Hold a run folder while the body runs; a local one is made if it is not there.
 
     Raises `InputError`, saying who and since when, if a living run holds it, or if another run has
-    taken it over when the body fails.
+    taken it over when the body fails. What the body raises is what is seen of a store that failed:
+    one that cannot be asked at the end hides neither that nor a run that went well. A lease that
+    could not be freed then is as good as free `SILENCE` seconds later.
     """
     owner, ended = Owner.here(), threading.Event()
     _draw(folder, owner, partial(_refuse_the_living, folder))
@@ -92,14 +94,14 @@ def hold(folder: Folder) -> Iterator[Owner]:
     try:
         yield owner
     except Exception as error:
-        last = _newest(folder)
-        if not _is_of(last, owner):
-            raise InputError(_taken_over(folder, last)) from error
+        if told := _told_if_lost(folder, owner):
+            raise InputError(told) from error
         raise
     finally:
         ended.set()
         beat.join()
-        _release(folder, owner)
+        with contextlib.suppress(Exception):
+            _release(folder, owner)
 
 
 def begin(folder: Folder, owner: Owner) -> Attempt:
@@ -205,6 +207,15 @@ def _release(folder: Folder, owner: Owner) -> None:
     last = _newest(folder)
     if last is not None and _is_of(last, owner):
         folder.replace(last.name, _record(owner, is_released=True))
+
+
+def _told_if_lost(folder: Folder, owner: Owner) -> str | None:
+    """The sentence about another holder; none where there is none, or nobody knows."""
+    try:
+        last = _newest(folder)
+    except Exception:
+        return None
+    return None if _is_of(last, owner) else _taken_over(folder, last)
 
 
 def _numbers(folder: Folder) -> list[int]:

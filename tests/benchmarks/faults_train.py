@@ -3,7 +3,8 @@
     make faults-train N=20
 
 Kills: N seeded points, at least a quarter of them inside a save and three in twenty after the data
-but before COMMIT; the victim is either rank, wherever the other one is just then. Whatever is
+but before COMMIT, and every phase there is from N = 14 on; the victim is either rank, wherever the
+other one is just then. Whatever is
 killed, the same command is run again and must end with the undisturbed run's weights and log lines.
 Every kind of fault has a control: with the protection off, the same check must fail. Only processes
 that a round itself started are killed, each by its id.
@@ -15,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +56,17 @@ class Point:
 
 
 def points_of(count: int, passed: dict[tuple[str, int], int], seed: int = SEED) -> list[Point]:
-    """The seeded list: first what must be in it, then any phase."""
+    """The seeded list: first what must be in it, then any phase, always of those that came least
+    often so far, so that none is left out."""
     chance = random.Random(seed)
     wanted = [AFTER_DATA] * -(-count * 3 // 20)
     wanted += [IN_SAVE] * (-(-count // 4) - len(wanted))
     wanted += [PHASES] * (count - len(wanted))
-    points = []
+    points, drawn = [], Counter[str]()
     for phases in wanted[:count]:
-        phase = chance.choice(phases)
+        fewest = min(drawn[phase] for phase in phases)
+        phase = chance.choice([phase for phase in phases if drawn[phase] == fewest])
+        drawn[phase] += 1
         rank = 0 if phase in OF_FIRST_RANK else chance.randrange(RANKS)
         number = chance.randint(1, max(1, passed[phase, rank]))
         points.append(Point(phase, rank, number, victim=chance.randrange(RANKS)))

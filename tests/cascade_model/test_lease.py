@@ -145,6 +145,39 @@ def test_a_run_that_was_replaced_can_neither_write_nor_start_ranks_and_says_so(t
         run_that_is_replaced(tmp_path)
 
 
+class Silent(Exception):
+    """What a store's client raises that gets no answer."""
+
+
+def fall_silent(monkeypatch):
+    """From now on no folder can be listed, read or written."""
+
+    def refuse(*words, **named):
+        raise Silent
+
+    for name in ("list", "read_bytes", "replace", "create"):
+        monkeypatch.setattr(Folder, name, refuse)
+
+
+def test_a_store_that_falls_silent_hides_neither_the_first_error_nor_a_good_end(
+    tmp_path, monkeypatch
+):
+    def run(error):
+        with hold(Folder(tmp_path)):
+            fall_silent(monkeypatch)
+            if error:
+                raise error
+
+    with pytest.raises(KeyError, match="the first") as caught:
+        run(KeyError("the first"))
+    assert caught.value.__context__ is None
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="is in use by process"):
+        hold(Folder(tmp_path)).__enter__()  # nobody could free it
+    make_silent(tmp_path, lease.SILENCE + 5)
+    run(None)
+
+
 def test_a_deleted_lease_is_a_lost_one(tmp_path):
     with hold(Folder(tmp_path)) as owner:
         attempt = begin(Folder(tmp_path), owner)
