@@ -24,14 +24,13 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
 from cascade_model import parallel
-from cascade_model.checkpoint_commit import Sealing, clear, retain, tidy
+from cascade_model.checkpoint_commit import Sealing, clear, rate, retain, tidy
 from cascade_model.checkpoint_files import COMMIT, Checkpoint, Entry, File, step_name, steps_in
 from cascade_model.checkpoint_reading import OtherFormat, verify
 from cascade_model.checkpoint_state import load, load_weights, state_of
 from cascade_model.checkpoint_storage import STATE, PartsPlanner, Writer, cause_of
 from cascade_model.commit import Folder
 from cascade_model.errors import CheckpointMismatch, InputError, Unfinished
-from cascade_model.hashing import HashingWriter
 from cascade_model.retention import Keep
 from cascade_model.staging import HostCopy
 
@@ -84,7 +83,7 @@ class Checkpoints:
     the person who watches, from the first rank alone. `attempt` is the lease's number, for the
     names of folders. `timeout` bounds for how long a rank may stand still in a save (seconds), or
     the first one take for the manifest, COMMIT and the removal of old ones; the writing of the data
-    may take any time.
+    and their reading may take any time.
     """
 
     def __init__(
@@ -125,6 +124,13 @@ class Checkpoints:
             return found
 
         return parallel.on_first_rank(tidy_and_find)
+
+    def load(self, found: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+        """Put a checkpoint into a model that is sharded as it will be, and its optimiser, in place.
+
+        Every rank must call this. Raises as `checkpoint_state.load`.
+        """
+        load(found, model, optimizer, self._at_work)
 
     def save(
         self,
@@ -167,6 +173,21 @@ class Checkpoints:
         future.add_done_callback(partial(self._end, saving, sealed))
         return saving
 
+    def rate(self, found: Checkpoint, score: float) -> None:
+        """Write the held-out loss of a checkpoint beside it, for `Keep.best`; every rank must call.
+
+        What the storage refuses is told; the checkpoint stays without a score then.
+        """
+
+        def write() -> None:
+            self._check()
+            try:
+                rate(Folder(found.path), found.step, score)
+            except Exception as error:  # each store has errors of its own
+                self._tell(f"{found.path} could not be given its held-out loss ({error})")
+
+        parallel.on_first_rank(write)
+
     def finish(self) -> None:
         """Wait for the last save; `Unfinished` if it failed."""
         if self._last is not None and not self._last.wait():
@@ -176,10 +197,10 @@ class Checkpoints:
                 "command again, which goes on from the checkpoint before it"
             )
 
-    def _at_work(self, write: Callable[[], HashingWriter | None]) -> HashingWriter | None:
+    def _at_work(self, work: Callable[[], Any]) -> Any:
         if self._group is None:
-            return write()
-        return parallel.all_at_work(write, self._group, self._beat)
+            return work()
+        return parallel.all_at_work(work, self._group, self._beat)
 
     def _end(self, saving: Saving, sealed: Sealing, future: Future) -> None:
         """In the thread that saved, on every rank."""

@@ -16,7 +16,7 @@ from cascade_model.checkpoint_files import (
     step_name,
     steps_in,
 )
-from cascade_model.checkpoint_reading import OtherFormat, attempt_of, is_ours, score_of
+from cascade_model.checkpoint_reading import OtherFormat, attempt_of, committed, is_ours, score_of
 from cascade_model.commit import Folder
 from cascade_model.errors import CheckpointMismatch, Unfinished
 from cascade_model.retention import Keep, is_measured, kept_steps
@@ -67,6 +67,17 @@ class Sealing:
         except OSError:
             self.is_tried = not self.target.is_local or COMMIT in self.target.list()
             raise
+
+
+def rate(target: Folder, step: int, score: float) -> None:
+    """Give a committed step the held-out loss that was not known when it was saved.
+
+    COMMIT is replaced in one move by one that differs in the score alone, so the checkpoint is
+    whole throughout. A loss that is not finite is none.
+    """
+    if is_measured(score):
+        attempt, manifest, _ = committed(target)
+        target.replace(COMMIT, commit_bytes(step, attempt, manifest, float(score)))
 
 
 def retain(folder: Folder, keep: Keep, step: int, damaged: set[int]) -> None:

@@ -53,7 +53,7 @@ def verify(folder: Folder | str | Path) -> Checkpoint:
     with _told(folder, folder.url):
         names = set(folder.files())
     _refuse_foreign(folder, names)
-    attempt, recorded, score = _commit(folder)
+    attempt, recorded, score = committed(folder)
     data = folder / attempt
     text = _bytes(data, MANIFEST)
     where = data.path(MANIFEST)
@@ -130,8 +130,11 @@ def _refuse_foreign(folder: Folder, names: set[str]) -> None:
             )
 
 
-def _commit(folder: Folder) -> tuple[str, File, float | None]:
-    """The attempt that counts, its manifest as recorded, and its score."""
+def committed(folder: Folder) -> tuple[str, File, float | None]:
+    """What COMMIT says: the attempt that counts, its manifest as recorded, and the score.
+
+    `CheckpointMismatch` when it is not there, damaged, or of another step.
+    """
     where = folder.path(COMMIT)
     try:
         text = folder.read_bytes(COMMIT)
@@ -192,7 +195,7 @@ def is_ours(folder: Folder) -> bool:
 
 def attempt_of(folder: Folder) -> str:
     """The attempt that COMMIT names; `CheckpointMismatch` when it is damaged."""
-    return _commit(folder)[0]
+    return committed(folder)[0]
 
 
 def score_of(folder: Folder) -> tuple[bool, float | None]:
@@ -201,7 +204,7 @@ def score_of(folder: Folder) -> tuple[bool, float | None]:
     Raises `OtherFormat` for a folder that is none of ours.
     """
     try:
-        return True, _commit(folder)[2]
+        return True, committed(folder)[2]
     except OtherFormat:
         raise
     except CheckpointMismatch:

@@ -1,5 +1,6 @@
 """What of a model and its optimiser goes into a checkpoint, and back."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,23 +11,30 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
 
 from cascade_model.checkpoint_files import Checkpoint
-from cascade_model.checkpoint_storage import Reader, cause_of, load_planner
+from cascade_model.checkpoint_storage import AtWork, Reader, cause_of, load_planner
 from cascade_model.errors import CheckpointMismatch
 from cascade_model.tensor_files import DTYPES
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def load(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+def _alone(work: Callable[[], Any]) -> Any:
+    return work()
+
+
+def load(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, at_work: AtWork = _alone
+) -> None:
     """Put a verified checkpoint into a model and its optimiser, in place, on any number of ranks.
 
-    Every rank must call this, with the model already sharded as it will be. Raises
+    Every rank must call this, with the model already sharded as it will be. `at_work` does each
+    rank's reading; without one, ranks wait for each other within their group's timeout. Raises
     `CheckpointMismatch` when tensors differ in name, shape or type, or a file changed since it was
     verified; the model must not be used then.
     """
     state = state_of(model, optimizer)
     _require_same_tensors(checkpoint, state, "")
-    _load(checkpoint, state, no_dist=not dist.is_initialized())
+    _load(checkpoint, state, at_work, no_dist=not dist.is_initialized())
     trained = _trained(model, optimizer)
     for (name, (parameter, group)), step in zip(trained.items(), state["steps"], strict=True):
         is_on_device = group.get("fused") or group.get("capturable")
@@ -40,12 +48,13 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Only the weights, in this process alone, without any process group; raises as `load`."""
     state = _weights(model)
     _require_same_tensors(checkpoint, state, "model/")
-    _load(checkpoint, dict(state), no_dist=True)
+    _load(checkpoint, dict(state), _alone, no_dist=True)
 
 
-def _load(checkpoint: Checkpoint, state: dict[str, Any], no_dist: bool) -> None:
+def _load(checkpoint: Checkpoint, state: dict[str, Any], at_work: AtWork, no_dist: bool) -> None:
+    reader = Reader(checkpoint, at_work)
     try:
-        dcp_load(state, storage_reader=Reader(checkpoint), planner=load_planner(), no_dist=no_dist)
+        dcp_load(state, storage_reader=reader, planner=load_planner(), no_dist=no_dist)
     except CheckpointException as error:
         raise cause_of(error) or error from None
 

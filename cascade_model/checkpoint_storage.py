@@ -57,7 +57,8 @@ _PIECE = 8 << 20
 STATE = "state"
 """The one thing that is saved: DCP keeps books on each of them, which takes 0.1 ms of training."""
 Seal = Callable[[dict[str, Entry], dict[str, File]], None]
-AtWork = Callable[[Callable[[], HashingWriter | None]], HashingWriter | None]
+AtWork = Callable[[Callable[[], Any]], Any]
+"""Does this rank's part of something, and returns its result when all ranks have done theirs."""
 
 
 class PartsPlanner(DefaultSavePlanner):
@@ -91,7 +92,7 @@ class Writer(StorageWriter):
 
     `check` is asked on the first rank before anything is written. What the storage refuses is an
     `Unfinished`, which travels between ranks; DCP tells all of them, so they agree. `at_work` does
-    this rank's writing, and returns what it does when all have written.
+    this rank's writing.
     """
 
     def __init__(
@@ -151,10 +152,13 @@ class Writer(StorageWriter):
 
 
 class Reader(StorageReader):
-    """Reads a verified checkpoint; each file that is needed is read once and hashed again."""
+    """Reads a verified checkpoint; each file that is needed is read once and hashed again.
 
-    def __init__(self, found: Checkpoint) -> None:
-        self._found = found
+    `at_work` does this rank's reading.
+    """
+
+    def __init__(self, found: Checkpoint, at_work: AtWork) -> None:
+        self._found, self._at_work = found, at_work
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """A reader is used once."""
@@ -183,8 +187,12 @@ class Reader(StorageReader):
         for item in plan.items:
             key = (item.storage_index.fqn, tuple(item.storage_index.offset or ()))
             wanted.setdefault(files[key], defaultdict(list))[key].append(item)
-        for file, items in wanted.items():
-            self._fill(file, items, planner)
+
+        def fill() -> None:
+            for file, items in wanted.items():
+                self._fill(file, items, planner)
+
+        self._at_work(fill)
         done: Future[None] = Future()
         done.set_result(None)
         return done

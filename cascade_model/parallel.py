@@ -4,8 +4,10 @@ Everything works for one process without a group, so the trainer has a single pa
 """
 
 import atexit
+import contextlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,6 +18,9 @@ import torch.distributed as dist
 from cascade_model.errors import InputError, of_store
 
 Result = TypeVar("Result")
+BEAT = 0.5
+"""Seconds between two signs of life of a rank that the others wait for."""
+_BUSY = "busy"
 
 
 def join_group(device: torch.device, timeout: float | None = None) -> None:
@@ -55,28 +60,71 @@ def barrier() -> None:
 def on_first_rank(work: Callable[[], Result]) -> Result:
     """Do something on the first rank alone; its result on every rank, which all must call.
 
-    If it fails, all fail: an `InputError` is the same on each, so none waits for one that stopped.
-    A store that does not answer is one of those (`Unfinished`).
+    It may take any time: the others hear every `BEAT` seconds that the first rank lives, so a
+    group's timeout bounds its silence and not its work. If it fails, all fail: an `InputError` is
+    the same on each, so none waits for one that stopped. A store that does not answer is one of
+    those (`Unfinished`).
     """
     if world_size() == 1:
         return _told_in_a_sentence(work)
-    told: list[Any] = [None, None, None]
     failure: Exception | None = None
+    kind, told = _BUSY, None
     if rank() == 0:
-        try:
-            told[0] = _told_in_a_sentence(work)
-        except InputError as error:
-            failure, told[1] = error, error.to_data()
-        except Exception as error:
-            failure, told[2] = error, f"the first rank failed: {type(error).__name__}: {error}"
-    dist.broadcast_object_list(told, src=0)
+        with _signs_of_life():
+            kind, told, failure = _outcome(work)
+        _from_first((kind, told))
+    while kind == _BUSY:
+        kind, told = _from_first(None)
     if failure is not None:
         raise failure
-    if told[1] is not None:
-        raise InputError.from_data(told[1])
-    if told[2] is not None:
-        raise RuntimeError(told[2])
-    return told[0]
+    if kind == "mistake":
+        raise InputError.from_data(told)
+    if kind == "fault":
+        raise RuntimeError(told)
+    return told
+
+
+def _outcome(work: Callable[[], Any]) -> tuple[str, Any, Exception | None]:
+    """What is told to the other ranks, and what is raised on this one."""
+    try:
+        return "result", _told_in_a_sentence(work), None
+    except InputError as error:
+        return "mistake", error.to_data(), error
+    except Exception as error:
+        return "fault", f"the first rank failed: {type(error).__name__}: {error}", error
+
+
+@contextlib.contextmanager
+def _signs_of_life() -> Iterator[None]:
+    """While the body runs, this rank, the first, tells the others that it is at work.
+
+    The body stays in its thread, where signals interrupt it; the signs come from another. One that
+    cannot be sent is the last: a rank is lost then, which the next exchange says.
+    """
+    ended = threading.Event()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def tell() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # each thread has a device of its own
+        with contextlib.suppress(Exception):
+            while not ended.wait(BEAT):
+                _from_first((_BUSY, None))
+
+    thread = threading.Thread(target=tell, name="signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _from_first(told: tuple[str, Any] | None) -> tuple[str, Any]:
+    """The first rank's message, on every rank."""
+    carried: list[Any] = [told]
+    dist.broadcast_object_list(carried, src=0)
+    return carried[0]
 
 
 def _told_in_a_sentence(work: Callable[[], Result]) -> Result:

@@ -17,7 +17,7 @@ import torch
 
 from cascade_model import lease, not_finite, parallel, sharding
 from cascade_model.batch import TrainBatch
-from cascade_model.checkpoint import Checkpoint, Checkpoints, Keep, Saving, load, require_same
+from cascade_model.checkpoint import Checkpoint, Checkpoints, Keep, Saving, require_same
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig, OptimizerConfig, TrainerConfig
 from cascade_model.corpus import Corpus
@@ -45,9 +45,6 @@ from cascade_model.weights import Published, save_model
 from cascade_model.window import HeldOut, Window, told_of
 
 LossFn = Callable[[Network, TrainBatch], LossParts]
-QUICK = 5.0
-"""Seconds that an evaluation may have taken to be made once more before a stop: launchers commonly
-wait 30 s from the signal on, and the save comes after it."""
 
 
 @dataclass(kw_only=True)
@@ -60,7 +57,8 @@ class Trainer:
     what the initial weights came from, passed on to `model/` for an export. `on_save` is called on
     every rank when a save has begun; `stop_wanted` is asked on every rank once a step for a reason
     to stop, one rank's being enough; `held_out` is run by all ranks together. A rank that stands
-    still for longer than `collective_timeout_s`, in a step or in a save, ends the others. `beside`
+    still for longer than `collective_timeout_s` ends the others; what the first rank does alone
+    (hashing a checkpoint, writing the model) and the data of a checkpoint may take longer. `beside`
     is what `loss_fn` computes besides, for the utilisation in the metrics. `initial_weights` is the
     digest of the model that `model` was loaded from, which a resumed run must share.
     """
@@ -129,15 +127,14 @@ class Trainer:
         self._adam = make_optimizer(self.model, self.optimizer)
         self._at = at = self._resume(found)
         self._saving: Saving | None = None
-        self._evaluation_took = math.inf
         batches = feed(self.corpus, self.noise, self.trainer, at.step)
         with contextlib.ExitStack() as opened:
             self._log = parallel.only_first_rank(lambda: self._open_log(opened))
             self._noted = opened.enter_context(signals_noted())
             opened.enter_context(self._save_ended())
             self._batches = opened.enter_context(contextlib.closing(batches))
-            if not at.is_told:
-                self._tell()
+            if found is not None and not at.is_told:
+                self._rate(found, self._tell())
             while at.samples < self._total:
                 is_stopping = self._step()
                 if is_stopping and at.samples < self._total:
@@ -165,7 +162,7 @@ class Trainer:
     def _resume(self, found: Checkpoint | None) -> Progress:
         if found is None:
             return Progress()
-        load(found, self.model, self._adam)
+        self._checkpoints.load(found, self.model, self._adam)
         if parallel.rank() == 0:
             tell(f"resuming from {found.path} (step {found.step}, {found.samples} samples)")
         return Progress.from_facts(found.facts["progress"])
@@ -283,12 +280,15 @@ class Trainer:
 
     def _evaluate(self) -> HeldOut:
         assert self.held_out is not None
-        started = time.perf_counter()
         with self._precision():
             found = self.held_out(self.model)
         sharding.reshard(self.model)
-        self._evaluation_took = time.perf_counter() - started
         return found
+
+    def _rate(self, found: Checkpoint, held_out: HeldOut | None) -> None:
+        """Give the checkpoint of a stop the score that it would have been saved with otherwise."""
+        if held_out is not None and self._at.step % self.trainer.checkpoint_every == 0:
+            self._checkpoints.rate(found, held_out.loss)
 
     def _write_line(self, held_out: HeldOut | None) -> None:
         line = line_of(self._at, self.model.config, self.trainer, self._length)
@@ -314,13 +314,11 @@ class Trainer:
     def _stop(self) -> None:
         """Save at once and end the run, on all ranks for the same reason.
 
-        A checkpoint that would have been made without the stop is measured first where that is
-        quick: its score is written with it or never, and the best ones are kept by their scores.
+        An evaluation that is due waits for the next start: launchers commonly kill 30 s after the
+        signal.
         """
         reason = parallel.first_of(self._reason)
-        is_due = self._is_evaluated() and self._at.step % self.trainer.checkpoint_every == 0
-        is_quick = parallel.on_first_rank(lambda: self._evaluation_took <= QUICK)
-        self._save(self._tell() if is_due and is_quick else None)
+        self._save(None)
         self._checkpoints.finish()
         raise Stopped.at(self._at.step, reason or "asked to")
 

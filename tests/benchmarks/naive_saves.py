@@ -42,6 +42,17 @@ class Naive:
             return None
         return Checkpoint(path=str(self._folder), attempt="", facts=found, **empty)
 
+    @torch.no_grad()
+    def load(self, found: Checkpoint, model: Any, optimizer: Any) -> None:
+        """Believe what is there."""
+        saved = load_tensors(_read(_file(Path(found.path), found.step))[1])
+        state = state_of(model, optimizer)
+        for name, tensor in state.items():
+            _local(tensor).copy_(saved[name])
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            moments = {key: state[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": state["steps"][number].clone(), **moments}
+
     def save(self, model: Any, optimizer: Any, facts: dict[str, Any], score: Any = None) -> Saving:
         """Write half by half; whatever goes wrong ends the run."""
         state = {name: _local(t) for name, t in state_of(model, optimizer).items()}
@@ -76,19 +87,7 @@ def _read(file: Path) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[8 : 8 + size]), data[8 + size :]
 
 
-def _load(found: Checkpoint, model: Any, optimizer: Any) -> None:
-    """Believe what is there."""
-    saved = load_tensors(_read(_file(Path(found.path), found.step))[1])
-    state = state_of(model, optimizer)
-    for name, tensor in state.items():
-        _local(tensor).copy_(saved[name])
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-        moments = {key: state[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": state["steps"][number].clone(), **moments}
-
-
 def install(point: Callable[[str], None]) -> None:
     """Let the trainer of this process save so."""
     Naive.point = staticmethod(point)  # type: ignore[assignment]
     trainer.Checkpoints = Naive  # type: ignore[misc, assignment]
-    trainer.load = torch.no_grad()(_load)

@@ -241,6 +241,47 @@ def test_an_attempt_that_was_replaced_cannot_commit(tmp_path):
             checkpoints.newest()
 
 
+def test_a_score_that_comes_later_changes_nothing_else(tmp_path):
+    for step, score in ((1, 0.5), (2, None), (3, 2.0)):
+        save(tmp_path, step, score=score)
+    before = contents(tmp_path)
+    checkpoints = open_run(tmp_path, Keep(last=1, best=1))
+    checkpoints.rate(checkpoint.verify(tmp_path / "step_00000002"), 0.25)
+    changed = {path for path, data in contents(tmp_path).items() if before.get(path) != data}
+    assert changed == {tmp_path / "step_00000002" / "COMMIT"}
+    assert len(contents(tmp_path)) == len(before)
+    assert checkpoint.verify(tmp_path / "step_00000002").score == 0.25
+    assert checkpoints.save(*trained(), {"step": 4, "samples": 32}).wait()
+    assert names(tmp_path) == ["step_00000002", "step_00000004"]
+
+
+def test_a_score_that_cannot_be_written_is_told_and_one_that_is_none_is_not_written(tmp_path):
+    save(tmp_path, 1)
+    before, told = contents(tmp_path), []
+    found = checkpoint.verify(tmp_path / "step_00000001")
+    checkpoints = open_run(tmp_path, tell=told.append)
+    checkpoints.rate(found, float("nan"))
+    assert (contents(tmp_path), told) == (before, [])
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    checkpoints.rate(found, 0.5)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert contents(tmp_path) == before
+    assert "step_00000001 could not be given its held-out loss" in told[0]
+
+
+def test_an_attempt_that_was_replaced_cannot_rate(tmp_path):
+    folder = tmp_path / "checkpoints"
+    save(folder, 1)
+    found = checkpoint.verify(folder / "step_00000001")
+    with hold(Folder(tmp_path)) as owner:
+        zombie = begin(Folder(tmp_path), owner)
+        begin(Folder(tmp_path), owner)
+        with pytest.raises(LeaseLost):
+            open_run(folder, check=zombie.check).rate(found, 0.5)
+    assert checkpoint.verify(folder / "step_00000001").score is None
+
+
 def test_leftovers_of_a_dead_writer_are_removed(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)

@@ -136,6 +136,35 @@ def test_a_rank_leaves_its_group_before_python_ends(tmp_path, tiny_corpus, fails
     assert "terminate called" not in shown
 
 
+SLOW = """
+parallel.join_group(torch.device("cpu"), timeout=6.0)
+first = parallel.on_first_rank(os.getpid)
+
+def work_for_long():
+    time.sleep(9)
+    return "done"
+
+assert parallel.on_first_rank(work_for_long) == "done"
+if rank == 0:
+    parallel.on_first_rank(lambda: os.kill(first, signal.SIGSTOP))
+else:
+    began = time.monotonic()
+    try:
+        parallel.on_first_rank(lambda: None)
+    except RuntimeError as error:
+        (folder / "waited").write_text(f"{time.monotonic() - began} {error}")
+    os.kill(first, signal.SIGCONT)
+    raise SystemExit(3)
+"""
+
+
+def test_the_first_rank_may_work_for_longer_than_it_may_stand_still(tmp_path, tiny_corpus):
+    run_ranks(tmp_path, tiny_corpus, SLOW, code=1)
+    seconds, told = (tmp_path / "waited").read_text().split(" ", 1)
+    assert 4 < float(seconds) < 60
+    assert "timed out" in told.lower()
+
+
 def test_a_store_that_does_not_answer_the_first_rank_is_one_sentence():
     from botocore.exceptions import EndpointConnectionError
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from cascade_model import metrics
-from cascade_model import trainer as trainer_file
-from cascade_model.checkpoint import load_weights, newest
+from cascade_model.checkpoint import load_weights, newest, verify
 from cascade_model.commit import Folder
 from cascade_model.config import Phase
 from cascade_model.corpus import Corpus
@@ -183,41 +182,67 @@ def test_a_stop_at_an_evaluated_step_evaluates_on_the_next_start(corpus, tmp_pat
     assert [step for step, _, _ in told[0]] == [2, 3, 4, 6]
 
 
-def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(corpus, tmp_path):
-    trainer = dataclasses.replace(
-        STEPS, evaluate_every=1, checkpoint_every=1, keep_last=1, keep_best=1, keep_every=4
-    )
-    values = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
-    more = {"held_out": lambda model: HeldOut(next(values), 0.1)}
-    summary = make(corpus, tmp_path, trainer, more=more).fit()
-    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["step_00000002", "step_00000004", "step_00000006"]
-    assert summary["held_out_loss"] == 6.0
+VALUES = [3.0, 1.0, 2.0, 4.0, 5.0, 6.0]
+MEASURED = dataclasses.replace(
+    STEPS, evaluate_every=1, checkpoint_every=1, keep_last=1, keep_best=1, log_every=1
+)
 
 
 def measured(trainer):
     """The run with a held-out loss of its own at each step; the second step's is the lowest."""
-    values = [3.0, 1.0, 2.0, 4.0, 5.0, 6.0]
-    trainer.held_out = lambda model: HeldOut(values[trainer._at.step - 1], 0.1)
+    trainer.held_out = lambda model: HeldOut(VALUES[trainer._at.step - 1], 0.1)
     return trainer
 
 
-@pytest.mark.parametrize(("quick", "best"), [(60.0, 2), (-1.0, 3)], ids=["quick", "slow"])
-def test_a_stop_at_the_best_step_measures_it_unless_that_takes_long(
-    corpus, tmp_path, monkeypatch, quick, best
+def kept_in(folder):
+    return [path.name for path in sorted((folder / "checkpoints").iterdir())]
+
+
+def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(corpus, tmp_path):
+    trainer = dataclasses.replace(MEASURED, keep_every=4)
+    summary = measured(make(corpus, tmp_path, trainer)).fit()
+    assert kept_in(tmp_path) == ["step_00000002", "step_00000004", "step_00000006"]
+    assert summary["held_out_loss"] == 6.0
+
+
+def stopping_at(step):
+    """Fields of a run that is asked to stop in this step, counted from 1."""
+    asked = iter(range(1, 1000))
+    return {"stop_wanted": lambda: "enough" if next(asked) == step else None}
+
+
+def score_at(folder, step):
+    return verify(folder / "checkpoints" / f"step_{step:08d}").score
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["goes on", "dies before the next save"])
+def test_a_checkpoint_of_a_stop_is_measured_on_the_next_start_and_may_be_the_best(
+    corpus, tmp_path, dies
 ):
-    often = dataclasses.replace(
-        STEPS, evaluate_every=1, checkpoint_every=1, keep_last=1, keep_best=1, log_every=1
-    )
-    monkeypatch.setattr(trainer_file, "QUICK", quick)
-    stopping = at_call(3, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Stopped, match="step 2"):
-        measured(make(corpus, tmp_path, often, stopping)).fit()
-    measured(make(corpus, tmp_path, often)).fit()
-    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == [f"step_0000000{best}", "step_00000006"]
-    lines = read_metrics(Folder(tmp_path))
-    assert [line["held_out_loss"] for line in lines] == [3.0, 1.0, 2.0, 4.0, 5.0, 6.0]
+        measured(make(corpus, tmp_path / "cut", MEASURED, more=stopping_at(2))).fit()
+    assert score_at(tmp_path / "cut", 2) is None
+    if dies:
+        with pytest.raises(Killed):
+            measured(make(corpus, tmp_path / "cut", MEASURED, dying(1))).fit()
+        assert score_at(tmp_path / "cut", 2) == 1.0
+    measured(make(corpus, tmp_path / "cut", MEASURED)).fit()
+    measured(make(corpus, tmp_path / "whole", MEASURED)).fit()
+    assert kept_in(tmp_path / "cut") == kept_in(tmp_path / "whole")
+    assert kept_in(tmp_path / "cut") == ["step_00000002", "step_00000006"]
+    assert score_at(tmp_path / "cut", 2) == score_at(tmp_path / "whole", 2) == 1.0
+    assert is_equal(tmp_path / "whole", tmp_path / "cut")
+    lines = read_metrics(Folder(tmp_path / "cut"))
+    assert [line["held_out_loss"] for line in lines] == VALUES
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_a_checkpoint_that_only_the_stop_made_is_not_among_the_best(corpus, tmp_path):
+    rarely = dataclasses.replace(MEASURED, checkpoint_every=3)
+    with pytest.raises(Stopped, match="step 2"):
+        measured(make(corpus, tmp_path, rarely, more=stopping_at(2))).fit()
+    measured(make(corpus, tmp_path, rarely)).fit()
+    assert kept_in(tmp_path) == ["step_00000003", "step_00000006"]
 
 
 def poisoned(*numbers):
@@ -296,10 +321,6 @@ def test_recomputed_layers_give_the_same_gradients_bit_for_bit(corpus, tmp_path)
 
 def test_a_run_in_a_store_stops_and_goes_on_as_one_on_a_disk(corpus, tmp_path, s3_url):
     often = dataclasses.replace(STEPS, num_steps=20, log_every=1)
-
-    def stopping_at(step):
-        asked = iter(range(100))
-        return {"stop_wanted": lambda: "enough" if next(asked) == step - 1 else None}
 
     with pytest.raises(Stopped, match="step 6"):
         make(corpus, tmp_path / "disk", often, more=stopping_at(6)).fit()

@@ -243,6 +243,42 @@ def test_a_preempted_launcher_gives_its_ranks_the_time_to_save(tiny_corpus, tmp_
     assert (tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / "COMMIT").exists()
 
 
+SLOW = """
+from cascade_model import checkpoint, trainer
+from cascade_model.checkpoint_storage import Reader
+BOUND = 6.0
+
+def fit(*args):
+    make(corpus, folder / "run", *args, more={"collective_timeout_s": BOUND}).fit()
+
+def slowed(inner):
+    def slow(*args, **named):
+        time.sleep(1.4 * BOUND)
+        return inner(*args, **named)
+    return slow
+
+try:
+    fit(STEPS, dying(4))
+except Killed:
+    pass
+if rank == 0:
+    checkpoint.verify = slowed(checkpoint.verify)
+    trainer.save_model = slowed(trainer.save_model)
+else:
+    Reader._fill = slowed(Reader._fill)
+fit()
+"""
+
+
+def test_the_first_rank_may_hash_and_export_and_any_rank_read_for_longer_than_the_bound(
+    corpus, tiny_corpus, tmp_path
+):
+    shown = run_ranks(tmp_path, tiny_corpus, SLOW)
+    assert shown.count("resuming from") == 1
+    assert len(losses(tmp_path / "run")) == 2
+    assert weights(tmp_path / "run")
+
+
 HYBRID = """
 SMALL = dataclasses.replace(STEPS, num_steps=4, sequences_per_forward=1, log_every=1, replicas=2)
 
