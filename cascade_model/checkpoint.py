@@ -94,7 +94,7 @@ class Checkpoints:
         tell: Callable[[str], None],
         *,
         attempt: int = 0,
-        timeout: float = 600.0,
+        timeout: float = 180.0,
     ) -> None:
         self.failures = 0
         """Saves that failed so far."""

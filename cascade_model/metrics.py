@@ -7,7 +7,6 @@ Only a run that lost its folder to another ends here: it must write nothing more
 
 import contextlib
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,18 +15,13 @@ from typing import Any, BinaryIO
 
 from cascade_model.commit import Folder, reason_of
 from cascade_model.lease import LeaseLost
+from cascade_model.status_line import end_line, redraw, tell
 
 METRICS = "metrics.jsonl"
 BOARD = "tensorboard"
 CURVE = "loss.png"
 PUT_EVERY = 30.0
 """Seconds between two puts of the metrics to a store, and between two drawings of the curve."""
-
-
-def tell(line: str) -> None:
-    """One line for the person who watches; stderr, so that stdout stays the job's result."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
 
 
 class MetricsLog:
@@ -65,7 +59,7 @@ class MetricsLog:
         self._lines.append(line)
         self._try(METRICS, self._append)
         self._try(BOARD, lambda: self._scalars(line))
-        tell(progress_line(line))
+        show(line)
 
     def save(self) -> None:
         """Bring everything to the folder, as a checkpoint is being written there."""
@@ -83,6 +77,7 @@ class MetricsLog:
 
     def abandon(self) -> None:
         """Let go of the files, with nothing more written; harmless after `close`."""
+        end_line()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -155,6 +150,12 @@ class MetricsLog:
             self._failing.add(name)
         else:
             self._failing.discard(name)
+
+
+def show(line: dict[str, Any]) -> None:
+    """Show a line of metrics as progress; one with a held-out value stays."""
+    is_evaluated = line.get("held_out_loss") is not None
+    (tell if is_evaluated else redraw)(progress_line(line))
 
 
 def progress_line(line: dict[str, Any]) -> str:

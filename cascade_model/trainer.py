@@ -24,7 +24,7 @@ from cascade_model.corpus import Corpus
 from cascade_model.errors import Stopped
 from cascade_model.feed import feed, spans
 from cascade_model.flops import device_peak
-from cascade_model.metrics import MetricsLog, tell
+from cascade_model.metrics import MetricsLog
 from cascade_model.networks import Network, build_network
 from cascade_model.objective import LossParts
 from cascade_model.optim import learning_rate, make_optimizer, set_learning_rate
@@ -40,6 +40,7 @@ from cascade_model.progress import (
 )
 from cascade_model.run_record import MODEL, facts_of, finished_summary, write_summary
 from cascade_model.settings import to_dict
+from cascade_model.status_line import tell
 from cascade_model.stopping import signals_noted
 from cascade_model.weights import Published, save_model
 from cascade_model.window import HeldOut, Window, told_of
@@ -58,7 +59,10 @@ class Trainer:
     every rank when a save has begun; `stop_wanted` is asked on every rank once a step for a reason
     to stop, one rank's being enough; `held_out` is run by all ranks together. A rank that stands
     still for longer than `collective_timeout_s` ends the others; what the first rank does alone
-    (hashing a checkpoint, writing the model) and the data of a checkpoint may take longer. `beside`
+    (hashing a checkpoint, writing the model) and the data of a checkpoint may take longer. So only
+    the ranks' differences in a step count: a layer that one of them compiles and the others find
+    in their cache takes a minute or two, a disk or store that falls over to another server as
+    long; 180 s bear either, and a rank that died is seen at once without it. `beside`
     is what `loss_fn` computes besides, for the utilisation in the metrics. `initial_weights` is the
     digest of the model that `model` was loaded from, which a resumed run must share.
     """
@@ -78,7 +82,7 @@ class Trainer:
     on_save: Callable[[Saving], None] = lambda saving: None
     stop_wanted: Callable[[], str | None] = lambda: None
     held_out: Callable[[Network], HeldOut] | None = None
-    collective_timeout_s: float = 600.0
+    collective_timeout_s: float = 180.0
     beside: Beside = NOTHING_BESIDE
     initial_weights: str | None = None
 

@@ -49,7 +49,7 @@ class Placement:
     label_selector: dict[str, str] | None = None
     max_failures: int = 2
     max_preemptions: int = -1
-    collective_timeout_s: float = 600.0
+    collective_timeout_s: float = 180.0
     resize_after_s: float = 60.0
 
     def __post_init__(self) -> None:

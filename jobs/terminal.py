@@ -3,11 +3,11 @@
 The ranks' own output stays in Ray's logs, where Ray mixes it with its own of every actor.
 """
 
-import sys
 import time
 
 from cascade_model.commit import Folder
-from cascade_model.metrics import progress_line, read_metrics
+from cascade_model.metrics import read_metrics, show
+from cascade_model.status_line import end_line, tell
 
 _STORE_EVERY = 5.0
 """Seconds between two looks at the lines in a store, which are read whole."""
@@ -23,19 +23,21 @@ class Terminal:
         self._shown = lines[-1]["step"] if lines else 0
 
     def show(self, is_last: bool = False) -> None:
-        """Print the lines that came since, each once; also that the ranks started again."""
+        """Show the lines that came since, each once; also that the ranks started again."""
         is_early = time.monotonic() - self._asked < _STORE_EVERY
         if is_early and not (self._folder.is_local or is_last):
             return
         lines = self._lines()
         newest = lines[-1]["step"] if lines else 0
         if newest < self._shown:
-            print(f"the ranks were started again; going on after step {newest}", file=sys.stderr)
+            tell(f"the ranks were started again; going on after step {newest}")
             self._shown = newest
         for line in lines:
             if line["step"] > self._shown:
-                print(progress_line(line), file=sys.stderr, flush=True)
+                show(line)
                 self._shown = line["step"]
+        if is_last:
+            end_line()
 
     def _lines(self) -> list:
         self._asked = time.monotonic()

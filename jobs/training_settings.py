@@ -111,7 +111,7 @@ class TrainingConfig:
     """Restarts after a rank died, each from the newest complete checkpoint; -1: no limit."""
     max_preemptions: int = -1
     """Restarts after a machine was taken away, which are counted apart; -1: no limit."""
-    collective_timeout_s: float = 600.0
+    collective_timeout_s: float = 180.0
     """Seconds that ranks wait for one that stands still before they count it as lost."""
     resize_after_s: float = 60.0
     """With min_workers, seconds between two looks at what the cluster has."""
