@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,9 @@ METRICS = "metrics.jsonl"
 BOARD = "tensorboard"
 CURVE = "loss.png"
 PUT_EVERY = 30.0
-"""Seconds between two puts of the metrics to a store, and between two drawings of the curve."""
+"""Seconds between two puts of the metrics to a store."""
+DRAW_EVERY = 60.0
+"""Seconds between two drawings of the curve while the run goes on."""
 
 
 class MetricsLog:
@@ -41,6 +44,8 @@ class MetricsLog:
         self._written = 0
         self._file: BinaryIO | None = None
         self._due = {METRICS: 0.0, CURVE: 0.0}
+        self._painter = ThreadPoolExecutor(1, thread_name_prefix="curve")
+        self._curve: Future[bytes] | None = None
         self._failing: set[str] = set()
         with contextlib.ExitStack() as kept:
             place = folder.path(BOARD)
@@ -65,19 +70,30 @@ class MetricsLog:
         """Bring everything to the folder, as a checkpoint is being written there."""
         self._try(METRICS, self._append if self._file else self._put)
         self._try(BOARD, self._save_board)
-        if time.monotonic() >= self._due[CURVE]:
-            self._try(CURVE, self._draw)
+
+    def draw(self) -> None:
+        """Bring the curve that was drawn since to the folder, and begin another when it is time.
+
+        A drawing takes as long as some steps, so it is made in a thread beside them.
+        """
+        if self._curve is not None and self._curve.done():
+            drawn, self._curve = self._curve, None
+            self._try(CURVE, lambda: self._folder.replace(CURVE, drawn.result()))
+        if self._curve is None and time.monotonic() >= self._due[CURVE]:
+            self._due[CURVE] = time.monotonic() + DRAW_EVERY
+            self._curve = self._painter.submit(_drawn, list(self._lines))
 
     def close(self) -> list[dict[str, Any]]:
         """Bring everything to the folder, the newest curve too, and return all lines of the run."""
-        self._due[CURVE] = 0.0
         self.save()
+        self._try(CURVE, lambda: self._folder.replace(CURVE, _drawn(self._lines)))
         self.abandon()
         return self._lines
 
     def abandon(self) -> None:
         """Let go of the files, with nothing more written; harmless after `close`."""
         end_line()
+        self._painter.shutdown(wait=False, cancel_futures=True)
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -127,12 +143,6 @@ class MetricsLog:
         if not self._folder.is_local:
             for path in self._place.iterdir():
                 (self._folder / BOARD).replace(path.name, path.read_bytes())
-
-    def _draw(self) -> None:
-        from cascade_model.loss_curve import draw
-
-        self._folder.replace(CURVE, draw(self._lines))
-        self._due[CURVE] = time.monotonic() + PUT_EVERY
 
     def _try(self, name: str, write: Callable[[], None]) -> None:
         """Write if the folder is still ours.
@@ -212,6 +222,12 @@ def read_metrics(folder: Folder) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def _drawn(lines: list[dict[str, Any]]) -> bytes:
+    from cascade_model.loss_curve import draw  # loads matplotlib, at its first use
+
+    return draw(lines)
 
 
 def _text(lines: list[dict[str, Any]]) -> bytes:

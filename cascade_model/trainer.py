@@ -312,6 +312,7 @@ class Trainer:
         parallel.on_first_rank(lambda: self._log.save())
         score = None if held_out is None else held_out.loss
         self._saving = self._checkpoints.save(self.model, self._adam, facts, score)
+        parallel.on_first_rank(lambda: self._log.draw())
         self._at.window.saving += time.perf_counter() - started
         self.on_save(self._saving)
 
@@ -323,6 +324,7 @@ class Trainer:
         """
         reason = parallel.first_of(self._reason)
         self._save(None)
+        parallel.only_first_rank(lambda: self._log.close())
         self._checkpoints.finish()
         raise Stopped.at(self._at.step, reason or "asked to")
 

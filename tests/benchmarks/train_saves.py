@@ -1,6 +1,8 @@
 """How long a save holds training up, beside a bare copy of the same state.
 
-The state is that of AdamW after a step: weights and both moments, of the 135M shape. Both copies go
+The trainer itself saves, so everything is in it that a step waits for: the log that is flushed, the
+copy of the state, the loss curve that is put and the next one that is begun, as at no real save
+more often. The state is that of AdamW: weights and both moments, of the 135M shape. Both copies go
 into buffers that were there before, so neither pays for fresh memory; the first save, which does,
 is a row of its own. Saves are waited for in between, so that none waits for the one before it.
 """
@@ -8,17 +10,20 @@ is a row of its own. Saves are waited for in between, so that none waits for the
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from cascade_model.checkpoint import Checkpoints, Keep
+from cascade_model import metrics
+from cascade_model.checkpoint import Saving
 from cascade_model.checkpoint_state import state_of
 from cascade_model.commit import Folder
-from cascade_model.config import OptimizerConfig
-from cascade_model.optim import make_optimizer
+from cascade_model.config import OptimizerConfig, TrainerConfig
+from cascade_model.trainer import Trainer
 from tests.benchmarks.report import Row
-from tests.benchmarks.train_arms import SMALL, SMOLLM2, corpus_of, model_of
+from tests.benchmarks.train_arms import SMALL, SMOLLM2, corpus_of, elbo, model_of
 
 BAR = 1.5
 
@@ -29,44 +34,63 @@ def save_rows(folder: Path, rounds: int) -> Iterator[Row]:
     yield from _rows(folder / "small", SMALL, "d 256", rounds, None)
 
 
+@dataclass
+class Watch:
+    """Seconds of each save of a run, and of a copy behind it."""
+
+    trainer: Trainer | None = None
+    blocked: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    copied: list[float] = field(default_factory=list)
+    copies: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __call__(self, saving: Saving) -> None:
+        """The step has its thread back; until COMMIT nothing else is done."""
+        assert self.trainer is not None
+        held, began = self.trainer._at.window.saving, time.perf_counter()
+        if not saving.wait():
+            raise RuntimeError(f"the save failed: {saving.reason}")
+        self.blocked.append(held)
+        self.whole.append(held + time.perf_counter() - began)
+        state = state_of(self.trainer.model, self.trainer._adam)
+        if not self.copies:
+            self.copies = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+            _copy(state, self.copies)  # takes the memory
+        self.copied.append(_copy(state, self.copies))
+
+
 def _rows(folder: Path, shape: dict, name: str, rounds: int, bar: float | None) -> Iterator[Row]:
-    model = model_of(corpus_of(folder / "corpus", 64, sequences=8), shape)
-    optimizer = make_optimizer(model, OptimizerConfig())
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    state = state_of(model, optimizer)
-    copies = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
-    folder_of_run = Folder(folder / "checkpoints")
-    checkpoints = Checkpoints(folder_of_run, Keep(last=1), lambda: None, lambda line: None)
-    _copy(state, copies)  # takes the memory
-    first, _ = _blocked(checkpoints, model, optimizer, 1)
-    blocked, whole, copied = [], [], []
-    for step in range(2, 2 + 2 * rounds):
-        copied.append(_copy(state, copies))
-        held, total = _blocked(checkpoints, model, optimizer, step)
-        blocked.append(held)
-        whole.append(total)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    ratio = statistics.median(a / b for a, b in zip(blocked, copied, strict=True))
+    corpus, watch = corpus_of(folder / "corpus", 64, sequences=8), Watch()
+    steps = 1 + 2 * rounds
+    watch.trainer = Trainer(
+        model=model_of(corpus, shape),
+        corpus=corpus,
+        noise=corpus.manifest.noise,
+        loss_fn=elbo,
+        objective={"name": "bench"},
+        optimizer=OptimizerConfig(peak_lr=1e-4),
+        trainer=TrainerConfig(
+            num_steps=steps,
+            sequences_per_step=1,
+            sequences_per_forward=1,
+            checkpoint_every=1,
+            keep_last=1,
+            log_every=1,
+        ),
+        folder=Folder(folder / "run"),
+        on_save=watch,
+    )
+    with mock.patch.object(metrics, "DRAW_EVERY", 0.0):
+        watch.trainer.fit()
+    size = sum(tensor.nbytes for tensor in watch.copies.values())
+    pairs = list(zip(watch.blocked, watch.copied, strict=True))[1:]
+    ratio = statistics.median(a / b for a, b in pairs)
+    blocked, copied = (statistics.median(column) for column in zip(*pairs, strict=True))
     yield Row(f"save, {name}, {size / 2**20:,.0f} MiB: blocked / memcpy", ratio, "x", bar, True)
-    yield Row(f"save, {name}: training blocked", 1e3 * statistics.median(blocked), "ms")
-    yield Row(f"save, {name}: memcpy of the state", 1e3 * statistics.median(copied), "ms")
-    yield Row(f"save, {name}: the first, into fresh memory", 1e3 * first, "ms")
-    yield Row(f"save, {name}: until COMMIT", 1e3 * statistics.median(whole), "ms")
-
-
-def _blocked(
-    checkpoints: Checkpoints, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int
-) -> tuple[float, float]:
-    """Seconds until a save gave training back, and until it was committed."""
-    began = time.perf_counter()
-    saving = checkpoints.save(model, optimizer, {"step": step, "samples": step})
-    held = time.perf_counter() - began
-    if not saving.wait():
-        raise RuntimeError(f"the save failed: {saving.reason}")
-    return held, time.perf_counter() - began
+    yield Row(f"save, {name}: training blocked", 1e3 * blocked, "ms")
+    yield Row(f"save, {name}: memcpy of the state", 1e3 * copied, "ms")
+    yield Row(f"save, {name}: the first, into fresh memory", 1e3 * watch.blocked[0], "ms")
+    yield Row(f"save, {name}: until COMMIT", 1e3 * statistics.median(watch.whole[1:]), "ms")
 
 
 def _copy(state: dict[str, torch.Tensor], copies: dict[str, torch.Tensor]) -> float:

@@ -1,7 +1,9 @@
 """Lines of metrics are the same whether a run was interrupted or not, and reach disk or store."""
 
+import concurrent.futures
 import json
 import os
+import threading
 
 import pytest
 
@@ -64,16 +66,37 @@ def test_each_line_is_on_disk_when_it_is_written(tmp_path):
 
 
 def test_the_curve_is_drawn_at_the_end_and_seldom_before(tmp_path, monkeypatch):
-    log = MetricsLog(Folder(tmp_path), 0)
+    log, started = MetricsLog(Folder(tmp_path), 0), threading.Event()
+    real = metrics._drawn
+    monkeypatch.setattr(metrics, "_drawn", lambda lines: started.wait(60) and real(lines))
     log.write(line(2), 0)
-    log.save()
+    log.draw()
+    assert not (tmp_path / "loss.png").exists()  # nobody waits for it
+    started.set()
+    log._curve.result()
+    log.draw()
     first = (tmp_path / "loss.png").read_bytes()
-    assert first.startswith(b"\x89PNG")
+    assert first == real([line(2) | {"seconds_left": 0.0}])
     log.write(line(4, loss=1.0), 0)
-    log.save()
+    log.draw()
+    assert log._curve is None
     assert (tmp_path / "loss.png").read_bytes() == first
     log.close()
     assert (tmp_path / "loss.png").read_bytes() != first
+
+
+def test_a_curve_that_cannot_be_drawn_is_told_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    def fail(lines):
+        raise ValueError("no font")
+
+    monkeypatch.setattr(metrics, "_drawn", fail)
+    monkeypatch.setattr(metrics, "DRAW_EVERY", 0.0)
+    log = MetricsLog(Folder(tmp_path), 0)
+    for _ in range(3):
+        log.draw()
+        concurrent.futures.wait([log._curve])
+    log.close()
+    assert capsys.readouterr().err.count("loss.png cannot be written: no font") == 1
 
 
 def test_tensorboard_holds_the_same_values(tmp_path):
@@ -129,13 +152,13 @@ def test_a_store_gets_the_lines_at_a_bounded_rate_and_all_files_when_saved(s3_ur
     monkeypatch.setattr(metrics, "PUT_EVERY", 0.0)
     log.save()
     assert steps(s3_url) == [2]
-    assert folder.read_bytes("loss.png").startswith(b"\x89PNG")
     [events] = (folder / "tensorboard").list()
     size = (folder / "tensorboard").size(events)
     log.write(line(4), 0)
     assert steps(s3_url) == [2, 4]
     log.close()
     assert (folder / "tensorboard").size(events) > size
+    assert folder.read_bytes("loss.png").startswith(b"\x89PNG")
     log = MetricsLog(folder, 2)
     assert steps(s3_url) == [2]
     log.close()
