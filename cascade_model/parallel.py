@@ -67,16 +67,16 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     """
     if world_size() == 1:
         return _told_in_a_sentence(work)
-    failure: Exception | None = None
-    kind, told = _BUSY, None
     if rank() == 0:
         with _signs_of_life():
             kind, told, failure = _outcome(work)
         _from_first((kind, told))
+        if failure is not None:
+            raise failure
+        return told
+    kind, told = _from_first(None)
     while kind == _BUSY:
         kind, told = _from_first(None)
-    if failure is not None:
-        raise failure
     if kind == "mistake":
         raise InputError.from_data(told)
     if kind == "fault":
