@@ -219,14 +219,16 @@ def newest(folder: Folder, tell: Callable[[str], None]) -> Checkpoint | None:
     """
     foreign: OtherFormat | None = None
     damaged = 0
-    for step in reversed(steps_in(folder)):
+    steps = steps_in(folder)
+    for step in reversed(steps):
         target = folder / step_name(step)
         try:
             return verify(target)
         except CheckpointMismatch as error:
             foreign = error if isinstance(error, OtherFormat) else foreign
             damaged += COMMIT in target.list()
-            tell(f"{error}; falling back to the checkpoint before it")
+            left = "falling back to the one" if step > steps[0] else "there is none"
+            tell(f"{error}; {left} before it")
     if foreign is not None:
         raise foreign
     if damaged:

@@ -56,17 +56,19 @@ class PlanChoices:
 def run(stage: str, config: Any) -> dict[str, Any]:
     """Check, reckon, print, and return the numbers: bytes, FLOPs, seconds."""
     from cascade_model.corpus import Corpus
+    from cascade_model.metrics import tell
     from jobs.training import check_start, noise_of, placement_of, starting_config
 
     module = importlib.import_module(f"jobs.{stage}")
     module.check_settings(config)
-    finished = check_start(config, module.objective(config))
+    earlier = check_start(config, module.objective(config), tell)
     corpus = Corpus.open(config.corpus)
     shape = starting_config(config, corpus)
     noise = noise_of(shape, corpus, config.noise, config.trainer.sequences_per_step)
     report = {
         "stage": stage,
-        "is_finished": finished is not None,
+        "is_finished": earlier is not None and earlier.summary is not None,
+        "earlier": None if earlier is None else str(earlier),
         "output": config.output,
         "ranks": placement_of(config).sizes[-1],
         "fewest_ranks": placement_of(config).sizes[0],

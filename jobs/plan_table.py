@@ -24,9 +24,11 @@ def table(report: dict[str, Any]) -> str:
 def _head(report: dict[str, Any]) -> list[tuple[str, str]]:
     few, many = report["fewest_ranks"], report["ranks"]
     ranks = str(many) if few == many else f"{few} to {many}; memory is that of {few}"
-    state = "is finished already" if report["is_finished"] else "nothing was written"
+    rows = [(f"plan: {report['stage']}", f"{report['output']} (nothing was written)")]
+    if report["earlier"] is not None:
+        rows.append(("  the run there", report["earlier"]))
     return [
-        (f"plan: {report['stage']}", f"{report['output']} ({state})"),
+        *rows,
         ("parameters", f"{report['parameters']:,}"),
         ("ranks", f"{ranks}, {report['precision']}"),
     ]

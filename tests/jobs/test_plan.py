@@ -57,8 +57,12 @@ def test_a_plan_writes_nothing_and_its_storage_is_what_the_job_leaves(
     assert 0 <= weights - report["model_bytes"] < 20_000
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (report["steps"], report["tokens"])
+    capsys.readouterr()
     again = planned(flags(tiny_corpus, run), monkeypatch)
     assert again["is_finished"]
+    assert f"{run} had finished, at step 4; nothing was done\n" in capsys.readouterr().out
+    planned(flags(tiny_corpus, run, "--trainer.num-steps", "8"), monkeypatch)
+    assert "goes on from step 4 with trainer.num_steps 4 -> 8\n" in capsys.readouterr().out
 
 
 def test_the_work_is_what_torch_counts_in_the_run(tiny_corpus, tmp_path, monkeypatch):

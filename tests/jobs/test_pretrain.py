@@ -207,23 +207,60 @@ def test_run_that_cannot_go_on_is_refused_and_leaves_the_other_as_it_was(
         assert contents(finished) == before
 
 
-def test_run_that_can_go_on_writes_its_new_settings_down(tiny_corpus, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    assert pretrain.main(flags(tiny_corpus, tmp_path / "run", "--trainer.num-steps", "6")) == 0
-    settings = read_yaml(str(tmp_path / "run" / "config.yaml"))
+def test_run_that_can_go_on_tells_its_new_settings_and_writes_them_down(
+    tiny_corpus, finished, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    more = ["--trainer.num-steps", "6", "--optimizer.peak-lr", "0.01", "--held-out.draws", "2"]
+    assert pretrain.main(flags(tiny_corpus, run, *more)) == 0
+    changes = "optimizer.peak_lr 0.001 -> 0.01, trainer.num_steps 4 -> 6, held_out.draws 1 -> 2"
+    assert f"goes on from step 4 with {changes}\n" in capsys.readouterr().err
+    settings = read_yaml(str(run / "config.yaml"))
     assert settings["trainer"]["num_steps"] == 6
+    assert pretrain.main(flags(tiny_corpus, run, *more, "--trainer.num-steps", "7")) == 0
+    assert "goes on from step 6 with trainer.num_steps 6 -> 7\n" in capsys.readouterr().err
+    shutil.rmtree(run / "model")
+    assert pretrain.main(flags(tiny_corpus, run, *more, "--trainer.num-steps", "7")) == 0
+    assert "goes on from step" not in capsys.readouterr().err
 
 
-def test_finished_run_started_again_tells_the_same_and_writes_nothing(
+def test_a_damaged_checkpoint_is_told_once(tiny_corpus, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "checkpoints" / "step_00000004" / "COMMIT").write_text("no")
+    capsys.readouterr()
+    assert pretrain.main(flags(tiny_corpus, run)) == 0
+    error = capsys.readouterr().err
+    assert error.count("COMMIT is damaged") == 1
+    assert error.count("falling back to the one before it") == 1
+    for step in (2, 4):
+        (run / "checkpoints" / f"step_0000000{step}" / "COMMIT").write_text("no")
+    assert pretrain.main(flags(tiny_corpus, run)) == 3
+    error = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert error.count("COMMIT is damaged") == 2
+    assert error.count("falling back to the one before it") == 1
+    assert error.count("; there is none before it") == 1
+    assert "none of the checkpoints in" in error
+
+
+def test_finished_run_started_again_says_that_nothing_was_done_and_writes_nothing(
     tiny_corpus, finished, capsys
 ):
     before = contents(finished)
     assert pretrain.main(flags(tiny_corpus, finished)) == 0
     said = capsys.readouterr().out
-    assert "trained 1,024 tokens" in said
-    assert "at 0 tokens/s" not in said
+    assert said.startswith(f"{finished} had finished, at step 4; nothing was done\n")
+    assert "trained" not in said
+    assert f"model: {finished}/model" in said
     assert pretrain.main(flags(tiny_corpus, finished, "--num-workers", "2")) == 0
     assert capsys.readouterr().out == said
+    more = ["--optimizer.peak-lr", "0.01", "--trainer.num-steps", "2"]
+    assert pretrain.main(flags(tiny_corpus, finished, *more)) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    changes = "optimizer.peak_lr 0.001 -> 0.01, trainer.num_steps 4 -> 2"
+    assert first.startswith(f"{finished} had finished, at step 4; nothing was done; not used: ")
+    assert f"not used: {changes}; give another output" in first
     assert contents(finished) == before
 
 
