@@ -33,6 +33,7 @@ from cascade_model.commit import Folder
 from cascade_model.errors import CheckpointMismatch, InputError, Unfinished
 from cascade_model.hashing import HashingWriter
 from cascade_model.retention import Keep
+from cascade_model.settings import shown
 from cascade_model.staging import HostCopy
 
 __all__ = [
@@ -173,7 +174,7 @@ class Checkpoints:
             raise Unfinished(
                 f"{self._last.path} could not be saved ({self._last.reason}), so the last steps "
                 "are in no checkpoint; free some space or mend the storage and run the same "
-                "command again, which goes on from the checkpoint before it"
+                "command again, which goes on from the newest one that is whole, if there is one"
             )
 
     def _at_work(self, write: Callable[[], HashingWriter | None]) -> HashingWriter | None:
@@ -193,8 +194,8 @@ class Checkpoints:
                 self.failures += 1
                 if self._is_first:
                     self._tell(
-                        f"{saving.path} could not be saved ({error}); training goes on, and the "
-                        "checkpoints before it stay"
+                        f"{saving.path} could not be saved ({error}); training goes on, and what "
+                        "was saved before stays"
                     )
         finally:
             saving.end(str(error) if error else None, None if is_of_storage else error)
@@ -252,8 +253,8 @@ def require_same(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
             key = next(k for k in sorted({*have, *want}) if have.get(k) != want.get(k))
             name, have, want = f"{name}.{key}", have.get(key), want.get(key)
         raise CheckpointMismatch(
-            f"checkpoint {checkpoint.path} was made with {name}={have!r} and this run has "
-            f"{name}={want!r}; set it back or choose a new output folder"
+            f"checkpoint {checkpoint.path} was made with {name}={shown(have)!r} and this run has "
+            f"{name}={shown(want)!r}; set it back or choose a new output folder"
         )
 
 

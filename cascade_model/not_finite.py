@@ -52,5 +52,5 @@ def require_patience(
     many = f" and {count - 1} before it" if count > 1 else ""
     raise InputError(
         f"{told}{many}; lower optimizer.peak_lr={optimizer.peak_lr} and run again, which goes on "
-        "from the newest checkpoint"
+        "from the newest checkpoint, or begins anew where none was saved"
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cascade_model.commit import Folder
 from cascade_model.config import ModelConfig, NoiseConfig, TrainingNoise, Weight
 from cascade_model.errors import CheckpointMismatch
-from cascade_model.settings import check, to_dict
+from cascade_model.settings import check, shown, to_dict
 from jobs.cli import dump
 from jobs.earlier import Earlier, newest_checkpoint
 from jobs.launch import Placement, launch, require_room, with_absolute_paths
@@ -145,6 +145,7 @@ def check_start(
             f"initial_model={config.initial_model} can fill holes (infill=psm) and no document of "
             f"corpus={config.corpus} is rearranged, so it may unlearn that"
         )
+    require_length(config, shape, corpus)
     noise = noise_of(shape, corpus, config.noise, config.trainer.sequences_per_step)
     check_weight(config.weight, noise)
     check(
@@ -275,8 +276,8 @@ def starting_config(config: TrainingConfig, corpus: "Corpus") -> ModelConfig:
         if shape.tokenizer_sha256 != manifest.tokenizer_sha256:
             raise CheckpointMismatch(
                 f"initial_model={config.initial_model} was made with the tokenizer "
-                f"{shape.tokenizer_sha256} and the corpus {config.corpus} with "
-                f"{manifest.tokenizer_sha256}; prepare the corpus with the model's tokenizer"
+                f"{shown(shape.tokenizer_sha256)} and the corpus {config.corpus} with "
+                f"{shown(manifest.tokenizer_sha256)}; prepare the corpus with the model's tokenizer"
             )
         return dataclasses.replace(shape, **infilling_of(corpus))
     values = dataclasses.asdict(config.model)
@@ -289,6 +290,20 @@ def starting_config(config: TrainingConfig, corpus: "Corpus") -> ModelConfig:
         tokenizer_sha256=manifest.tokenizer_sha256,
         **infilling_of(corpus),
         **values,
+    )
+
+
+def require_length(config: TrainingConfig, shape: ModelConfig, corpus: "Corpus") -> None:
+    """Refuse a corpus whose sequences are longer than what the model will be asked for."""
+    most, length = shape.max_sequence_length, corpus.sequence_length
+    whose, cure = "model.", f"use model.max_sequence_length={length}"
+    if config.initial_model is not None:
+        whose = f"initial_model={config.initial_model} has "
+        cure = f"prepare the corpus with --sequence-length {most}, or a shorter one"
+    check(
+        length <= most,
+        f"{whose}max_sequence_length={most} and corpus={config.corpus} has sequences of {length} "
+        f"tokens; {cure}",
     )
 
 

@@ -15,7 +15,7 @@ from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus
 from cascade_model.families import read_checkpoint
 from cascade_model.tokenizer import byte_tokenizer
-from cascade_model.weights import load_model, save_model
+from cascade_model.weights import load_model, save_model, weights_digest
 from jobs import convert, evaluate, export, pretrain
 from tests.cascade_model.families.published_cases import DATA, file_contents
 
@@ -193,6 +193,23 @@ def test_the_card_of_a_trained_model_tells_what_its_run_folder_knows(tiny_corpus
     ):
         assert line in card, line
     assert load_model(found)[0].config.block_size == 4
+
+
+def test_the_numbers_of_other_weights_are_refused(source, tmp_path, capsys):
+    own, report = own_model(source), tmp_path / "bound.json"
+    values = {"nats_per_token": 1.0, "standard_error": 0.1, "nats_per_byte": 0.3}
+    values |= {"is_exact": False, "num_tokens": 9, "corpus_digest": "c"}
+    words = ["--model", str(own), "--output", str(tmp_path / "out"), "--evaluation", str(report)]
+    for weights, code, sentence in (
+        ({}, 2, f"evaluation={report} is no JSON of this version's"),
+        ({"weights": None}, 3, "was measured on a checkpoint and model="),
+        ({"weights": "f" * 64}, 3, "was measured on the weights ffffffffffff and model="),
+        ({"weights": weights_digest(own)}, 0, ""),
+    ):
+        report.write_text(json.dumps(values | weights))
+        assert export.main(words) == code
+        assert sentence in " ".join(capsys.readouterr().err.replace("│", "").split())
+        assert (tmp_path / "out").exists() == (code == 0)
 
 
 def test_what_is_no_evaluation_and_no_run_is_refused(source, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The pretrain command: in this process, on Ray with two ranks, and with a user's mistakes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.metrics import read_metrics
 from cascade_model.settings import to_dict
-from cascade_model.weights import load_model
+from cascade_model.weights import load_model, save_model, weights_digest
 from jobs import launch, pretrain, training
 from jobs.cli import parse, read_yaml
 
@@ -82,6 +83,22 @@ def test_a_run_goes_on_from_the_weights_it_began_with_alone(tiny_corpus, tmp_pat
     told = " ".join(capsys.readouterr().err.replace("│", "").split())
     assert told.count("was made with initial_weights='") == 2
     assert "initial_weights='drawn from trainer.seed=0'" in told
+    first, other = (weights_digest(tmp_path / name / "model")[:12] for name in ("first", "other"))
+    assert f"initial_weights='{first}' and this run has initial_weights='{other}'" in told
+
+
+def test_a_model_for_shorter_texts_than_the_corpus_has_is_refused(tiny_corpus, tmp_path, capsys):
+    """The model that it starts from keeps its own limit."""
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "first")) == 0
+    model, tokenizer = load_model(tmp_path / "first" / "model")
+    model.config = dataclasses.replace(model.config, max_sequence_length=32)
+    save_model(tmp_path / "short", model, tokenizer)
+    initial = ["--initial-model", str(tmp_path / "short")]
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "run", *initial)) == 2
+    told = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert "short has max_sequence_length=32 and corpus=" in told
+    assert "prepare the corpus with --sequence-length 32" in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_block_shifted_is_an_autoregressive_model(tiny_corpus, tmp_path):
@@ -138,7 +155,7 @@ def test_without_choices_the_corpus_recipe_is_recorded_as_it_is(tiny_corpus, tmp
 
 def test_missing_corpus_leaves_nothing_behind(tmp_path, capsys):
     code = pretrain.main(flags(tmp_path / "nowhere", tmp_path / "run"))
-    assert code == 3
+    assert code == 2
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -156,6 +173,10 @@ def test_missing_corpus_leaves_nothing_behind(tmp_path, capsys):
         ),
         (["--noise.min-rate", "0"], "noise.min_rate=0.0"),
         (["--min-workers", "3", "--num-workers", "2"], "min_workers=3 must be in 1..2"),
+        (
+            ["--model.max-sequence-length", "32"],
+            "sequences of 64 tokens; use model.max_sequence_length=64",
+        ),
         (
             ["--num-workers", "4", "--min-workers", "2"],
             "sequences_per_step=4 cannot be shared by num_workers=3; use a multiple of 12",
