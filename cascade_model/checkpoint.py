@@ -30,7 +30,7 @@ from cascade_model.checkpoint_reading import OtherFormat, verify
 from cascade_model.checkpoint_state import load, load_weights, state_of
 from cascade_model.checkpoint_storage import STATE, PartsPlanner, Writer, cause_of
 from cascade_model.commit import Folder
-from cascade_model.errors import CheckpointMismatch, InputError, Unfinished
+from cascade_model.errors import CheckpointMismatch, InputError, Unfinished, shared
 from cascade_model.hashing import HashingWriter
 from cascade_model.retention import Keep
 from cascade_model.settings import shown
@@ -171,10 +171,12 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait for the last save; `Unfinished` if it failed."""
         if self._last is not None and not self._last.wait():
-            raise Unfinished(
-                f"{self._last.path} could not be saved ({self._last.reason}), so the last steps "
-                "are in no checkpoint; free some space or mend the storage and run the same "
-                "command again, which goes on from the newest one that is whole, if there is one"
+            raise shared(
+                Unfinished(
+                    f"{self._last.path} could not be saved ({self._last.reason}), so the last "
+                    "steps are in no checkpoint; free some space or mend the storage and run the "
+                    "same command again, which goes on from the newest one, if there is one"
+                )
             )
 
     def _at_work(self, write: Callable[[], HashingWriter | None]) -> HashingWriter | None:

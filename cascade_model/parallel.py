@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cascade_model.errors import InputError, of_store
+from cascade_model.errors import InputError, of_store, shared
 
 Result = TypeVar("Result")
 
@@ -66,14 +66,14 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
         try:
             told[0] = _told_in_a_sentence(work)
         except InputError as error:
-            failure, told[1] = error, error.to_data()
+            failure, told[1] = shared(error), error.to_data()
         except Exception as error:
             failure, told[2] = error, f"the first rank failed: {type(error).__name__}: {error}"
     dist.broadcast_object_list(told, src=0)
     if failure is not None:
         raise failure
     if told[1] is not None:
-        raise InputError.from_data(told[1])
+        raise shared(InputError.from_data(told[1]))
     if told[2] is not None:
         raise RuntimeError(told[2])
     return told[0]

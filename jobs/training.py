@@ -7,7 +7,6 @@ and the loss itself.
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from cascade_model.commit import Folder
 from cascade_model.config import ModelConfig, NoiseConfig, TrainingNoise, Weight
 from cascade_model.errors import CheckpointMismatch
 from cascade_model.settings import check, shown, to_dict
+from jobs import torchrun
 from jobs.cli import dump
 from jobs.earlier import Earlier, newest_checkpoint
 from jobs.launch import Placement, launch, require_room, with_absolute_paths
@@ -51,12 +51,23 @@ def start(
     `train(config, device, started)` is one rank's part. Nothing is written before all is checked.
     Under `torchrun` every process comes here; the first one checks and holds the folder for all.
     """
+    placement = placement_of(config)
+    if config.num_workers == 0:
+        torchrun.join(placement)
+    with torchrun.one_voice():
+        return _start(config, train, objective, placement)
+
+
+def _start(
+    config: TrainingConfig,
+    train: Callable[..., dict[str, Any]],
+    objective: dict[str, Any],
+    placement: Placement,
+) -> dict[str, Any]:
+    """`start`, with all ranks of this command there."""
     from cascade_model import parallel
     from cascade_model.metrics import tell
 
-    placement = placement_of(config)
-    if config.num_workers == 0:
-        _join_torchrun(placement)
     # Ranks here tell of damaged checkpoints themselves; what those on Ray say stays in its logs.
     teller = tell if config.num_workers else None
     earlier = parallel.on_first_rank(lambda: check_start(config, objective, teller))
@@ -99,18 +110,6 @@ def _take(
         tell(str(earlier))
     folder.replace("config.yaml", dump(config).encode())
     return owner
-
-
-def _join_torchrun(placement: Placement) -> None:
-    """Join the processes that `torchrun` started, each on a GPU of its own."""
-    import torch
-
-    from cascade_model import parallel
-
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    if placement.use_gpu and number < torch.cuda.device_count():
-        torch.cuda.set_device(number)
-    parallel.join_group(torch.device(placement.device), placement.collective_timeout_s)
 
 
 def check_start(

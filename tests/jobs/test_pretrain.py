@@ -350,6 +350,29 @@ def test_two_processes_of_torchrun_equal_one(tiny_corpus, finished, tmp_path):
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in pairs)
 
 
+def test_ranks_of_torchrun_tell_of_their_end_with_one_voice(tiny_corpus, tmp_path):
+    """The ranks save and end with code 75; the launcher's own end is a 1, whatever they do, and it
+    sends a SIGTERM to whoever is still leaving when the first one has left."""
+    run = tmp_path / "run"
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [sys.executable, "-m", *launcher, "-m", "jobs.cascade", "pretrain"]
+    job = subprocess.Popen([*words, *forever(tiny_corpus, run)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(run.glob("checkpoints/*/COMMIT")):
+        time.sleep(0.1)
+    ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(ranks[1]), signal.SIGTERM)
+    _, error = job.communicate(timeout=90)
+    assert job.returncode == 1
+    assert error.count("╭─ error") == error.count("stopped at step") == 1
+    assert "75" in set(re.findall(r"exitcode +: (-?\d+)", error)) <= {"75", "-15"}
+    wrong = [*words, *flags(tiny_corpus, run, "--weight", "unit")]
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1
+    assert done.stderr.count("╭─ error") == done.stderr.count("objective.weight='elbo'") == 1
+    assert "3" in set(re.findall(r"exitcode +: (-?\d+)", done.stderr)) <= {"3", "-15"}
+
+
 def test_second_command_on_a_folder_in_use_is_refused_in_one_sentence(tiny_corpus, tmp_path):
     words = [sys.executable, "-m", "jobs.pretrain", *flags(tiny_corpus, tmp_path / "run")]
     endless = [*words, "--trainer.num-steps", "1000000"]
