@@ -25,6 +25,7 @@ from cascade_model.weights import load_model, save_model, weights_digest
 from jobs import launch, pretrain, training
 from jobs.cli import parse, read_yaml
 
+ROOT = Path(__file__).parents[2]
 SHAPE = ["--model.hidden-size", "16", "--model.num-layers", "2", "--model.num-heads", "2"]
 SHAPE += ["--model.num-kv-heads", "2", "--model.head-dim", "8", "--model.intermediate-size", "32"]
 STEPS = ["--trainer.num-steps", "4", "--trainer.sequences-per-step", "4"]
@@ -42,6 +43,9 @@ def test_run_folder_explains_itself(tiny_corpus, tmp_path, capsys):
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model"} <= names
+    tree = (ROOT / "jobs/README.md").read_text().split("## The run folder")[1].split("```")[1]
+    told = {re.sub(r"\d{8}", "", word).partition("/")[0] for word in tree.split()}
+    assert {re.sub(r"\d{8}", "", name) for name in names} <= told
     settings = parse(pretrain.PretrainConfig, ["--config", str(run / "config.yaml")])
     assert settings.trainer == TrainerConfig(
         num_steps=4,
