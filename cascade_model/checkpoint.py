@@ -30,8 +30,9 @@ from cascade_model.checkpoint_reading import OtherFormat, verify
 from cascade_model.checkpoint_state import load, load_weights, state_of
 from cascade_model.checkpoint_storage import STATE, PartsPlanner, Writer, cause_of
 from cascade_model.commit import Folder
-from cascade_model.errors import CheckpointMismatch, InputError, Unfinished
+from cascade_model.errors import CheckpointMismatch, InputError, Unfinished, shared
 from cascade_model.retention import Keep
+from cascade_model.settings import shown
 from cascade_model.staging import HostCopy
 
 __all__ = [
@@ -191,10 +192,12 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait for the last save; `Unfinished` if it failed."""
         if self._last is not None and not self._last.wait():
-            raise Unfinished(
-                f"{self._last.path} could not be saved ({self._last.reason}), so the last steps "
-                "are in no checkpoint; free some space or mend the storage and run the same "
-                "command again, which goes on from the checkpoint before it"
+            raise shared(
+                Unfinished(
+                    f"{self._last.path} could not be saved ({self._last.reason}), so the last "
+                    "steps are in no checkpoint; free some space or mend the storage and run the "
+                    "same command again, which goes on from the newest one, if there is one"
+                )
             )
 
     def _at_work(self, work: Callable[[], Any]) -> Any:
@@ -214,8 +217,8 @@ class Checkpoints:
                 self.failures += 1
                 if self._is_first:
                     self._tell(
-                        f"{saving.path} could not be saved ({error}); training goes on, and the "
-                        "checkpoints before it stay"
+                        f"{saving.path} could not be saved ({error}); training goes on, and what "
+                        "was saved before stays"
                     )
         finally:
             saving.end(str(error) if error else None, None if is_of_storage else error)
@@ -240,14 +243,16 @@ def newest(folder: Folder, tell: Callable[[str], None]) -> Checkpoint | None:
     """
     foreign: OtherFormat | None = None
     damaged = 0
-    for step in reversed(steps_in(folder)):
+    steps = steps_in(folder)
+    for step in reversed(steps):
         target = folder / step_name(step)
         try:
             return verify(target)
         except CheckpointMismatch as error:
             foreign = error if isinstance(error, OtherFormat) else foreign
             damaged += COMMIT in target.list()
-            tell(f"{error}; falling back to the checkpoint before it")
+            left = "falling back to the one" if step > steps[0] else "there is none"
+            tell(f"{error}; {left} before it")
     if foreign is not None:
         raise foreign
     if damaged:
@@ -271,8 +276,8 @@ def require_same(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
             key = next(k for k in sorted({*have, *want}) if have.get(k) != want.get(k))
             name, have, want = f"{name}.{key}", have.get(key), want.get(key)
         raise CheckpointMismatch(
-            f"checkpoint {checkpoint.path} was made with {name}={have!r} and this run has "
-            f"{name}={want!r}; set it back or choose a new output folder"
+            f"checkpoint {checkpoint.path} was made with {name}={shown(have)!r} and this run has "
+            f"{name}={shown(want)!r}; set it back or choose a new output folder"
         )
 
 

@@ -146,6 +146,11 @@ def steps_in(folder: Folder) -> list[int]:
     return sorted(int(m[1]) for name in folder.list() if (m := STEP.fullmatch(name)))
 
 
+def has_committed(folder: Folder) -> bool:
+    """Whether a run's folder of checkpoints has any that was committed, whole or not."""
+    return any((folder / step_name(step)).exists(COMMIT) for step in steps_in(folder))
+
+
 def commit_bytes(step: int, attempt: str, manifest: File, score: float | None) -> bytes:
     """The content of COMMIT."""
     return _json_bytes(

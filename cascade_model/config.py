@@ -333,20 +333,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
-    """A part of a training run with a block size of its own."""
+    """A part of a training run with a block size of its own; `TrainerConfig` checks it, and knows
+    which one it is."""
 
     block_size: int
     """Tokens per diffusion block; a divisor of the corpus's, or the sequence length."""
     share: float
     """Share of all tokens of the run."""
 
-    def __post_init__(self) -> None:
-        check_types(self, "trainer.block_sizes.")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerConfig:
-    """How long to train, in what steps, and what to keep."""
+    """How long to train, in what steps, and what to keep. `trainer.block_sizes`, a list of
+    {block_size, share}, is set in a YAML file only; jobs/README.md has an example."""
 
     num_steps: int = 200
     sequences_per_step: int = 32
@@ -356,7 +355,8 @@ class TrainerConfig:
     it, every number of ranks makes the same forward passes and only the order of sums differs."""
     block_sizes: tuple[Phase, ...] = ()
     """Block sizes to train with in turn (1, 4, 8, 16, or up to the sequence length and down again
-    as LLaDA2, arXiv 2512.15745), the model's own last; none: the model's throughout."""
+    as LLaDA2, arXiv 2512.15745), the model's own last; none: the model's throughout. Each has a
+    share of all tokens; the shares make 1. A YAML file sets them, no flag does."""
     attention: Literal["grouped", "flex"] = "grouped"
     """Kernel of the doubled input: grouped runs anywhere, flex is compiled, for GPUs."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -406,18 +406,24 @@ class TrainerConfig:
             value = getattr(self, name)
             check(value is None or value >= 1, f"trainer.{name}={value} must be at least 1")
         check(self.keep_best >= 0, f"trainer.keep_best={self.keep_best} must be at least 0")
-        total = sum(phase.share for phase in self.block_sizes)
-        check(
-            not self.block_sizes or abs(total - 1.0) < 1e-6,
-            f"trainer.block_sizes have shares that add up to {total:g}; they must make 1",
-        )
-        for phase in self.block_sizes:
+        for index, phase in enumerate(self.block_sizes):
+            where = f"trainer.block_sizes[{index}]."
+            check_types(phase, where)
+            check(
+                phase.block_size >= 1,
+                f"{where}block_size={phase.block_size} must be at least 1",
+            )
             check(
                 phase.share * self.num_steps >= 1,
-                f"trainer.block_sizes gives block size {phase.block_size} a share of "
-                f"{phase.share:g}, less than one of trainer.num_steps={self.num_steps}; give it "
-                "more, or train for longer",
+                f"{where}share={phase.share:g} (block size {phase.block_size}) is less than one of "
+                f"trainer.num_steps={self.num_steps}; give it more, or train for longer",
             )
+        shares = [phase.share for phase in self.block_sizes]
+        check(
+            not shares or abs(sum(shares) - 1.0) < 1e-6,
+            f"trainer.block_sizes has the shares {', '.join(f'{each:g}' for each in shares)}, "
+            f"which add up to {sum(shares):g}; they must make 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -361,14 +361,15 @@ def _within_documents(is_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_manifest(folder: Folder) -> Manifest:
-    """The manifest of a finished corpus; `CorpusMismatch` when there is none, `InputError` when it
-    cannot be read."""
+    """The manifest of a finished corpus; `CorpusMismatch` when there is none, `InputError` when the
+    folder does not exist or cannot be read."""
     try:
         data = folder.read_bytes(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         if not folder.list():
-            raise CorpusMismatch(
-                f"corpus={folder.url} does not exist; make it with `cascade prepare`"
+            raise InputError(
+                f"corpus={folder.url} does not exist; make it with `cascade prepare`, or check the "
+                "path"
             ) from None
         raise CorpusMismatch(
             f"corpus={folder.url} has no {MANIFEST}, so it is unfinished or no corpus at all; run "

@@ -34,6 +34,7 @@ from cascade_model.loss import OfLogits, token_losses
 from cascade_model.model import never_emitted, vocabulary_logits
 from cascade_model.networks import Network
 from cascade_model.objective import LossParts, RowLosses, Term, by_one, loss_parts, weights_of
+from cascade_model.settings import shown
 from cascade_model.training_input import config_for, read_places, source_rows, supervised
 
 
@@ -193,8 +194,8 @@ def require_teacher(teacher: ModelConfig, student: ModelConfig) -> None:
         theirs, ours = getattr(teacher, name), getattr(student, name)
         if theirs != ours:
             raise CheckpointMismatch(
-                f"the teacher has {name}={theirs} and the student {name}={ours}; teacher and "
-                "student must share one tokenizer"
+                f"the teacher has {name}={shown(theirs)} and the student {name}={shown(ours)}; "
+                "teacher and student must share one tokenizer"
             )
 
 

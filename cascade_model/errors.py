@@ -4,11 +4,17 @@ Whatever is raised from here is shown by the command line without a traceback: t
 the setting, its value and the cure. Everything else that is raised is a fault of ours.
 """
 
+from typing import TypeVar
+
+Kind = TypeVar("Kind", bound="InputError")
+
 
 class InputError(Exception):
     """A setting or an input that cannot work; the message names setting, value and cure."""
 
     exit_code = 2
+    is_shared = False
+    """Whether every rank of a run raises the same, so that one of them tells it for all."""
 
     def to_data(self) -> dict[str, str]:
         """As JSON-able data: a task sends it back, where an exception would arrive wrapped."""
@@ -32,6 +38,7 @@ class Stopped(Unfinished):
     """
 
     exit_code = 75
+    is_shared = True
 
     @classmethod
     def at(cls, step: int, reason: str) -> "Stopped":
@@ -40,6 +47,12 @@ class Stopped(Unfinished):
             f"stopped at step {step} ({reason}); run the same command again, which goes on from "
             "there"
         )
+
+
+def shared(error: Kind) -> Kind:
+    """The error as one that every rank raises alike."""
+    error.is_shared = True
+    return error
 
 
 def of_store(error: Exception) -> Unfinished | None:

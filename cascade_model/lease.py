@@ -104,6 +104,11 @@ def hold(folder: Folder) -> Iterator[Owner]:
             _release(folder, owner)
 
 
+def require_free(folder: Folder) -> None:
+    """Raise `InputError`, as `hold` would, if a living run holds the folder; writes nothing."""
+    _refuse_the_living(folder, _newest(folder))
+
+
 def begin(folder: Folder, owner: Owner) -> Attempt:
     """A further number for an owner that holds the folder; `LeaseLost` if it does no longer."""
 

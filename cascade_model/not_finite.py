@@ -9,7 +9,7 @@ import json
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig, OptimizerConfig, TrainerConfig
 from cascade_model.corpus import Corpus
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, shared
 from cascade_model.progress import Progress
 
 
@@ -50,7 +50,9 @@ def require_patience(
     if trainer.not_finite == "skip" and count <= trainer.max_skipped_in_a_row:
         return
     many = f" and {count - 1} before it" if count > 1 else ""
-    raise InputError(
-        f"{told}{many}; lower optimizer.peak_lr={optimizer.peak_lr} and run again, which goes on "
-        "from the newest checkpoint"
+    raise shared(
+        InputError(
+            f"{told}{many}; lower optimizer.peak_lr={optimizer.peak_lr} and run again, which goes "
+            "on from the newest checkpoint, or begins anew where none was saved"
+        )
     )

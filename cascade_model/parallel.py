@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cascade_model.errors import InputError, of_store
+from cascade_model.errors import InputError, of_store, shared
 
 Result = TypeVar("Result")
 BEAT = 0.5
@@ -78,7 +78,7 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     while kind == _BUSY:
         kind, told = _from_first(None)
     if kind == "mistake":
-        raise InputError.from_data(told)
+        raise shared(InputError.from_data(told))
     if kind == "fault":
         raise RuntimeError(told)
     return told
@@ -89,7 +89,7 @@ def _outcome(work: Callable[[], Any]) -> tuple[str, Any, Exception | None]:
     try:
         return "result", _told_in_a_sentence(work), None
     except InputError as error:
-        return "mistake", error.to_data(), error
+        return "mistake", error.to_data(), shared(error)
     except Exception as error:
         return "fault", f"the first rank failed: {type(error).__name__}: {error}", error
 

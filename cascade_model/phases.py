@@ -58,13 +58,14 @@ def require_phases(
     )
     check(
         sizes[-1] == model.block_size,
-        f"trainer.block_sizes ends with {sizes[-1]} and decoding will use model.block_size="
-        f"{model.block_size}; let the last phase have that",
+        f"trainer.block_sizes[{len(sizes) - 1}].block_size={sizes[-1]} is the last and decoding "
+        f"will use model.block_size={model.block_size}; let the last phase have that",
     )
-    for size in sizes:
+    for index, size in enumerate(sizes):
         is_power = size >= 1 and size & (size - 1) == 0
         check(
             is_power and (size == length or corpus_block_size % size == 0),
-            f"trainer.block_sizes has {size}; use a divisor of the corpus's block size "
-            f"{corpus_block_size}, or its sequence length {length} if that is a power of two",
+            f"trainer.block_sizes[{index}].block_size={size} does not divide the corpus's block "
+            f"size {corpus_block_size}; use a divisor, or the sequence length {length} if that is "
+            "a power of two",
         )

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import numbers
+import re
 import types
 import typing
 from typing import Any, Literal
@@ -58,6 +59,16 @@ def _listed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _listed(item) for key, item in value.items()}
     return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def shown(value: Any) -> Any:
+    """A value as a sentence for people shows it: of a digest the first 12 digits, which tell it
+    from any other well enough."""
+    is_digest = isinstance(value, str) and _DIGEST.fullmatch(value)
+    return value[:12] if is_digest else value
 
 
 def digest(value: Any) -> str:

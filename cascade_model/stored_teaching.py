@@ -7,6 +7,7 @@ is made a distribution again. The student's share of the rest is a log-sum-exp o
 named, which loses nothing where the named ones take nearly everything.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,20 +21,27 @@ from cascade_model.errors import CheckpointMismatch
 from cascade_model.loss import rows_per_chunk
 from cascade_model.model import never_emitted, vocabulary_logits
 from cascade_model.networks import Network
-from cascade_model.settings import check
+from cascade_model.settings import check, shown
 from cascade_model.teacher_targets import NO_TARGET, TargetRows, TargetsManifest, TeacherTargets
 from cascade_model.training_input import read_places, source_rows
 
 
 @torch.no_grad()
-def teach(teacher: Network, batch: TrainBatch, k: int, temperature: float = 1.0) -> TargetRows:
+def teach(
+    teacher: Network,
+    batch: TrainBatch,
+    k: int,
+    temperature: float = 1.0,
+    also_banned: Sequence[int] = (),
+) -> TargetRows:
     """What an autoregressive teacher says of every maskable token that it predicts.
 
-    `InputError` when it can emit fewer than k tokens.
+    `also_banned` are ids that it must not name besides those that it never emits. `InputError` when
+    fewer than k tokens are left.
     """
-    banned = never_emitted(teacher.config)
+    banned = sorted({*never_emitted(teacher.config), *also_banned})
     outcomes = teacher.config.vocab_size - len(banned)
-    check(1 <= k <= outcomes, f"k={k} must be in 1..{outcomes}, the tokens that the teacher emits")
+    check(1 <= k <= outcomes, f"k={k} must be in 1..{outcomes}, the tokens that the teacher names")
     is_told = batch.is_maskable & (source_rows(teacher.config, batch) >= 0)
     sequences, places = is_told.nonzero(as_tuple=True)
 
@@ -113,15 +121,29 @@ def bucket_divergence(ids: Tensor, log_p: Tensor, rest: Tensor, student: Tensor)
 
 def require_targets(found: TargetsManifest, student: ModelConfig, temperature: float) -> None:
     """Refuse targets that cannot teach this student, both values shown: `CheckpointMismatch`."""
-    for name, theirs, ours in (
-        ("tokenizer_sha256", found.tokenizer_sha256, student.tokenizer_sha256),
-        ("vocab_size", found.vocab_size, student.vocab_size),
-        ("tokens that are never emitted", list(found.banned), never_emitted(student)),
-        ("temperature", found.temperature, temperature),
+    tokenizer = "write targets with a teacher of the student's tokenizer"
+    for name, theirs, ours, cure in (
+        ("tokenizer_sha256", found.tokenizer_sha256, student.tokenizer_sha256, tokenizer),
+        ("vocab_size", found.vocab_size, student.vocab_size, tokenizer),
+        (
+            "tokens that are never emitted",
+            list(found.banned),
+            never_emitted(student),
+            "a teacher or student that can fill holes (infill=psm) has three more: run `cascade "
+            "teach` again on a corpus with infill_rate, or let the teacher run beside the student "
+            "(teacher=..., no targets), which works for both",
+        ),
+        (
+            "temperature",
+            found.temperature,
+            temperature,
+            f"use temperature={found.temperature}, or run `cascade teach --temperature "
+            f"{temperature}` into another folder",
+        ),
     ):
         if theirs != ours:
             raise CheckpointMismatch(
-                f"the targets have {name}={theirs} and the student {name}={ours}; write targets "
-                "with a teacher and a temperature of its own for it"
+                f"the targets have {name}={shown(theirs)} and the student {name}={shown(ours)}; "
+                f"{cure}"
             )
     require_student(student)

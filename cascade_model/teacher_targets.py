@@ -8,8 +8,10 @@ same record batches of rising sequence ids, and last `targets.json`, which names
 teacher and the settings; what does not go together is refused with both values.
 """
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,12 +21,12 @@ import pyarrow as pa
 from cascade_model.columns import fixed_column, flat_of
 from cascade_model.commit import Folder, Record
 from cascade_model.errors import CorpusMismatch
-from cascade_model.manifest import Manifest, ShardEntry
-from cascade_model.open_shards import OpenShards, Rows
+from cascade_model.manifest import CURE, Manifest, ShardEntry
+from cascade_model.open_shards import FETCHES, OpenShards, Rows
 from cascade_model.schema import fixed
-from cascade_model.settings import digest
+from cascade_model.settings import check, digest, shown
 from cascade_model.shard_cache import CacheConfig, ShardCache
-from cascade_model.shards import entry_of, write_shard
+from cascade_model.shards import BatchFile, entry_of, refuse, require_size, write_shard
 
 FORMAT_VERSION = 1
 TARGETS = "targets.json"
@@ -168,11 +170,16 @@ def entries_of(records: Iterable[Record]) -> tuple[ShardEntry, ...]:
 
 
 def read_targets(url: str) -> TargetsManifest:
-    """The manifest of finished targets; `CorpusMismatch` when there is none."""
+    """The manifest of finished targets; `CorpusMismatch` when there is none, `InputError` when the
+    folder does not exist."""
     folder = Folder(url)
     try:
         data = folder.read_bytes(TARGETS)
     except (FileNotFoundError, NotADirectoryError):
+        check(
+            folder.is_there(),
+            f"targets={url} does not exist; make it with `cascade teach`, or check the path",
+        )
         raise CorpusMismatch(
             f"targets={url} has no {TARGETS}, so it is unfinished or holds no targets; run its "
             "`cascade teach` again to go on, or check the path"
@@ -187,13 +194,15 @@ class TeacherTargets:
         self, url: str, corpus: Manifest, split: str = "train", cache: CacheConfig = CacheConfig()
     ) -> None:
         """Open for a corpus; `CorpusMismatch` with both values when they are another's."""
-        folder, self.manifest = Folder(url), read_targets(url)
+        self._folder = folder = Folder(url)
+        self.manifest = read_targets(url)
         self.require(url, corpus, split)
+        self._schema = target_schema(self.manifest.sequence_length, self.manifest.k)
         is_mapped = folder.is_local and cache.folder is None
         self._shards = OpenShards(
             folder,
             self.manifest.shards,
-            target_schema(self.manifest.sequence_length, self.manifest.k),
+            self._schema,
             self.manifest.rows_per_batch,
             self._stored,
             None if is_mapped else ShardCache(cache),
@@ -214,7 +223,8 @@ class TeacherTargets:
             raise CorpusMismatch(f"targets={url} lists other shards than the corpus; {_CURE}")
 
     def rows(self, sequence_ids: np.ndarray) -> TargetRows:
-        """The targets of sequences, uint64 [n], in the order asked for."""
+        """The targets of sequences, uint64 [n], in the order asked for; `CorpusMismatch` names a
+        file that is not what its record says."""
         count, length, k = len(sequence_ids), self.manifest.sequence_length, self.manifest.k
         found = TargetRows(
             np.empty((count, length, k), dtype=np.int32),
@@ -227,8 +237,22 @@ class TeacherTargets:
             found.log_probs[at] = stored.log_probs[rows]
             found.rest[at] = stored.rest[rows]
 
-        self._shards.visit(np.asarray(sequence_ids, dtype=np.uint64), take)
+        with _cured_as_targets():
+            self._shards.visit(np.asarray(sequence_ids, dtype=np.uint64), take)
         return found
+
+    def require_units(self) -> None:
+        """Refuse units that are missing, cut or of other columns, without reading their targets."""
+        with ThreadPoolExecutor(FETCHES) as pool, _cured_as_targets():
+            list(pool.map(self._require_unit, self.manifest.shards))
+
+    def _require_unit(self, entry: ShardEntry) -> None:
+        where = self._folder.path(entry.object)
+        try:
+            require_size(where, self._folder.size(entry.object), entry.bytes)
+        except OSError as error:
+            refuse(where, f"cannot be read ({type(error).__name__})")
+        BatchFile(self._folder, entry, self._schema)
 
     def _stored(
         self, batch: pa.RecordBatch, first: int, count: int, is_checked: bool
@@ -244,6 +268,15 @@ class TeacherTargets:
             flat_of(batch, "rest").reshape(-1, length),
         )
         return rows if is_checked else fault_of(rows, self.manifest.vocab_size) or rows
+
+
+@contextlib.contextmanager
+def _cured_as_targets() -> Iterator[None]:
+    """What a shard's reader refuses here is written by another command than a corpus is."""
+    try:
+        yield
+    except CorpusMismatch as error:
+        raise CorpusMismatch(str(error).removesuffix(CURE) + _CURE) from None
 
 
 def fault_of(rows: TargetRows, vocab_size: int) -> str | None:
@@ -262,4 +295,6 @@ def fault_of(rows: TargetRows, vocab_size: int) -> str | None:
 
 def _require(where: str, name: str, found: Any, whose: str, wanted: Any) -> None:
     if found != wanted:
-        raise CorpusMismatch(f"{where} has {name}={found} and {whose} {name}={wanted}; {_CURE}")
+        raise CorpusMismatch(
+            f"{where} has {name}={shown(found)} and {whose} {name}={shown(wanted)}; {_CURE}"
+        )

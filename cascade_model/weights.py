@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 
 from cascade_model.commit import Folder
 from cascade_model.config import ModelConfig
-from cascade_model.errors import CheckpointMismatch
+from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.families import read_checkpoint, read_description, read_dtypes
 from cascade_model.networks import Network, network_with, own_state
-from cascade_model.settings import digest, to_dict
+from cascade_model.settings import digest, shown, to_dict
 from cascade_model.tensor_files import WEIGHTS, LoadedTensors, TensorFiles, TensorSource, kept
 from cascade_model.tokenizer import Tokenizer
 from cascade_model.whole_folder import whole_folder
@@ -171,18 +171,23 @@ def _verify(files: Folder) -> None:
             ) from None
         if found != record["sha256"]:
             raise CheckpointMismatch(
-                f"model {files.url} has {name} with sha256 {found} but its manifest records "
-                f"{record['sha256']}; copy the folder again"
+                f"model {files.url} has {name} with sha256 {shown(found)} but its manifest "
+                f"records {shown(record['sha256'])}; copy the folder again"
             )
 
 
 def _manifest(files: Folder) -> dict:
-    """The manifest, of a format that this program reads."""
+    """The manifest, of a format that this program reads; `InputError` where there is no folder."""
     try:
         manifest = json.loads(files.read_bytes(MANIFEST))
         version, entries = manifest["format_version"], manifest["files"]
         complete = {WEIGHTS, CONFIG, TOKENIZER} <= set(entries)
     except FileNotFoundError:
+        if not files.is_there():
+            raise InputError(
+                f"model {files.url} does not exist; check the path, or give what `cascade "
+                "pretrain` or `cascade convert` wrote, or a published checkpoint"
+            ) from None
         cure = "give what `cascade pretrain` or `cascade convert` wrote, or a published checkpoint"
         if files.exists(f"model/{MANIFEST}"):
             cure = f"it is a run; give {files.url}/model"
@@ -239,8 +244,9 @@ def _from_store(files: Folder) -> Mapping[str, torch.Tensor]:
 def _require_tokenizer(where: str, config: ModelConfig, tokenizer: Tokenizer) -> None:
     if config.tokenizer_sha256 != tokenizer.sha256:
         raise CheckpointMismatch(
-            f"model {where} was made with the tokenizer {config.tokenizer_sha256 or '(none)'} and "
-            f"got {tokenizer.sha256}; use the tokenizer of the model's corpus"
+            f"model {where} was made with the tokenizer "
+            f"{shown(config.tokenizer_sha256) or '(none)'} and got "
+            f"{shown(tokenizer.sha256)}; use the tokenizer of the model's corpus"
         )
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointMismatch(

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from cascade_model.errors import InputError, of_store
+from jobs.yaml_keys import require_single_keys
 
 Config = TypeVar("Config")
 
@@ -102,6 +103,7 @@ def parse(config_class: type[Config], argv: Sequence[str], stage: str = "STAGE")
         mapping = read_yaml(file)
         _check_mapping(config_class, mapping, file)
         settings = _laid_over(settings, mapping)
+    _refuse_lists(config_class, flags)
     return tyro.cli(
         config_class,
         default=_draft(config_class, settings, tyro.MISSING),
@@ -145,6 +147,20 @@ def _split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             flags.append(word)
     return flags, files
+
+
+def _refuse_lists(config_class: Any, flags: Sequence[str], prefix: str = "") -> None:
+    """Say of a list of groups, which has no flag, where it is set."""
+    names = [word.partition("=")[0][2:] for word in flags if word.startswith("--")]
+    given = {name.replace("-", "_") for name in names}
+    for name, hint in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(hint):
+            _refuse_lists(hint, flags, f"{prefix}{name}.")
+        elif _listed_group(hint) and f"{prefix}{name}" in given:
+            raise InputError(
+                f"`{prefix}{name}` is a list of groups of settings, which no flag can hold; write "
+                "it into a YAML file and give that with --config"
+            )
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -209,9 +225,12 @@ def _typed(value: Any, hint: Any) -> Any:
 
 
 def read_yaml(file: str) -> dict[str, Any]:
-    """The mapping in a YAML file; a missing or broken file is an `InputError`."""
+    """The mapping in a YAML file; a missing or broken file, or a key that stands twice, is an
+    `InputError`."""
     try:
-        mapping = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        text = Path(file).read_text(encoding="utf-8")
+        require_single_keys(text, file)
+        mapping = yaml.safe_load(text)
     except OSError as error:
         raise InputError(
             f"--config {file}: cannot be read ({error.strerror}); check the path"
@@ -275,10 +294,10 @@ def _check_listed(group: type, value: Any, source: str, key: str) -> None:
     if not isinstance(value, (list, tuple)) or not all(isinstance(own, dict) for own in value):
         raise InputError(f"{source}: `{key}` is {value!r}; it must be a list of groups of settings")
     names = {field.name for field in dataclasses.fields(group)}
-    for own in value:
-        _check_mapping(group, own, source, f"{key}.")
+    for index, own in enumerate(value):
+        _check_mapping(group, own, source, f"{key}[{index}].")
         if missing := sorted(names - set(own)):
-            raise InputError(f"{source}: {own} of `{key}` lacks {missing[0]}; add it")
+            raise InputError(f"{source}: `{key}[{index}].{missing[0]}` is missing; add it")
 
 
 def build(config_class: type[Config], mapping: dict[str, Any], source: str) -> Config:
@@ -303,7 +322,10 @@ def _finished(draft: Any, source: str, prefix: str = "") -> Any:
                 key: _finished(own, source, f"{prefix}{name}.{key}.") for key, own in value.items()
             }
         elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
-            values[name] = tuple(_finished(own, source, f"{prefix}{name}.") for own in value)
+            values[name] = tuple(
+                _finished(own, source, f"{prefix}{name}[{index}].")
+                for index, own in enumerate(value)
+            )
     return type(draft)(**values)
 
 

@@ -78,6 +78,7 @@ def check_teacher(config: DistilConfig) -> None:
 
         targets = TeacherTargets(str(config.targets), corpus.manifest)
         require_targets(targets.manifest, shape, config.temperature)
+        targets.require_units()
 
 
 def objective(config: DistilConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class EvaluateConfig:
     corpus: str
     """Folder or URL that `cascade prepare` wrote; its held-out split is used."""
     output: str | None = None
-    """JSON file for the same values; none: print only."""
+    """JSON file for the same values and the digest of the weights; none: print only."""
     measure: Literal["bound", "sequential"] = "bound"
     """bound: over random masks (NELBO). sequential: the likelihood of decoding each block from left
     to right, without noise; a pass for each place of a block."""
@@ -59,6 +59,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     from cascade_model.commit import require_writable
     from cascade_model.corpus import Corpus
     from cascade_model.evaluation import as_dict, bound, sequential, unigram_baseline, untrained
+    from cascade_model.weights import weights_digest
 
     if config.use_gpu and not torch.cuda.is_available():
         raise InputError("use_gpu=True and this machine has no CUDA device; use use_gpu=False")
@@ -66,6 +67,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         require_writable(Path(config.output).parent)
     held_out = Corpus.open(config.corpus, split="held_out")
     model = open_model(config.model).to("cuda" if config.use_gpu else "cpu")
+    folder = model_folder(config.model)
 
     def measure(model: "Network") -> "Bound":
         shared: dict[str, Any] = {
@@ -81,6 +83,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     trained = measure(model)
     report = {
         "model": config.model,
+        "weights": None if folder is None else weights_digest(folder),
         "corpus": config.corpus,
         "corpus_digest": held_out.digest,
         "measure": config.measure,
@@ -106,11 +109,9 @@ def open_model(path: str) -> "Network":
     from cascade_model.metrics import tell
     from cascade_model.weights import load_model
 
-    folder = Path(path)
-    if "://" in path or (folder / "model.safetensors").exists():
-        return load_model(path)[0]
-    if (folder / "model" / "model.safetensors").exists():
-        return load_model(str(folder / "model"))[0]
+    folder, whole = Path(path), model_folder(path)
+    if whole is not None:
+        return load_model(whole)[0]
     if (folder / "COMMIT").exists():
         return _from_checkpoint(checkpoint.verify(folder))
     if (folder / "checkpoints").exists():
@@ -119,6 +120,17 @@ def open_model(path: str) -> "Network":
             raise CheckpointMismatch(f"model={path} has no complete checkpoint; train further")
         return _from_checkpoint(found)
     raise InputError(f"model={path} is no model folder, checkpoint or run folder; check the path")
+
+
+def model_folder(path: str) -> str | None:
+    """The model folder that a path names, or that a run holds; none for a checkpoint, whose weights
+    have no digest of their own."""
+    from cascade_model.tensor_files import WEIGHTS
+
+    folder = Path(path)
+    if "://" in path or (folder / WEIGHTS).exists():
+        return path
+    return str(folder / "model") if (folder / "model" / WEIGHTS).exists() else None
 
 
 def table(report: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cascade_model.errors import InputError
+from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.settings import check
 from jobs.cli import command
 
@@ -33,7 +33,8 @@ class ExportConfig:
     run: str | None = None
     """Run folder that the card tells of; none: the one that the model lies in, if it does."""
     evaluation: str | None = None
-    """JSON that `cascade evaluate --output` wrote for this model, for the card."""
+    """JSON that `cascade evaluate --output` wrote for this model, for the card; that of another one
+    is refused."""
     licence: str | None = None
     """Licence of the weights, as an SPDX name (apache-2.0), for the card."""
     title: str | None = None
@@ -49,7 +50,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
     require_writable(config.output)
     folder = _model_folder(Folder(config.model))
-    evaluation = _evaluation(config.evaluation)
+    evaluation = _evaluation(config.evaluation, folder)
     origin = _origin(config.run, folder)
     published = read_published(config.like or folder.url)
     _require_free(Folder(config.output), is_published=published is not None)
@@ -94,18 +95,27 @@ def _origin(run: str | None, model: "Folder") -> Any:
     return Origin.of_run(above) if has_one else Origin()
 
 
-def _evaluation(path: str | None) -> dict[str, Any] | None:
+def _evaluation(path: str | None, model: "Folder") -> dict[str, Any] | None:
+    """What was measured, of these weights and no others."""
+    from cascade_model.weights import weights_digest
+
     if path is None:
         return None
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if "nats_per_token" in found:
-            return found
-    except (OSError, ValueError, TypeError):
-        pass
-    raise InputError(
-        f"evaluation={path} is no JSON of `cascade evaluate --output`; write one with it"
-    )
+        _, weights = found["nats_per_token"], found["weights"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise InputError(
+            f"evaluation={path} is no JSON of this version's `cascade evaluate --output`; write one"
+        ) from None
+    own = weights_digest(model.url)
+    if weights != own:
+        whose = "a checkpoint" if weights is None else f"the weights {str(weights)[:12]}"
+        raise CheckpointMismatch(
+            f"evaluation={path} was measured on {whose} and model={model.url} has {own[:12]}; run "
+            f"`cascade evaluate --model {model.url} --output {path}` first"
+        )
+    return found
 
 
 def _require_free(output: "Folder", is_published: bool) -> None:

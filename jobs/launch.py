@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cascade_model.checkpoint_files import has_committed
 from cascade_model.commit import Folder
 from cascade_model.errors import InputError, Stopped, Unfinished
 from cascade_model.settings import check
@@ -157,7 +158,7 @@ def _launch_once(
             signal = _fit(settings, folder, placement)
         except Exception as error:
             told = run_folder.take_outcome(folder)
-            raise told or _cause_of(error, placement) or error from None
+            raise told or _cause_of(error, placement, folder) or error from None
         outcome = run_folder.take_outcome(folder)
         if isinstance(outcome, Stopped) and signal is None:
             return _Preempted(str(outcome).partition(";")[0])
@@ -267,7 +268,7 @@ def _remove_rays_notes(folder: Folder) -> None:
     folder.remove_if_empty()
 
 
-def _cause_of(error: Exception, placement: Placement) -> InputError | None:
+def _cause_of(error: Exception, placement: Placement, folder: Folder) -> InputError | None:
     """What the user should know behind an error of Ray Train; none for a fault of ours."""
     ranks = getattr(error, "worker_failures", {})
     told = [failure for failure in ranks.values() if isinstance(failure, InputError)]
@@ -281,11 +282,12 @@ def _cause_of(error: Exception, placement: Placement) -> InputError | None:
         )
     if ranks and all(_is_loss(failure) for failure in ranks.values()):
         first = min(ranks, key=lambda rank: (_is_collateral(ranks[rank]), rank))
+        is_kept = has_committed(folder / CHECKPOINTS)
+        end = "goes on from the newest checkpoint" if is_kept else "begins anew, as none was saved"
         reason = str(ranks[first]).strip().splitlines()[0].rstrip(".:")
         return Unfinished(
             f"rank {first} was lost ({reason}) after max_failures={placement.max_failures} "
-            "restarts; look at its machine and run the same command again, which goes on from the "
-            "newest checkpoint"
+            f"restarts; look at its machine and run the same command again, which {end}"
         )
     return None
 

@@ -14,6 +14,7 @@ import yaml
 from cascade_model.commit import Folder
 from cascade_model.config import ModelConfig
 from cascade_model.errors import InputError
+from cascade_model.settings import shown
 
 CARD = "README.md"
 _UNKNOWN = "not recorded"
@@ -26,6 +27,8 @@ class Origin:
     summary: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Of the newest checkpoint: corpus, noise, objective."""
+    sources: Mapping[str, float] = field(default_factory=dict)
+    """Names of the corpus's sources and their shares of the samples, where there are several."""
 
     @classmethod
     def of_run(cls, run: Folder) -> "Origin":
@@ -42,7 +45,23 @@ class Origin:
                 "that has ended, or leave it out"
             ) from None
         found = newest(run / "checkpoints", tell)
-        return cls(summary=summary, facts=found.facts if found else {})
+        facts = found.facts if found else {}
+        return cls(summary=summary, facts=facts, sources=_sources(facts))
+
+
+def _sources(facts: Mapping[str, Any]) -> dict[str, float]:
+    """What the corpus of a run says of its sources, if it still lies where it was."""
+    from cascade_model.corpus import Corpus
+    from pipelines.sources import ONLY_SOURCE
+
+    try:
+        corpus = Corpus.open(facts["settings"]["corpus"])
+    except (InputError, OSError, KeyError):
+        return {}
+    if corpus.digest != facts["corpus_digest"]:
+        return {}
+    shares = {each.name: each.share / 1024 for each in corpus.manifest.splits["train"].sources}
+    return {} if list(shares) == [ONLY_SOURCE] else shares
 
 
 def card(
@@ -96,14 +115,19 @@ def _model_rows(config: ModelConfig, layout: str | None) -> dict[str, Any]:
 def _training_rows(origin: Origin) -> dict[str, Any]:
     facts, summary = origin.facts, origin.summary
     objective, settings = facts.get("objective", {}), facts.get("settings", {})
-    noise = facts.get("noise", {})
+    noise, optimizer = facts.get("noise", {}), settings.get("optimizer", {})
     rows: dict[str, Any] = {
         "objective": objective.get("name", _UNKNOWN),
         "corpus (digest)": facts.get("corpus_digest", _UNKNOWN),
         "steps": summary.get("steps", _UNKNOWN),
         "tokens": f"{summary['tokens']:,}" if "tokens" in summary else _UNKNOWN,
-        "started from": settings.get("initial_model") or "fresh weights",
+        "sequences per step": facts.get("sequences_per_step", _UNKNOWN),
+        "peak learning rate": optimizer.get("peak_lr", _UNKNOWN),
+        "started from": _start(facts),
     }
+    if origin.sources:
+        told = [f"{name} ({share:.0%})" for name, share in origin.sources.items()]
+        rows["sources of the corpus"] = ", ".join(told)
     if noise:
         rows["mask rates"] = f"{noise['min_rate']} to {noise['max_rate']}, one per {noise['per']}"
     for name in ("weight", "normaliser", "outcomes", "alpha", "temperature", "teacher", "targets"):
@@ -111,6 +135,16 @@ def _training_rows(origin: Origin) -> dict[str, Any]:
             told = "teacher (digest)" if name == "teacher" else name
             rows[told] = objective[name]
     return rows if facts or summary else {"": "No run folder was given."}
+
+
+def _start(facts: Mapping[str, Any]) -> str:
+    """The model that a run began with, by name and weights; not the place where it lay."""
+    place = facts.get("settings", {}).get("initial_model")
+    if not place:
+        return "fresh weights"
+    *_, above, name = ["", *place.rstrip("/").split("/")]
+    called = f"{above}/{name}" if name == "model" else name
+    return f"{called} (weights {shown(facts.get('initial_weights', _UNKNOWN))})"
 
 
 def _quality_rows(origin: Origin, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -7,13 +7,16 @@ and writes nothing. The estimates stand in `cascade_model.footprint` and `cascad
 speed is a share of the device's peak that is assumed, or measured by a few passes here (`probe`).
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cascade_model.errors import InputError
@@ -56,17 +59,19 @@ class PlanChoices:
 def run(stage: str, config: Any) -> dict[str, Any]:
     """Check, reckon, print, and return the numbers: bytes, FLOPs, seconds."""
     from cascade_model.corpus import Corpus
+    from cascade_model.metrics import tell
     from jobs.training import check_start, noise_of, placement_of, starting_config
 
     module = importlib.import_module(f"jobs.{stage}")
     module.check_settings(config)
-    finished = check_start(config, module.objective(config))
+    earlier = check_start(config, module.objective(config), tell)
     corpus = Corpus.open(config.corpus)
     shape = starting_config(config, corpus)
     noise = noise_of(shape, corpus, config.noise, config.trainer.sequences_per_step)
     report = {
         "stage": stage,
-        "is_finished": finished is not None,
+        "is_finished": earlier is not None and earlier.summary is not None,
+        "earlier": None if earlier is None else str(earlier),
         "output": config.output,
         "ranks": placement_of(config).sizes[-1],
         "fewest_ranks": placement_of(config).sizes[0],
@@ -74,6 +79,7 @@ def run(stage: str, config: Any) -> dict[str, Any]:
         **_memory(config, shape, corpus, noise),
         **_work(config, shape, corpus, noise),
         **_storage(config, shape),
+        **_place(config.output),
     }
     report |= _speed(config, module, report, corpus, noise)
     print(table(report))
@@ -159,6 +165,28 @@ def _storage(config: Any, shape: "ModelConfig") -> dict[str, Any]:
         "storage": kept * one + model + metrics,
         "storage_at_most": (kept + 1) * one + model + metrics,
     }
+
+
+def _place(output: str) -> dict[str, Any]:
+    """Who holds the run folder now; bytes in it, and bytes free beside them, on a local disk."""
+    from cascade_model.lease import require_free
+    from jobs.run_folder import run_folder
+
+    folder, refusal = run_folder(output), None
+    try:
+        require_free(folder)
+    except InputError as error:
+        refusal = str(error)
+    if not folder.is_local:
+        return {"in_use": refusal, "storage_held": None, "storage_free": None}
+    root = Path(folder.url)
+    nearest = next(each for each in (root, *root.parents) if each.exists())
+    held = 0
+    for name in folder.files() if nearest == root else ():
+        with contextlib.suppress(OSError):  # a run at work has just taken it away
+            held += folder.size(name)
+    free = shutil.disk_usage(nearest).free
+    return {"in_use": refusal, "storage_held": held, "storage_free": free}
 
 
 def _speed(

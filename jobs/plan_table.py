@@ -26,9 +26,13 @@ def table(report: dict[str, Any]) -> str:
 def _head(report: dict[str, Any]) -> list[tuple[str, str]]:
     few, many = report["fewest_ranks"], report["ranks"]
     ranks = str(many) if few == many else f"{few} to {many}; memory is that of {few}"
-    state = "is finished already" if report["is_finished"] else "nothing was written"
+    rows = [(f"plan: {report['stage']}", f"{report['output']} (nothing was written)")]
+    if report["earlier"] is not None:
+        rows.append(("  the run there", report["earlier"]))
+    if report["in_use"] is not None:
+        rows.append(("  NOT NOW", report["in_use"]))
     return [
-        (f"plan: {report['stage']}", f"{report['output']} ({state})"),
+        *rows,
         ("parameters", f"{report['parameters']:,}"),
         ("ranks", f"{ranks}, {report['precision']}"),
     ]
@@ -64,10 +68,17 @@ def _work(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _storage(report: dict[str, Any]) -> list[tuple[str, str]]:
     kept = f"{report['kept_checkpoints']} x {size(report['checkpoint_bytes'])} of checkpoints"
     rest = f"{size(report['model_bytes'])} model, {size(report['metrics_bytes'])} metrics"
-    return [
+    rows = [
         ("storage", f"{size(report['storage'])}: {kept}, {rest}"),
         ("  at most meanwhile", size(report["storage_at_most"])),
     ]
+    free, held = report["storage_free"], report["storage_held"]
+    if free is not None:
+        fits = report["storage_at_most"] <= free + held
+        cure = "" if fits else ": DOES NOT FIT; lower trainer.keep_last, or choose another disk"
+        own = f", and {size(held)} of this run" if held else ""
+        rows.append(("  there is", f"{size(free)} free{own}{cure}"))
+    return rows
 
 
 def size(count: float) -> str:

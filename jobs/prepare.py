@@ -38,6 +38,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         "tokens_per_second": None if reused else round(counts["tokens"] / seconds),
         "padding_rate": round(counts["padding"] / places, 4) if places else 0.0,
         "tokenizer_engine": manifest.tokenizer_engine["note"],
+        "rearranged": None if manifest.infill is None else manifest.infill.num_documents,
         "vocab_size": manifest.vocab_size,
         "sequence_length": manifest.sequence_length,
         "train_sequences": manifest.splits["train"].num_sequences,
@@ -50,7 +51,23 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         if value is not None:
             shown = f"{value:,}" if isinstance(value, int | float) else value
             print(f"{name:<20}{shown}{_reasons(counts[name]) if name in _LOST else ''}")
+    if manifest.infill is not None:
+        _warn_of_few(manifest)
     return summary
+
+
+def _warn_of_few(manifest: "Manifest") -> None:
+    """Say where much less is rearranged than was asked for, as then little is learnt of it."""
+    from cascade_model.metrics import tell
+
+    infill, documents = manifest.infill, manifest.counts["documents"]
+    if infill is None or infill.num_documents >= infill.rate * documents / 2:
+        return
+    tell(
+        f"infill_rate={infill.rate} rearranged {infill.num_documents:,} of {documents:,} documents "
+        "only: the others were not drawn, are longer than sequence_length="
+        f"{manifest.sequence_length}, held out or conversations"
+    )
 
 
 def _reasons(numbers: dict[str, int]) -> str:

@@ -72,7 +72,7 @@ def run(config: TeachConfig) -> dict[str, Any]:
     if found is None:
         missing = targets.missing_shards(folder, corpus)
         if missing:
-            answer(config, asking_of(config), missing)
+            answer(config, asking_of(config, corpus), missing)
         found = targets.finish(folder, corpus, wanted)
     size = sum(shard.bytes for shard in found.shards)
     print(f"{config.output}: {corpus.num_tokens:,} tokens, k = {found.k}, {size / 1e6:,.1f} MB")
@@ -90,7 +90,7 @@ def manifest_of(config: TeachConfig, corpus: "Corpus") -> "TargetsManifest":
     teacher = read_config(config.teacher)
     require_autoregressive(teacher)
     corpus.require_tokenizer(teacher.tokenizer_sha256, f"teacher={config.teacher}")
-    banned = never_emitted(teacher)
+    banned = sorted({*never_emitted(teacher), *marks_of(corpus)})
     outcomes = teacher.vocab_size - len(banned)
     check(config.k <= outcomes, f"k={config.k} is above the {outcomes} tokens; use {outcomes}")
     return TargetsManifest(
@@ -108,7 +108,13 @@ def manifest_of(config: TeachConfig, corpus: "Corpus") -> "TargetsManifest":
     )
 
 
-def asking_of(config: TeachConfig) -> "Asking":
+def marks_of(corpus: "Corpus") -> tuple[int, ...]:
+    """Tokens before the parts of a rearranged text: students of such a corpus never emit them, also
+    where their teacher, of plain texts, can."""
+    return () if corpus.manifest.infill is None else corpus.manifest.infill.ids
+
+
+def asking_of(config: TeachConfig, corpus: "Corpus") -> "Asking":
     """The settings as a worker in another folder takes them."""
     from pipelines.targets import Asking
 
@@ -117,6 +123,7 @@ def asking_of(config: TeachConfig) -> "Asking":
         corpus=absolute(config.corpus),
         teacher=absolute(config.teacher),
         output=absolute(config.output),
+        banned=marks_of(corpus),
         **{name: getattr(config, name) for name in names},
     )
 

@@ -7,7 +7,6 @@ and the loss itself.
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from cascade_model.commit import Folder
 from cascade_model.config import ModelConfig, NoiseConfig, TrainingNoise, Weight
 from cascade_model.errors import CheckpointMismatch
-from cascade_model.settings import check, to_dict
+from cascade_model.settings import check, shown, to_dict
+from jobs import torchrun
 from jobs.cli import dump
+from jobs.earlier import Earlier, newest_checkpoint
 from jobs.launch import Placement, launch, require_room, with_absolute_paths
-from jobs.ranks import CHECKPOINTS, Started
+from jobs.ranks import Started
 from jobs.run_folder import run_folder
 from jobs.training_settings import HeldOutChoices, ModelShape, NoiseChoices, TrainingConfig
 
@@ -50,20 +51,40 @@ def start(
     `train(config, device, started)` is one rank's part. Nothing is written before all is checked.
     Under `torchrun` every process comes here; the first one checks and holds the folder for all.
     """
-    from cascade_model import parallel
-
     placement = placement_of(config)
     if config.num_workers == 0:
-        _join_torchrun(placement)
-    summary = parallel.on_first_rank(lambda: check_start(config, objective))
-    if summary is None:
-        require_room(placement)
-        folder = run_folder(config.output)
-        with contextlib.ExitStack() as held:
-            owner = parallel.on_first_rank(lambda: _take(folder, config, held))
-            settings = with_absolute_paths(config)
-            summary = launch(train, settings, folder=folder, placement=placement, owner=owner)
+        torchrun.join(placement)
+    with torchrun.one_voice():
+        return _start(config, train, objective, placement)
+
+
+def _start(
+    config: TrainingConfig,
+    train: Callable[..., dict[str, Any]],
+    objective: dict[str, Any],
+    placement: Placement,
+) -> dict[str, Any]:
+    """`start`, with all ranks of this command there."""
+    from cascade_model import parallel
+    from cascade_model.metrics import tell
+
+    # Ranks here tell of damaged checkpoints themselves; what those on Ray say stays in its logs.
+    teller = tell if config.num_workers else None
+    earlier = parallel.on_first_rank(lambda: check_start(config, objective, teller))
+    if earlier is not None and earlier.summary is not None:
+        if parallel.rank() == 0:
+            print(earlier)
+            print_summary(earlier.summary)
+        return earlier.summary
+    require_room(placement)
+    folder = run_folder(config.output)
+    with contextlib.ExitStack() as held:
+        owner = parallel.on_first_rank(lambda: _take(folder, config, earlier, held))
+        settings = with_absolute_paths(config)
+        summary = launch(train, settings, folder=folder, placement=placement, owner=owner)
     if parallel.rank() == 0:
+        rate = summary["tokens_per_second"]
+        print(f"trained {summary['tokens']:,} tokens at {rate:,.0f} tokens/s")
         print_summary(summary)
     return summary
 
@@ -74,31 +95,32 @@ def placement_of(config: TrainingConfig) -> Placement:
     return Placement(**{name: getattr(config, name) for name in names})
 
 
-def _take(folder: Folder, config: TrainingConfig, held: contextlib.ExitStack) -> "Owner":
-    """Hold the folder for this run and write its settings there."""
+def _take(
+    folder: Folder,
+    config: TrainingConfig,
+    earlier: Earlier | None,
+    held: contextlib.ExitStack,
+) -> "Owner":
+    """Hold the folder for this run, tell what changes in it, and write its settings there."""
     from cascade_model.lease import hold
+    from cascade_model.metrics import tell
 
     owner = held.enter_context(hold(folder))
+    if earlier is not None and earlier.changes:
+        tell(str(earlier))
     folder.replace("config.yaml", dump(config).encode())
     return owner
 
 
-def _join_torchrun(placement: Placement) -> None:
-    """Join the processes that `torchrun` started, each on a GPU of its own."""
-    import torch
-
-    from cascade_model import parallel
-
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    if placement.use_gpu and number < torch.cuda.device_count():
-        torch.cuda.set_device(number)
-    parallel.join_group(torch.device(placement.device), placement.collective_timeout_s)
-
-
-def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, Any] | None:
+def check_start(
+    config: TrainingConfig,
+    objective: dict[str, Any],
+    teller: Callable[[str], None] | None = None,
+) -> Earlier | None:
     """Find the user's mistakes here, before any worker starts and without writing anything.
 
-    Returns the summary of a run that is finished already.
+    Returns what an earlier start has left, if there is a checkpoint; damaged ones are told to
+    `teller`, if there is one.
     """
     from cascade_model import checkpoint
     from cascade_model.commit import require_writable
@@ -122,6 +144,7 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
             f"initial_model={config.initial_model} can fill holes (infill=psm) and no document of "
             f"corpus={config.corpus} is rearranged, so it may unlearn that"
         )
+    require_length(config, shape, corpus)
     noise = noise_of(shape, corpus, config.noise, config.trainer.sequences_per_step)
     check_weight(config.weight, noise)
     check(
@@ -133,12 +156,12 @@ def check_start(config: TrainingConfig, objective: dict[str, Any]) -> dict[str, 
         Corpus.open(config.corpus, split="held_out")
     require_phases(config.trainer, shape, corpus.block_size, corpus.sequence_length)
     corpus.batch(0, 1, noise)
-    found = checkpoint.newest(folder / CHECKPOINTS, tell)
-    if found is not None:
-        given = shape, corpus, noise, objective, config.trainer
-        facts = facts_of(*given, initial_weights_of(config))
-        checkpoint.require_same(found, facts)
-    return finished_summary(folder, found, config.trainer)
+    found = newest_checkpoint(folder, teller)
+    if found is None:
+        return None
+    given = shape, corpus, noise, objective, config.trainer
+    checkpoint.require_same(found, facts_of(*given, initial_weights_of(config)))
+    return Earlier.of(found, finished_summary(folder, found, config.trainer), config)
 
 
 def require_shares(config: TrainingConfig) -> None:
@@ -252,8 +275,8 @@ def starting_config(config: TrainingConfig, corpus: "Corpus") -> ModelConfig:
         if shape.tokenizer_sha256 != manifest.tokenizer_sha256:
             raise CheckpointMismatch(
                 f"initial_model={config.initial_model} was made with the tokenizer "
-                f"{shape.tokenizer_sha256} and the corpus {config.corpus} with "
-                f"{manifest.tokenizer_sha256}; prepare the corpus with the model's tokenizer"
+                f"{shown(shape.tokenizer_sha256)} and the corpus {config.corpus} with "
+                f"{shown(manifest.tokenizer_sha256)}; prepare the corpus with the model's tokenizer"
             )
         return dataclasses.replace(shape, **infilling_of(corpus))
     values = dataclasses.asdict(config.model)
@@ -266,6 +289,20 @@ def starting_config(config: TrainingConfig, corpus: "Corpus") -> ModelConfig:
         tokenizer_sha256=manifest.tokenizer_sha256,
         **infilling_of(corpus),
         **values,
+    )
+
+
+def require_length(config: TrainingConfig, shape: ModelConfig, corpus: "Corpus") -> None:
+    """Refuse a corpus whose sequences are longer than what the model will be asked for."""
+    most, length = shape.max_sequence_length, corpus.sequence_length
+    whose, cure = "model.", f"use model.max_sequence_length={length}"
+    if config.initial_model is not None:
+        whose = f"initial_model={config.initial_model} has "
+        cure = f"prepare the corpus with --sequence-length {most}, or a shorter one"
+    check(
+        length <= most,
+        f"{whose}max_sequence_length={most} and corpus={config.corpus} has sequences of {length} "
+        f"tokens; {cure}",
     )
 
 
@@ -340,9 +377,8 @@ def noise_of(
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The end of a run in three lines."""
+    """What came out of a run, in two lines."""
     first, last = summary["first_loss"], summary["last_loss"]
-    print(f"trained {summary['tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s")
     if first is not None and last is not None:
         print(f"loss per maskable token: {first:.4f} -> {last:.4f} nats")
     print(f"model: {summary['model']}")

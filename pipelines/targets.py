@@ -49,6 +49,8 @@ class Asking:
     precision: Literal["float32", "bfloat16"]
     device: Literal["cpu", "cuda"]
     sequences_per_forward: int
+    banned: tuple[int, ...] = ()
+    """Ids that the teacher could emit and the corpus's students cannot."""
 
 
 class ShardTeacher:
@@ -108,7 +110,8 @@ class ShardTeacher:
             ranks = np.zeros(len(some), dtype=np.uint64)  # the masks are not looked at
             clean = self._corpus.masked(some, ranks, self._corpus.recipe, 0)
             batch = TrainBatch.from_numpy(clean, self._asking.device)
-            parts.append(teach(self._teacher, batch, self._asking.k, self._asking.temperature))
+            asked = self._asking.k, self._asking.temperature, self._asking.banned
+            parts.append(teach(self._teacher, batch, *asked))
         names = ("ids", "log_probs", "rest")
         return TargetRows(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
 

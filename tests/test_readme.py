@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from cascade_model.config import ModelConfig
 from cascade_model.model import Transformer
+from cascade_model.phases import require_phases
 from cascade_model.tokenizer import byte_tokenizer
 from cascade_model.weights import save_model
 from jobs.cli import parse
+from jobs.pretrain import PretrainConfig
 from tests.tiny_models import text_config
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +62,18 @@ def test_a_stage_command_of_the_readme_parses(words, monkeypatch, tmp_path):
     module = importlib.import_module(f"jobs.{stage}")
     config_class = module.config_of(name) if stage == "plan" else getattr(module, name)
     assert isinstance(parse(config_class, flags), config_class)
+
+
+def test_the_schedule_of_block_sizes_in_the_jobs_readme_parses(tmp_path):
+    text = (ROOT / "jobs/README.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```yaml\n(# grow.yaml.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "grow.yaml").write_text(block)
+    words = ["--config", str(tmp_path / "grow.yaml"), "--corpus", "c", "--output", "o"]
+    config = parse(PretrainConfig, words)
+    shape = ModelConfig(
+        vocab_size=9, mask_id=1, pad_id=2, eos_id=3, block_size=config.model.block_size or 0
+    )
+    require_phases(config.trainer, shape, corpus_block_size=8, length=64)
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):

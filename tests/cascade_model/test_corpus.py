@@ -136,7 +136,7 @@ def test_a_sequence_outside_the_split_is_an_index_error(corpus):
 
 
 def test_an_unfinished_or_missing_folder_is_refused(tiny_corpus, tmp_path):
-    with pytest.raises(CorpusMismatch, match="does not exist"):
+    with pytest.raises(InputError, match="does not exist"):
         Corpus.open(str(tmp_path / "none"))
     copy = tmp_path / "corpus"
     shutil.copytree(tiny_corpus, copy)

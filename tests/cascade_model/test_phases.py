@@ -62,18 +62,31 @@ def test_the_share_of_masks_of_a_whole_sequence_is_its_one_rate(tiny_corpus):
 
 
 def test_shares_that_do_not_make_a_whole_are_refused():
-    with pytest.raises(InputError, match=r"add up to 0\.9; they must make 1"):
+    with pytest.raises(InputError, match=r"shares 0\.4, 0\.5, which add up to 0\.9; they must"):
         config((1, 0.4), (4, 0.5))
-    with pytest.raises(InputError, match=r"block size 1 a share of 0\.01, less than one"):
-        config((1, 0.01), (4, 0.99))
+    with pytest.raises(InputError, match=r"block_sizes\[1\]\.share=0\.01 \(block size 4\) is less"):
+        config((1, 0.99), (4, 0.01))
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "sentence"),
+    [
+        (4, "0.5", r"trainer\.block_sizes\[1\]\.share='0\.5' must be a number"),
+        (2.0, 0.5, r"trainer\.block_sizes\[1\]\.block_size=2\.0 must be a whole number"),
+        (0, 0.5, r"trainer\.block_sizes\[1\]\.block_size=0 must be at least 1"),
+    ],
+)
+def test_a_phase_that_is_none_is_refused_by_its_place(size, share, sentence):
+    with pytest.raises(InputError, match=sentence):
+        config((1, 0.5), (size, share))
 
 
 @pytest.mark.parametrize(
     ("phases", "changes", "sentence"),
     [
-        ([(1, 0.5), (2, 0.5)], {}, "ends with 2 .* model.block_size=4"),
-        ([(8, 0.5), (4, 0.5)], {}, "has 8; use a divisor of the corpus's block size 4"),
-        ([(48, 0.5), (4, 0.5)], {}, "has 48"),
+        ([(1, 0.5), (2, 0.5)], {}, r"\[1\].block_size=2 is the last .* model.block_size=4"),
+        ([(8, 0.5), (4, 0.5)], {}, r"\[0\].block_size=8 does not divide .* block size 4; use a"),
+        ([(48, 0.5), (4, 0.5)], {}, r"\[0\].block_size=48 does not"),
         ([(1, 0.5), (4, 0.5)], {"attention": "bidirectional"}, "needs model.attention"),
     ],
 )

@@ -167,6 +167,8 @@ def manifest(**changes):
     ("changes", "shown"),
     [
         ({"tokenizer_sha256": "xyz"}, "tokenizer_sha256=xyz and the student tokenizer_sha256=abc"),
+        ({"banned": (15,)}, "let the teacher run beside the student"),
+        ({"temperature": 2.0}, "use temperature=2.0, or run `cascade teach --temperature 1.0`"),
         ({"vocab_size": 17}, "vocab_size=17 and the student vocab_size=16"),
         ({"banned": (15,)}, r"never emitted=\[15\] and the student .*=\[14, 15\]"),
         ({"temperature": 2.0}, "temperature=2.0 and the student temperature=1.0"),

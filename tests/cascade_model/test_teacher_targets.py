@@ -94,6 +94,10 @@ def test_a_store_holds_the_same(s3_url, corpus):
     targets = TeacherTargets(write(s3_url, corpus), corpus.manifest)
     ids = np.arange(corpus.num_sequences, dtype=np.uint64)[::-1].copy()
     assert same(targets.rows(ids), told(ids))
+    targets.require_units()
+    Folder(s3_url).remove(targets.manifest.shards[0].object)
+    with pytest.raises(CorpusMismatch, match="cannot be read"):
+        targets.require_units()
 
 
 def test_the_manifest_is_read_as_it_was_written_and_names_no_attempt(tmp_path, corpus):
@@ -146,8 +150,27 @@ def test_a_damaged_unit_is_named_before_a_number_of_it_is_used(tmp_path, corpus,
     path.unlink()
     if damage != "gone":
         path.write_bytes(data if damage == "flip" else data[:-100])
-    with pytest.raises(CorpusMismatch, match=name):
+    with pytest.raises(CorpusMismatch, match=f"{name}.*; write the targets again with `cascade te"):
         targets.rows(np.zeros(1, dtype=np.uint64))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "no record", "another's record"])
+def test_what_can_be_seen_of_a_unit_is_refused_before_it_is_read(tmp_path, corpus, damage):
+    targets = TeacherTargets(write(tmp_path, corpus), corpus.manifest)
+    targets.require_units()
+    first, last = (tmp_path / targets.manifest.shards[index].name for index in (0, -1))
+    record, other = (path.with_name(f"{path.name}.record.json") for path in (last, first))
+    match damage:
+        case "cut":
+            last.write_bytes(last.read_bytes()[:-100])
+        case "gone":
+            last.unlink()
+        case "no record":
+            record.unlink()
+        case _:
+            record.write_bytes(other.read_bytes())
+    with pytest.raises(CorpusMismatch, match=f"{last.name}.*; write the targets again with"):
+        targets.require_units()
 
 
 def test_units_of_two_jobs_do_not_mix(tmp_path, corpus):

@@ -101,7 +101,7 @@ def test_a_corpus_is_not_replaced_though_it_has_a_manifest(tiny_corpus, tmp_path
 
 def test_a_foreign_tokenizer_is_refused_with_both_digests(tmp_path):
     model = small_model(tokenizer_sha256="abc")
-    with pytest.raises(CheckpointMismatch, match=f"tokenizer abc and got {TOKENIZER.sha256}"):
+    with pytest.raises(CheckpointMismatch, match=f"tokenizer abc and got {TOKENIZER.sha256[:12]};"):
         save_model(tmp_path / "model", model, TOKENIZER)
     assert not list(tmp_path.iterdir())
 
@@ -112,7 +112,7 @@ def test_an_altered_file_is_refused_with_both_digests(folder, name):
     data = bytearray((folder / name).read_bytes())
     data[-2] ^= 1
     (folder / name).write_bytes(data)
-    with pytest.raises(CheckpointMismatch, match=f"{name} with sha256 .* records {recorded}"):
+    with pytest.raises(CheckpointMismatch, match=f"{name} with sha256 .* records {recorded[:12]};"):
         load_model(folder)
 
 

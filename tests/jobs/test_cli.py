@@ -10,6 +10,7 @@ import yaml
 from cascade_model.config import NoiseConfig, Phase
 from cascade_model.errors import InputError
 from jobs.cli import build, command, dump, parse
+from jobs.pretrain import PretrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +122,10 @@ def test_the_resolved_config_parses_back_to_an_equal_object(tmp_path):
         ("output: a\nrecipes: {x.y: {seed: 1}}", "`recipes` has the name 'x.y'"),
         ("- a", "holds no mapping"),
         ("output: [", "not valid YAML"),
+        ("output: a\nrate: 1\noutput: b", "`output` stands at line 1 and again at line 3; keep"),
+        ("noise:\n  seed: 1\n  seed: 2", "`noise.seed` stands at line 2 and again at line 3"),
+        ("recipes: [{seed: 1, seed: 1}]", r"`recipes\[0\].seed` stands at line 1 and again"),
+        ("output: &a [*a]\noutput: b", "`output` stands at line 1 and again at line 2"),
     ],
 )
 def test_a_wrong_file_is_refused_with_file_and_setting(tmp_path, text, sentence):
@@ -171,12 +176,22 @@ def test_a_list_of_groups_is_read_checked_and_written_again(tmp_path):
     assert parse(Listed, []).phases == ()
     for text, sentence in (
         ("phases: 3", "`phases` is 3; it must be a list of groups"),
-        ("phases: [{block_size: 1}]", "lacks share"),
-        ("phases: [{size: 1, share: 1.0}]", "no setting `phases.size`"),
+        ("phases: [{block_size: 1}]", r"`phases\[0\].share` is missing"),
+        ("phases: [{size: 1, share: 1.0}]", r"no setting `phases\[0\].size`"),
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=sentence):
             parse(Listed, ["--config", str(file)])
+
+
+def test_a_list_of_groups_has_no_flag_and_says_where_it_is_set(capsys):
+    corpus = ["--corpus", "c", "--output", "o", "--num-workers", "0"]
+    for flag in ("--trainer.block-sizes", "--trainer.block_sizes=1"):
+        with pytest.raises(InputError, match=r"`trainer\.block_sizes` is a list of groups"):
+            parse(PretrainConfig, [*corpus, flag, "4"])
+    with pytest.raises(SystemExit):
+        parse(PretrainConfig, ["--help"])
+    assert "trainer.block_sizes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

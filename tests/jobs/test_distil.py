@@ -9,7 +9,7 @@ from cascade_model.checkpoint import verify
 from cascade_model.commit import Folder
 from cascade_model.metrics import read_metrics
 from cascade_model.weights import load_model, read_config, weights_digest
-from jobs import distil, prepare, pretrain
+from jobs import distil, prepare, pretrain, teach
 
 SHAPE = ["--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-heads", "2"]
 SHAPE += ["--model.num-kv-heads", "2", "--model.head-dim", "8", "--model.intermediate-size", "32"]
@@ -72,12 +72,38 @@ def test_student_of_rearranged_texts_learns_from_a_teacher_of_plain_ones(tmp_pat
     losses = [line["loss"] for line in read_metrics(Folder(tmp_path / "run"))]
     assert len(losses) == 3
     assert all(map(math.isfinite, losses))
+    asked = ["--teacher", str(tmp_path / "teacher" / "model"), "--runner", "local", "--k", "3"]
+    for name in texts:
+        words = [*asked, "--corpus", str(tmp_path / name), "--output", str(tmp_path / f"of {name}")]
+        assert teach.main(words) == 0
+    told = ["--corpus", str(tmp_path / "rearranged"), "--output", str(tmp_path / "stored")]
+    told += [*SHAPE, *STEPS, "--targets", str(tmp_path / "of rearranged")]
+    assert distil.main(told) == 0
+    stored = [line["loss"] for line in read_metrics(Folder(tmp_path / "stored"))]
+    assert stored == pytest.approx(losses, rel=0.05)  # k + 1 outcomes of the same teacher
 
 
-def test_missing_teacher_is_refused(tiny_corpus, tmp_path, capsys):
-    assert distil.main(flags(tiny_corpus, tmp_path / "run", tmp_path / "nowhere")) == 3
-    assert "nowhere" in capsys.readouterr().err
+@pytest.mark.parametrize("setting", ["corpus", "teacher", "initial-model", "targets"])
+def test_a_path_that_is_not_there_is_refused_in_one_sentence(
+    tiny_corpus, tmp_path, teacher, capsys, setting
+):
+    nowhere = tmp_path / "nowhere"
+    words = flags(tiny_corpus, tmp_path / "run", teacher, f"--{setting}", str(nowhere))
+    if setting == "targets":
+        words = [word for word in words if word not in ("--teacher", str(teacher))]
+    assert distil.main(words) == 2
+    told = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert f"{nowhere} does not exist" in told
+    assert "check the path" in told
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("setting", ["teacher", "initial-model"])
+def test_a_run_in_place_of_its_model_is_named(tiny_corpus, tmp_path, teacher, capsys, setting):
+    words = flags(tiny_corpus, tmp_path / "run", teacher, f"--{setting}", str(teacher.parent))
+    assert distil.main(words) == 3
+    told = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert f"it is a run; give {teacher}" in told
 
 
 def test_run_with_another_objective_is_refused_and_keeps_its_settings(

@@ -15,8 +15,8 @@ from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus
 from cascade_model.families import read_checkpoint
 from cascade_model.tokenizer import byte_tokenizer
-from cascade_model.weights import load_model, save_model
-from jobs import convert, evaluate, export, pretrain
+from cascade_model.weights import load_model, save_model, weights_digest
+from jobs import convert, evaluate, export, prepare, pretrain
 from tests.cascade_model.families.published_cases import DATA, file_contents
 
 
@@ -190,9 +190,53 @@ def test_the_card_of_a_trained_model_tells_what_its_run_folder_knows(tiny_corpus
         f"{summary['held_out_loss']:.4f} nats/token",
         "| held-out bound (NELBO) |",
         "Not stated by whoever exported it.",
+        "| sequences per step | 4 |",
+        "| peak learning rate | 0.001 |",
     ):
         assert line in card, line
+    assert "sources" not in card
     assert load_model(found)[0].config.block_size == 4
+
+
+def test_a_card_names_sources_and_start_and_no_place_of_this_machine(tmp_path):
+    for name in ("web", "code"):
+        rows = [{"text": f"{name} says {number * number}. " * 9} for number in range(80)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    paths = {name: [str(tmp_path / f"{name}.jsonl")] for name in ("web", "code")}
+    mixture = {name: {"paths": paths[name], "weight": w} for name, w in (("web", 3), ("code", 1))}
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"mixture": mixture}))
+    words = ["--config", str(tmp_path / "mix.yaml"), "--output", str(tmp_path / "corpus")]
+    words += ["--tokenizer", "bytes", "--sequence-length", "64", "--runner", "local"]
+    assert prepare.main([*words, "--noise.block-size", "4"]) == 0
+    words = ["--corpus", str(tmp_path / "corpus"), "--num-workers", "0"]
+    words += ["--trainer.num-steps", "1", "--trainer.sequences-per-step", "4"]
+    words += ["--model.hidden-size", "16", "--model.num-layers", "1", "--model.head-dim", "8"]
+    first = str(tmp_path / "first" / "model")
+    assert pretrain.main([*words, "--output", str(tmp_path / "first")]) == 0
+    run = [*words, "--output", str(tmp_path / "run"), "--initial-model", first]
+    assert pretrain.main(run) == 0
+    card = (exported(tmp_path / "run") / "README.md").read_text()
+    assert "| sources of the corpus | code (25%), web (75%) |" in card
+    assert f"| started from | first/model (weights {weights_digest(first)[:12]}) |" in card
+    assert str(tmp_path) not in card
+
+
+def test_the_numbers_of_other_weights_are_refused(source, tmp_path, capsys):
+    own, report = own_model(source), tmp_path / "bound.json"
+    values = {"nats_per_token": 1.0, "standard_error": 0.1, "nats_per_byte": 0.3}
+    values |= {"is_exact": False, "num_tokens": 9, "corpus_digest": "c"}
+    words = ["--model", str(own), "--output", str(tmp_path / "out"), "--evaluation", str(report)]
+    for weights, code, sentence in (
+        ({}, 2, f"evaluation={report} is no JSON of this version's"),
+        ({"weights": None}, 3, "was measured on a checkpoint and model="),
+        ({"weights": "f" * 64}, 3, "was measured on the weights ffffffffffff and model="),
+        ({"weights": weights_digest(own)}, 0, ""),
+    ):
+        report.write_text(json.dumps(values | weights))
+        assert export.main(words) == code
+        assert sentence in " ".join(capsys.readouterr().err.replace("│", "").split())
+        assert (tmp_path / "out").exists() == (code == 0)
 
 
 def test_what_is_no_evaluation_and_no_run_is_refused(source, tmp_path, capsys):

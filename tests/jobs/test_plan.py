@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from cascade_model.checkpoint import verify
 from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus
+from cascade_model.lease import hold
 from cascade_model.metrics import read_metrics
 from jobs import distil, plan, pretrain
 from jobs.plan_table import size
@@ -58,8 +60,31 @@ def test_a_plan_writes_nothing_and_its_storage_is_what_the_job_leaves(
     assert 0 <= weights - report["model_bytes"] < 20_000
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (report["steps"], report["tokens"])
+    capsys.readouterr()
     again = planned(flags(tiny_corpus, run), monkeypatch)
     assert again["is_finished"]
+    assert f"{run} had finished, at step 4; nothing was done\n" in capsys.readouterr().out
+    planned(flags(tiny_corpus, run, "--trainer.num-steps", "8"), monkeypatch)
+    assert "goes on from step 4 with trainer.num_steps 4 -> 8\n" in capsys.readouterr().out
+
+
+def test_a_full_disk_and_a_run_at_work_are_told(tiny_corpus, tmp_path, monkeypatch, capsys):
+    run, usage = tmp_path / "run", shutil.disk_usage(tmp_path)
+    at_most = planned(flags(tiny_corpus, run), monkeypatch)["storage_at_most"]
+    for free, fits in ((at_most, True), (at_most - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        assert plan.main(["pretrain", *flags(tiny_corpus, run)]) == 0
+        shown = capsys.readouterr().out
+        assert ("free: DOES NOT FIT; lower trainer.keep_last" in shown) == (not fits)
+        assert f"there is {size(free)} free" in " ".join(shown.split())
+        assert "NOT NOW" not in shown
+    monkeypatch.undo()
+    with hold(Folder(run)):
+        assert plan.main(["pretrain", *flags(tiny_corpus, run)]) == 0
+        told = f"NOT NOW output={run} is in use by process {os.getpid()} on"
+        assert told in " ".join(capsys.readouterr().out.split())
+    assert plan.main(["pretrain", *flags(tiny_corpus, run)]) == 0
+    assert "NOT NOW" not in capsys.readouterr().out
 
 
 def test_the_work_is_what_torch_counts_in_the_run(tiny_corpus, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The command: a table on success, one box and an exit code on a mistake."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,23 @@ def test_the_table_names_what_was_prepared(documents_jsonl, tmp_path, capsys):
     again = capsys.readouterr().out
     assert again.startswith(f"{output} was finished before and is left as it is\n")
     assert "tokens_per_second" not in again
+
+
+@pytest.mark.parametrize(("short", "is_told"), [(2, True), (60, False)])
+def test_the_table_names_what_was_rearranged_and_says_where_that_is_little(
+    tmp_path, capsys, short, is_told
+):
+    lengths = [3] * short + [100] * (80 - short)
+    texts = [f"{number} " * length for number, length in enumerate(lengths)]
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    more = ["--tokenizer", "bytes", "--sequence-length", "32", "--infill-rate", "1"]
+    assert prepare.main(arguments(tmp_path / "corpus", source, *more, "--held-out-rate", "0")) == 0
+    said = capsys.readouterr()
+    assert f"\nrearranged          {short}\n" in said.out
+    told = f"infill_rate=1.0 rearranged {short} of 80 documents only"
+    assert (told in said.err) == is_told
+    assert "longer than sequence_length=32" in said.err or not is_told
 
 
 @pytest.mark.parametrize(

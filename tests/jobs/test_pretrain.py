@@ -1,5 +1,6 @@
 """The pretrain command: in this process, on Ray with two ranks, and with a user's mistakes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -20,10 +21,11 @@ from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.metrics import read_metrics
 from cascade_model.settings import to_dict
-from cascade_model.weights import load_model
+from cascade_model.weights import load_model, save_model, weights_digest
 from jobs import launch, pretrain, training
 from jobs.cli import parse, read_yaml
 
+ROOT = Path(__file__).parents[2]
 SHAPE = ["--model.hidden-size", "16", "--model.num-layers", "2", "--model.num-heads", "2"]
 SHAPE += ["--model.num-kv-heads", "2", "--model.head-dim", "8", "--model.intermediate-size", "32"]
 STEPS = ["--trainer.num-steps", "4", "--trainer.sequences-per-step", "4"]
@@ -41,6 +43,9 @@ def test_run_folder_explains_itself(tiny_corpus, tmp_path, capsys):
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model"} <= names
+    tree = (ROOT / "jobs/README.md").read_text().split("## The run folder")[1].split("```")[1]
+    told = {re.sub(r"\d{8}", "", word).partition("/")[0] for word in tree.split()}
+    assert {re.sub(r"\d{8}", "", name) for name in names} <= told
     settings = parse(pretrain.PretrainConfig, ["--config", str(run / "config.yaml")])
     assert settings.trainer == TrainerConfig(
         num_steps=4,
@@ -82,6 +87,22 @@ def test_a_run_goes_on_from_the_weights_it_began_with_alone(tiny_corpus, tmp_pat
     told = " ".join(capsys.readouterr().err.replace("│", "").split())
     assert told.count("was made with initial_weights='") == 2
     assert "initial_weights='drawn from trainer.seed=0'" in told
+    first, other = (weights_digest(tmp_path / name / "model")[:12] for name in ("first", "other"))
+    assert f"initial_weights='{first}' and this run has initial_weights='{other}'" in told
+
+
+def test_a_model_for_shorter_texts_than_the_corpus_has_is_refused(tiny_corpus, tmp_path, capsys):
+    """The model that it starts from keeps its own limit."""
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "first")) == 0
+    model, tokenizer = load_model(tmp_path / "first" / "model")
+    model.config = dataclasses.replace(model.config, max_sequence_length=32)
+    save_model(tmp_path / "short", model, tokenizer)
+    initial = ["--initial-model", str(tmp_path / "short")]
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "run", *initial)) == 2
+    told = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert "short has max_sequence_length=32 and corpus=" in told
+    assert "prepare the corpus with --sequence-length 32" in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_block_shifted_is_an_autoregressive_model(tiny_corpus, tmp_path):
@@ -138,7 +159,7 @@ def test_without_choices_the_corpus_recipe_is_recorded_as_it_is(tiny_corpus, tmp
 
 def test_missing_corpus_leaves_nothing_behind(tmp_path, capsys):
     code = pretrain.main(flags(tmp_path / "nowhere", tmp_path / "run"))
-    assert code == 3
+    assert code == 2
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -156,6 +177,10 @@ def test_missing_corpus_leaves_nothing_behind(tmp_path, capsys):
         ),
         (["--noise.min-rate", "0"], "noise.min_rate=0.0"),
         (["--min-workers", "3", "--num-workers", "2"], "min_workers=3 must be in 1..2"),
+        (
+            ["--model.max-sequence-length", "32"],
+            "sequences of 64 tokens; use model.max_sequence_length=64",
+        ),
         (
             ["--num-workers", "4", "--min-workers", "2"],
             "sequences_per_step=4 cannot be shared by num_workers=3; use a multiple of 12",
@@ -207,23 +232,60 @@ def test_run_that_cannot_go_on_is_refused_and_leaves_the_other_as_it_was(
         assert contents(finished) == before
 
 
-def test_run_that_can_go_on_writes_its_new_settings_down(tiny_corpus, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    assert pretrain.main(flags(tiny_corpus, tmp_path / "run", "--trainer.num-steps", "6")) == 0
-    settings = read_yaml(str(tmp_path / "run" / "config.yaml"))
+def test_run_that_can_go_on_tells_its_new_settings_and_writes_them_down(
+    tiny_corpus, finished, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    more = ["--trainer.num-steps", "6", "--optimizer.peak-lr", "0.01", "--held-out.draws", "2"]
+    assert pretrain.main(flags(tiny_corpus, run, *more)) == 0
+    changes = "optimizer.peak_lr 0.001 -> 0.01, trainer.num_steps 4 -> 6, held_out.draws 1 -> 2"
+    assert f"goes on from step 4 with {changes}\n" in capsys.readouterr().err
+    settings = read_yaml(str(run / "config.yaml"))
     assert settings["trainer"]["num_steps"] == 6
+    assert pretrain.main(flags(tiny_corpus, run, *more, "--trainer.num-steps", "7")) == 0
+    assert "goes on from step 6 with trainer.num_steps 6 -> 7\n" in capsys.readouterr().err
+    shutil.rmtree(run / "model")
+    assert pretrain.main(flags(tiny_corpus, run, *more, "--trainer.num-steps", "7")) == 0
+    assert "goes on from step" not in capsys.readouterr().err
 
 
-def test_finished_run_started_again_tells_the_same_and_writes_nothing(
+def test_a_damaged_checkpoint_is_told_once(tiny_corpus, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "checkpoints" / "step_00000004" / "COMMIT").write_text("no")
+    capsys.readouterr()
+    assert pretrain.main(flags(tiny_corpus, run)) == 0
+    error = capsys.readouterr().err
+    assert error.count("COMMIT is damaged") == 1
+    assert error.count("falling back to the one before it") == 1
+    for step in (2, 4):
+        (run / "checkpoints" / f"step_0000000{step}" / "COMMIT").write_text("no")
+    assert pretrain.main(flags(tiny_corpus, run)) == 3
+    error = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert error.count("COMMIT is damaged") == 2
+    assert error.count("falling back to the one before it") == 1
+    assert error.count("; there is none before it") == 1
+    assert "none of the checkpoints in" in error
+
+
+def test_finished_run_started_again_says_that_nothing_was_done_and_writes_nothing(
     tiny_corpus, finished, capsys
 ):
     before = contents(finished)
     assert pretrain.main(flags(tiny_corpus, finished)) == 0
     said = capsys.readouterr().out
-    assert "trained 1,024 tokens" in said
-    assert "at 0 tokens/s" not in said
+    assert said.startswith(f"{finished} had finished, at step 4; nothing was done\n")
+    assert "trained" not in said
+    assert f"model: {finished}/model" in said
     assert pretrain.main(flags(tiny_corpus, finished, "--num-workers", "2")) == 0
     assert capsys.readouterr().out == said
+    more = ["--optimizer.peak-lr", "0.01", "--trainer.num-steps", "2"]
+    assert pretrain.main(flags(tiny_corpus, finished, *more)) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    changes = "optimizer.peak_lr 0.001 -> 0.01, trainer.num_steps 4 -> 2"
+    assert first.startswith(f"{finished} had finished, at step 4; nothing was done; not used: ")
+    assert f"not used: {changes}; give another output" in first
     assert contents(finished) == before
 
 
@@ -290,6 +352,29 @@ def test_two_processes_of_torchrun_equal_one(tiny_corpus, finished, tmp_path):
     one, two = (read_metrics(Folder(folder)) for folder in (finished, run))
     pairs = zip(one, two, strict=True)
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in pairs)
+
+
+def test_ranks_of_torchrun_tell_of_their_end_with_one_voice(tiny_corpus, tmp_path):
+    """The ranks save and end with code 75; the launcher's own end is a 1, whatever they do, and it
+    sends a SIGTERM to whoever is still leaving when the first one has left."""
+    run = tmp_path / "run"
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [sys.executable, "-m", *launcher, "-m", "jobs.cascade", "pretrain"]
+    job = subprocess.Popen([*words, *forever(tiny_corpus, run)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(run.glob("checkpoints/*/COMMIT")):
+        time.sleep(0.1)
+    ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(ranks[1]), signal.SIGTERM)
+    _, error = job.communicate(timeout=90)
+    assert job.returncode == 1
+    assert error.count("╭─ error") == error.count("stopped at step") == 1
+    assert "75" in set(re.findall(r"exitcode +: (-?\d+)", error)) <= {"75", "-15"}
+    wrong = [*words, *flags(tiny_corpus, run, "--weight", "unit")]
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1
+    assert done.stderr.count("╭─ error") == done.stderr.count("objective.weight='elbo'") == 1
+    assert "3" in set(re.findall(r"exitcode +: (-?\d+)", done.stderr)) <= {"3", "-15"}
 
 
 def test_second_command_on_a_folder_in_use_is_refused_in_one_sentence(tiny_corpus, tmp_path):
