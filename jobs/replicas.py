@@ -127,13 +127,12 @@ class Ingress:
         """The application (called by Ray Serve)."""
         from ray.serve import get_replica_context
 
-        from cascade_model.chat_template import ChatTemplate
         from cascade_model.commit import Folder
+        from cascade_model.own_template import template_of
         from cascade_model.tokenizer import Tokenizer
         from cascade_model.weights import TOKENIZER, read_config, weights_digest
         from jobs.endpoint import Endpoint
         from jobs.gate import RotatingKeys
-        from jobs.own_template import own_template
         from jobs.routes import build_api
         from jobs.serve_metrics import ServeMetrics
         from jobs.slow_readers import SlowReaders
@@ -142,14 +141,13 @@ class Ingress:
         if config.no_auth:
             require_loopback()
         tokenizer = Tokenizer(Folder(model).read_bytes(TOKENIZER), f"{model}/{TOKENIZER}")
-        template = config.chat_template or own_template(model) or "plain"
         self._weights = weights_digest(model)
         self._metrics = ServeMetrics(get_replica_context().replica_id.unique_id)
         endpoint = Endpoint(
             model_name=config.name,
             config=read_config(model),
             tokenizer=tokenizer,
-            template=ChatTemplate.of(template, tokenizer),
+            template=template_of(model, tokenizer, config.chat_template),
             fingerprint=f"cascade-{self._weights[:12]}",
             decode=self._decode,
             score=self._score,
