@@ -67,32 +67,23 @@ class Engine:
         *,
         committed: Sequence[int] = (),
         steps_made: int = 0,
+        has_holes: bool = False,
     ) -> Ticket:
         """Leave a request; `deliver` gets its blocks, or the error that ends it, in the engine's
-        thread. It goes on behind the `committed` tokens of another run (`plan_completion`).
+        thread. It goes on behind the `committed` tokens of another run (`plan_completion`). With
+        `has_holes` it is a text whose mask tokens are to be filled (`plan_infilling`).
         Raises `InputError` here for what cannot be decoded."""
-        model, device = self.scheduler.model, self.device
-        plan = plan_completion(
-            model.config,
+        plan_of = plan_infilling if has_holes else plan_completion
+        plan = plan_of(
+            self.scheduler.model.config,
             prompt_tokens,
             params,
             choice,
-            device,
+            self.device,
             committed=committed,
             steps_made=steps_made,
         )
         return self._leave(plan, deliver)
-
-    def submit_infilling(
-        self,
-        tokens: Sequence[int],
-        params: SamplingParams,
-        choice: int,
-        deliver: Callable[[Event], None],
-    ) -> Ticket:
-        """Leave a text whose mask tokens are to be filled; the rest as in `submit`."""
-        config = self.scheduler.model.config
-        return self._leave(plan_infilling(config, tokens, params, choice, self.device), deliver)
 
     def _leave(self, plan: Plan, deliver: Callable[[Event], None]) -> Ticket:
         check(

@@ -19,7 +19,7 @@ from cascade_model.config import EngineConfig, ModelConfig
 from cascade_model.engine import Engine, Event, Ticket
 from cascade_model.errors import InputError
 from cascade_model.networks import Network
-from cascade_model.requests import Infilling, rearranged
+from cascade_model.requests import Infilling, between
 from cascade_model.sampler import DecodedBlock
 from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Counters
@@ -30,6 +30,7 @@ from cascade_model.weights import load_model, require_text
 
 Prompt = str | Sequence[int]
 Key = tuple[int, int]  # prompt and choice
+Request = tuple[list[int], bool]  # tokens to decode, and whether they have holes to fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +70,16 @@ class LLM:
         model, tokenizer = load_model(folder, getattr(torch, config.precision), config.device)
         return cls(model.eval(), require_text(tokenizer, folder), config)
 
-    def prompt_tokens(self, prompt: Prompt, suffix: Prompt | None = None) -> list[int]:
-        """What is decoded on from: the prompt's tokens, and with a suffix those of both, so that
-        what is written stands between them. An empty suffix is none.
+    def prompt_tokens(
+        self, prompt: Prompt, suffix: Prompt | None = None, length: int = 0
+    ) -> list[int]:
+        """What is decoded: the prompt's tokens, and with a suffix those of both, so that what is
+        written stands between them, in a hole of `length` tokens where the model wants one. An
+        empty suffix is none.
 
-        Raises `InputError` for a suffix that the model was not trained to see
-        (`requests.rearranged`).
+        Raises `InputError` for a suffix that the model would not see (`requests.between`).
         """
-        before, after = self._tokens(prompt), [] if suffix is None else self._tokens(suffix)
-        return rearranged(self.config, before, after) if after else before
+        return self._request(prompt, suffix, length)[0]
 
     @property
     def counters(self) -> Counters:
@@ -92,11 +94,13 @@ class LLM:
         *,
         committed: Sequence[int] = (),
         steps_made: int = 0,
+        has_holes: bool = False,
     ) -> Generator[DecodedBlock, None, None]:
         """Decode block by block; leaving early, or dropping the iterator, ends the decoding.
 
         A completion that another engine began goes on behind its `committed` tokens, whole blocks
-        that took `steps_made` steps (`sampler.plan_completion`): the rest is the same.
+        that took `steps_made` steps (`sampler.plan_completion`): the rest is the same. With
+        `has_holes` the prompt is a text whose mask tokens are to be filled.
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         ticket = self.engine.submit(
@@ -106,6 +110,7 @@ class LLM:
             events.put,
             committed=committed,
             steps_made=steps_made,
+            has_holes=has_holes,
         )
         blocks = _until_finished(ticket, events)
         weakref.finalize(blocks, ticket.cancel)
@@ -119,6 +124,7 @@ class LLM:
         *,
         committed: Sequence[int] = (),
         steps_made: int = 0,
+        has_holes: bool = False,
     ) -> AsyncGenerator[DecodedBlock, None]:
         """The same for the running event loop; a cancelled task ends the decoding."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
@@ -134,6 +140,7 @@ class LLM:
             deliver,
             committed=committed,
             steps_made=steps_made,
+            has_holes=has_holes,
         )
         blocks = _awaited_until_finished(ticket, events)
         weakref.finalize(blocks, ticket.cancel)
@@ -150,7 +157,8 @@ class LLM:
     ) -> Iterator[Chunk]:
         """Chunks of text, one a block; decoding ends as soon as a stop string is complete."""
         text = TextStream(self.tokenizer.decode, stop)
-        source = self.blocks(self.prompt_tokens(prompt, suffix), params, choice)
+        tokens, has_holes = self._request(prompt, suffix, params.max_tokens)
+        source = self.blocks(tokens, params, choice, has_holes=has_holes)
         with contextlib.closing(source) as blocks:
             for block in blocks:
                 chunk = _chunk(text, block)
@@ -170,7 +178,8 @@ class LLM:
         """The same for an event loop: `async for chunk in llm.stream(...)`; a cancelled task ends
         the decoding."""
         text = TextStream(self.tokenizer.decode, stop)
-        source = self.stream_blocks(self.prompt_tokens(prompt, suffix), params, choice)
+        tokens, has_holes = self._request(prompt, suffix, params.max_tokens)
+        source = self.stream_blocks(tokens, params, choice, has_holes=has_holes)
         async with contextlib.aclosing(source) as blocks:
             async for block in blocks:
                 chunk = _chunk(text, block)
@@ -190,8 +199,9 @@ class LLM:
         """`n` completions a prompt, prompt by prompt; `params` is shared or one a prompt.
 
         With a `suffix`, a text for all or a list with one (or none) a prompt, a completion is what
-        stands between prompt and suffix, in a model with `infill=psm`. Choice i of a prompt is the
-        same for every n. Raises `InputError` when a prompt cannot be decoded.
+        stands between prompt and suffix: with `infill=psm` as long as the model makes it, else
+        `max_tokens` tokens, where the model sees the suffix (`requests.between`). Choice i of a
+        prompt is the same for every n. Raises `InputError` when a prompt cannot be decoded.
         """
         return _in_order(self.answers(prompts, params, stop, n, suffix=suffix))
 
@@ -206,8 +216,11 @@ class LLM:
     ) -> Generator[Answer, None, None]:
         """Completions as they become whole, all of them decoding together."""
         requests = list(zip(prompts, _one_each(suffix, prompts), strict=True))
-        submit, tokens_of = self.engine.submit, lambda request: self.prompt_tokens(*request)
-        return self._together(submit, tokens_of, requests, params, stop, n)
+
+        def tokens_of(request: tuple[Prompt, Prompt | None], own: SamplingParams) -> Request:
+            return self._request(*request, own.max_tokens)
+
+        return self._together(tokens_of, requests, params, stop, n)
 
     def infill(
         self,
@@ -222,9 +235,8 @@ class LLM:
         `generate`. Raises `InputError` where a hole cannot see what follows it, or has more than
         `max_tokens` (`requests.check_infilling`).
         """
-        submit = self.engine.submit_infilling
         _require_list(texts)
-        return _in_order(self._together(submit, self._masked, texts, params, (), n))
+        return _in_order(self._together(self._masked, texts, params, (), n))
 
     def close(self) -> None:
         """End the engine's thread; requests that still run get an error."""
@@ -239,16 +251,21 @@ class LLM:
     def _tokens(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt)
 
-    def _masked(self, text: Infilling | Sequence[int]) -> list[int]:
+    def _request(self, prompt: Prompt, suffix: Prompt | None, length: int) -> Request:
+        before, after = self._tokens(prompt), [] if suffix is None else self._tokens(suffix)
+        if not after:
+            return before, False
+        return between(self.config, before, after, length), self.config.infill != "psm"
+
+    def _masked(self, text: Infilling | Sequence[int], _: SamplingParams) -> Request:
         if not isinstance(text, Infilling):
-            return _ids(text)
-        hole = [self.config.mask_id] * text.length
-        return [*self.tokenizer.encode(text.prefix), *hole, *self.tokenizer.encode(text.suffix)]
+            return _ids(text), True
+        hole, encode = [self.config.mask_id] * text.length, self.tokenizer.encode
+        return [*encode(text.prefix), *hole, *encode(text.suffix)], True
 
     def _together(
         self,
-        submit: Callable[..., Ticket],
-        tokens_of: Callable[[Any], list[int]],
+        tokens_of: Callable[[Any, SamplingParams], Request],
         requests: Sequence[Any],
         params: SamplingParams | Sequence[SamplingParams],
         stop: Sequence[str],
@@ -272,16 +289,17 @@ class LLM:
         chunks: dict[Key, list[Chunk]] = {}
         try:
             for index, (request, own) in enumerate(zip(requests, each, strict=True)):
-                tokens: list[int] | None = None
+                known: Request | None = None
                 for choice in range(n):
                     key = (index, choice)
                     try:
-                        tokens = tokens_of(request) if tokens is None else tokens
-                        tickets[key] = submit(
-                            tokens,
+                        known = known or tokens_of(request, own)
+                        tickets[key] = self.engine.submit(
+                            known[0],
                             own,
                             choice,
                             lambda event, key=key: events.put((key, event)),
+                            has_holes=known[1],
                         )
                     except InputError as error:
                         yield Answer(index, choice, error)

@@ -42,6 +42,20 @@ def masks_behind(edges: Sequence[int], known: int) -> list[int]:
     return [end - max(start, known) for start, end in itertools.pairwise(edges) if end > known]
 
 
+def masks_left(
+    config: ModelConfig,
+    tokens: Sequence[int],
+    params: SamplingParams,
+    committed: Sequence[int] = (),
+) -> list[int]:
+    """Masks of every block that is still to be decoded, of a prompt or of a text with holes."""
+    if config.mask_id in tokens:
+        filled = with_committed(config, tokens, committed)
+        return list(masks_per_block(config, filled, params).values())
+    edges = block_edges(config, len(tokens), params)
+    return masks_behind(edges, len(tokens) + len(committed))
+
+
 def check_request(
     config: ModelConfig,
     prompt_tokens: Sequence[int],
@@ -60,12 +74,7 @@ def check_request(
     known = len(prompt_tokens) + len(committed)
     done = [edge - len(prompt_tokens) for edge in edges if len(prompt_tokens) < edge <= known]
     check_committed(config, params, committed, done)
-    least = len(done) if params.max_steps is not None else 0
-    check(
-        steps_made >= least and (done != [] or steps_made == 0),
-        f"steps_made={steps_made} does not fit the {len(done)} blocks of committed, each of which "
-        "took a step at least; give the sum of their steps",
-    )
+    check_steps_made(params, len(done), steps_made)
     check_budget(params, masks_behind(edges, known), steps_made)
 
 
@@ -93,6 +102,16 @@ def check_committed(
     check(
         end is None,
         f"committed has the token id {end}, which ends the completion; nothing is left to decode",
+    )
+
+
+def check_steps_made(params: SamplingParams, blocks: int, steps_made: int) -> None:
+    """Refuse (`InputError`) a sum of steps that so many committed blocks cannot have taken."""
+    least = blocks if params.max_steps is not None else 0
+    check(
+        steps_made >= least and (blocks > 0 or steps_made == 0),
+        f"steps_made={steps_made} does not fit the {blocks} blocks of committed, each of which "
+        "took a step at least; give the sum of their steps",
     )
 
 
@@ -158,6 +177,38 @@ def check_tokens(config: ModelConfig, tokens: Sequence[int], name: str = "prompt
     )
 
 
+def between(
+    config: ModelConfig, prefix: Sequence[int], suffix: Sequence[int], length: int
+) -> list[int]:
+    """The tokens that ask for what stands between two texts.
+
+    A model with infill=psm gets both `rearranged`, and ends the middle itself. Any other gets
+    `length` mask tokens between them, a hole that is filled whole (`check_infilling`). Raises
+    `InputError` where the hole would not see the suffix.
+    """
+    if config.infill == "psm":
+        return rearranged(config, prefix, suffix)
+    check_tokens(config, prefix)
+    check_tokens(config, suffix, "suffix")
+    total, size = len(prefix) % config.block_size + length + len(suffix), config.block_size
+    check(
+        config.attention == "bidirectional" or total <= size,
+        f"suffix of {len(suffix)} tokens behind a hole of max_tokens={length} ends beyond the "
+        f"hole's block of block_size={size}, and a block-causal model sees no later block; make "
+        f"both shorter by {total - size} tokens, or use a bidirectional model or one that has "
+        f"infill=psm (this one has infill={config.infill})",
+    )
+    return [*prefix, *[config.mask_id] * length, *suffix]
+
+
+def with_committed(
+    config: ModelConfig, tokens: Sequence[int], committed: Sequence[int]
+) -> list[int]:
+    """A text whose first holes are filled."""
+    left = iter(committed)
+    return [next(left, token) if token == config.mask_id else token for token in tokens]
+
+
 def rearranged(config: ModelConfig, prefix: Sequence[int], suffix: Sequence[int]) -> list[int]:
     """The prompt that asks for what stands between two texts: as documents were rearranged in the
     model's training, up to the token after which the middle comes; its end is the end of a text.
@@ -180,12 +231,18 @@ def rearranged(config: ModelConfig, prefix: Sequence[int], suffix: Sequence[int]
     return [before_prefix, *prefix, before_suffix, *suffix, before_middle]
 
 
-def check_infilling(config: ModelConfig, tokens: Sequence[int], params: SamplingParams) -> None:
+def check_infilling(
+    config: ModelConfig,
+    tokens: Sequence[int],
+    params: SamplingParams,
+    committed: Sequence[int] = (),
+    steps_made: int = 0,
+) -> None:
     """Refuse (`InputError`) a text without holes, or with one that cannot see what follows it.
 
     A bidirectional model sees all of the text. In a block-causal one a hole sees no later block,
     so what follows must lie within its own (or the text is `rearranged`). All holes together have
-    at most `max_tokens`.
+    at most `max_tokens`. `committed` and `steps_made` as in `sampler.plan_infilling`.
     """
     mask, size = config.mask_id, config.block_size
     check_tokens(config, [token for token in tokens if token != mask], "the text")
@@ -216,7 +273,11 @@ def check_infilling(config: ModelConfig, tokens: Sequence[int], params: Sampling
         f"raise max_tokens to {len(holes)}",
     )
     check_decoding(config, params)
-    check_budget(params, list(masks_per_block(config, tokens, params).values()))
+    ends = list(itertools.accumulate(masks_per_block(config, tokens, params).values()))
+    done = [end for end in ends[:-1] if end <= len(committed)]
+    check_committed(config, params.without_end(), committed, done)
+    check_steps_made(params, len(done), steps_made)
+    check_budget(params, masks_left(config, tokens, params, committed), steps_made)
 
 
 def masks_per_block(

@@ -32,6 +32,7 @@ from cascade_model.requests import (
     check_infilling,
     check_request,
     masks_per_block,
+    with_committed,
 )
 from cascade_model.sampling import SamplingParams
 from cascade_model.strategy import General
@@ -242,21 +243,29 @@ def plan_infilling(
     params: SamplingParams,
     choice: int = 0,
     device: torch.device | str = "cpu",
+    *,
+    committed: Sequence[int] = (),
+    steps_made: int = 0,
 ) -> Plan:
-    """The holes (mask tokens) of a text; no token ends it early. Raises `InputError` as
-    `check_infilling`."""
-    check_infilling(config, tokens, params)
+    """The holes (mask tokens) of a text; no token ends it early.
+
+    `committed` are what another run filled the first blocks' holes with, in `steps_made` steps; the
+    rest is the same as without the cut. Raises `InputError` as `check_infilling`.
+    """
+    check_infilling(config, tokens, params, committed, steps_made)
     is_causal, size = config.attention == "block_causal", config.block_size
     length = -(-len(tokens) // size) * size if is_causal else len(tokens)
+    filled = with_committed(config, tokens, committed)
     canvas = torch.full((length,), config.mask_id, dtype=torch.int64, device=device)
     canvas[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device=device)
     is_given = canvas != config.mask_id
+    canvas[: len(tokens)] = torch.tensor(filled, dtype=torch.int64, device=device)
     step = size if is_causal else params.block_length or size
     windows = [
         _window(number, number * step, min((number + 1) * step, length), len(tokens), count, params)
-        for number, count in masks_per_block(config, tokens, params).items()
+        for number, count in masks_per_block(config, filled, params).items()
     ]
-    return _plan(config, canvas, is_given, windows, params.without_end(), choice)
+    return _plan(config, canvas, is_given, windows, params.without_end(), choice, steps_made)
 
 
 def _plan(

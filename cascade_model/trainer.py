@@ -55,7 +55,8 @@ class Trainer:
     `model` holds the initial weights, equal on every rank. `objective` describes `loss_fn` and is
     compared on resume. `settings` is the job's resolved configuration, kept in each checkpoint.
     `owner` holds the run folder; without one, this process does while it trains. `published` is
-    what the initial weights came from, passed on to `model/` for an export. `on_save` is called on
+    what the initial weights came from, passed on to `model/` for an export, as is `chat_template`,
+    the text of the template that its chats are written with. `on_save` is called on
     every rank when a save has begun; `stop_wanted` is asked on every rank once a step for a reason
     to stop, one rank's being enough; `held_out` is run by all ranks together. A rank that stands
     still for longer than `collective_timeout_s` ends the others; what the first rank does alone
@@ -78,6 +79,7 @@ class Trainer:
     settings: dict[str, Any] = field(default_factory=dict)
     owner: lease.Owner | None = None
     published: Published | None = None
+    chat_template: str | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     on_save: Callable[[Saving], None] = lambda saving: None
     stop_wanted: Callable[[], str | None] = lambda: None
@@ -338,7 +340,13 @@ class Trainer:
         facts |= {"tokens": self._at.samples * self._length, "world_size": parallel.world_size()}
         network = build_network(self.model.config)
         network.load_state_dict(state)
-        save_model((self.folder / MODEL).url, network, self.corpus.tokenizer(), self.published)
+        save_model(
+            (self.folder / MODEL).url,
+            network,
+            self.corpus.tokenizer(),
+            self.published,
+            chat_template=self.chat_template,
+        )
         return write_summary(self.folder, facts, self._log.close())
 
     def _facts(self) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 `model.safetensors`, `config.json` (format version and `ModelConfig`), `tokenizer.json`, for a model
 that came from a published checkpoint `published.json` (its own config and types, to export it
-again), and last `manifest.json` with the bytes and SHA-256 of each. The folder is whole or not
-there; a reader trusts only the manifest. A folder as a published family has it is read too.
+again), for one that knows chats `chat_template.jinja`, and last `manifest.json` with the bytes and
+SHA-256 of each. The folder is whole or not there; a reader trusts only the manifest. A folder as a
+published family has it is read too.
 """
 
 import json
@@ -28,10 +29,11 @@ from cascade_model.tokenizer import Tokenizer
 from cascade_model.whole_folder import whole_folder
 
 FORMAT_VERSION = 1
-CONFIG, TOKENIZER, PUBLISHED, MANIFEST = (
+CONFIG, TOKENIZER, PUBLISHED, TEMPLATE, MANIFEST = (
     "config.json",
     "tokenizer.json",
     "published.json",
+    "chat_template.jinja",
     "manifest.json",
 )
 
@@ -52,9 +54,11 @@ def save_model(
     tokenizer: Tokenizer,
     published: Published | None = None,
     card: Mapping[str, bytes] | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write a model folder, local or at any fsspec URL; one that stands there is replaced whole.
 
+    `chat_template` is the text of the Jinja template that the model's chats are written with.
     `card` are files for people, by name: they come with the folder, but the manifest does not name
     them, so that they may be edited.
     Raises `CheckpointMismatch` when the tokenizer is not the one that the model's config names.
@@ -67,6 +71,8 @@ def save_model(
         (work / TOKENIZER).write_bytes(tokenizer.to_bytes())
         if published is not None:
             (work / PUBLISHED).write_bytes(_json(to_dict(published)))
+        if chat_template is not None:
+            (work / TEMPLATE).write_bytes(chat_template.encode())
         (work / WEIGHTS).chmod((work / CONFIG).stat().st_mode)  # safetensors leaves it to its owner
         local = Folder(work)
         files = {
@@ -128,6 +134,16 @@ def read_published(folder: str | Path) -> Published | None:
     return Published(**json.loads(files.read_bytes(PUBLISHED)))
 
 
+def vouched_bytes(files: Folder, name: str) -> bytes | None:
+    """A file of a model folder of ours, or None where its manifest names none; raises
+    `CheckpointMismatch` where it is not what the manifest says."""
+    record = _manifest(files)["files"].get(name)
+    if record is None:
+        return None
+    _require_recorded(files, name, record)
+    return files.read_bytes(name)
+
+
 def weights_digest(folder: str | Path) -> str:
     """SHA-256 (hex) over the hashes of all files: equal for equal models only."""
     files = Folder(folder)
@@ -163,17 +179,19 @@ def _is_model_folder(old: Folder) -> bool:
 def _verify(files: Folder) -> None:
     """Compare every file with the manifest."""
     for name, record in _manifest(files)["files"].items():
-        try:
-            found = files.sha256_of(name)
-        except FileNotFoundError:
-            raise CheckpointMismatch(
-                f"model {files.url} lacks {name}; copy the folder again"
-            ) from None
-        if found != record["sha256"]:
-            raise CheckpointMismatch(
-                f"model {files.url} has {name} with sha256 {shown(found)} but its manifest "
-                f"records {shown(record['sha256'])}; copy the folder again"
-            )
+        _require_recorded(files, name, record)
+
+
+def _require_recorded(files: Folder, name: str, record: Mapping[str, Any]) -> None:
+    try:
+        found = files.sha256_of(name)
+    except FileNotFoundError:
+        raise CheckpointMismatch(f"model {files.url} lacks {name}; copy the folder again") from None
+    if found != record["sha256"]:
+        raise CheckpointMismatch(
+            f"model {files.url} has {name} with sha256 {shown(found)} but its manifest "
+            f"records {shown(record['sha256'])}; copy the folder again"
+        )
 
 
 def _manifest(files: Folder) -> dict:

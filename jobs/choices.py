@@ -15,7 +15,8 @@ from cascade_model.text_stream import Chunk, TextStream
 from jobs.openai_protocol import ApiError, overloaded
 
 Decode = Callable[[list[int], SamplingParams, int], AsyncIterator[dict[str, Any]]]
-"""Prompt tokens, settings, choice -> one dict a block: `TextStream.push`'s arguments by name."""
+"""Tokens (`Choice.tokens`), settings, choice -> one dict a block: what `TextStream.push` takes, by
+name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Choice:
     choice: int
     """Which choice of that prompt."""
     tokens: list[int]
-    """The prompt."""
+    """The prompt; with mask tokens, a text whose holes are to be filled."""
     params: SamplingParams | None
     """None: nothing is decoded, the prompt is only echoed."""
     stop: tuple[str, ...]

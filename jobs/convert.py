@@ -88,6 +88,7 @@ class Converted:
     state: "dict[str, Tensor]"
     tokenizer: "Tokenizer"
     published: "Published | None"
+    chat_template: str | None
     rows_added: int = 0
 
 
@@ -111,7 +112,9 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     made = with_infilling(convert(config), config)
     shape = made.config
     model = network_with(shape, made.state, config.source)
-    save_model(config.output, model, made.tokenizer, made.published)
+    save_model(
+        config.output, model, made.tokenizer, made.published, chat_template=made.chat_template
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"wrote {config.output}: {parameters:,} parameters, {shape.attention} attention, block "
@@ -125,6 +128,7 @@ def convert(config: ConvertConfig) -> Converted:
     if (Path(config.source) / "manifest.json").is_file():
         return _from_model_folder(config)
     from cascade_model.families import read_checkpoint
+    from cascade_model.own_template import own_template
     from cascade_model.weights import Published
 
     read = read_checkpoint(
@@ -134,17 +138,20 @@ def convert(config: ConvertConfig) -> Converted:
         raise CheckpointMismatch(
             f"source={config.source} has no tokenizer.json; add the checkpoint's own"
         )
-    published = Published(config=read.published, dtypes=read.dtypes)
-    if read.family.is_autoregressive:
-        return _from_autoregressive(config, read, read.tokenizer, published)
-    return Converted(
-        config=read.config, state=read.state, tokenizer=read.tokenizer, published=published
+    made = Converted(
+        config=read.config,
+        state=read.state,
+        tokenizer=read.tokenizer,
+        published=Published(config=read.published, dtypes=read.dtypes),
+        chat_template=own_template(config.source),
     )
+    return _from_autoregressive(config, read, made) if read.family.is_autoregressive else made
 
 
 def _from_model_folder(config: ConvertConfig) -> Converted:
     """The same weights with other choices; an autoregressive folder becomes a start."""
     from cascade_model.networks import own_state
+    from cascade_model.own_template import own_template
     from cascade_model.weights import load_model, read_published, require_text
 
     model, tokenizer = load_model(config.source, dtype=None)
@@ -154,15 +161,14 @@ def _from_model_folder(config: ConvertConfig) -> Converted:
         state=own_state(model),
         tokenizer=require_text(tokenizer, config.source),
         published=read_published(config.source),
+        chat_template=own_template(config.source),
     )
 
 
-def _from_autoregressive(
-    config: ConvertConfig, read: "Checkpoint", original: "Tokenizer", published: "Published"
-) -> Converted:
+def _from_autoregressive(config: ConvertConfig, read: "Checkpoint", made: Converted) -> Converted:
     """Special tokens and their rows are added."""
-    tokenizer = original.with_specials()
-    state, added = _grow(read, original, tokenizer, config)
+    tokenizer = made.tokenizer.with_specials()
+    state, added = _grow(read, made.tokenizer, tokenizer, config)
     ids = {
         "vocab_size": read.rows + added,
         "mask_id": tokenizer.mask_id,
@@ -170,11 +176,11 @@ def _from_autoregressive(
         "eos_id": tokenizer.eos_id,
         "tokenizer_sha256": tokenizer.sha256,
     }
-    return Converted(
+    return dataclasses.replace(
+        made,
         config=dataclasses.replace(read.config, **(_START | ids | config.choices)),
         state=state,
         tokenizer=tokenizer,
-        published=published,
         rows_added=added,
     )
 

@@ -13,8 +13,9 @@ from typing import Any
 from cascade_model.chat_template import ChatTemplate
 from cascade_model.config import ModelConfig
 from cascade_model.errors import InputError
-from cascade_model.requests import check_prompt, check_request, rearranged
+from cascade_model.requests import between, check_infilling, check_prompt, check_request
 from cascade_model.sampling import SamplingParams
+from cascade_model.settings import check
 from cascade_model.text_stream import TokenLogprob
 from cascade_model.tokenizer import Tokenizer
 from jobs.choices import Decode
@@ -83,27 +84,48 @@ class Endpoint:
             code = "context_length_exceeded" if too_long else "invalid_value"
             raise ApiError(400, str(error), param=param, code=code) from None
 
-    def prompt_tokens(self, prompt: str | list[int], suffix: str | None) -> list[int]:
-        """Token ids of a prompt, and of what follows the completion; 400 for a suffix that the
-        model was not trained to see."""
+    def prompt_tokens(self, prompt: str | list[int], suffix: str | None, length: int) -> list[int]:
+        """Token ids of a prompt, and of what follows the completion (`requests.between`); 400 for
+        a suffix that the model does not see."""
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if not suffix:
             return tokens
         try:
-            return rearranged(self.config, tokens, self.tokenizer.encode(suffix))
+            return between(self.config, tokens, self.tokenizer.encode(suffix), length)
         except InputError as error:
+            if str(error).startswith("prompt"):
+                raise ApiError(400, str(error), param="prompt", code="invalid_value") from None
             code = "unsupported_parameter"
             raise ApiError(400, str(error), param="suffix", code=code) from None
 
     def settings(
-        self, body: CompletionRequest | ChatRequest, tokens: Sequence[int], length: int, seed: int
+        self,
+        body: CompletionRequest | ChatRequest,
+        tokens: Sequence[int],
+        length: int,
+        seed: int,
+        has_holes: bool = False,
     ) -> SamplingParams:
         """The engine's settings; 400 for those that contradict each other or the model."""
         try:
             params = body.sampling(length, seed)
-            check_request(self.config, tokens, params)
+            if has_holes:
+                check_no_ends(body)
+                check_infilling(self.config, tokens, params)
+            else:
+                check_request(self.config, tokens, params)
         except InputError as error:
             name = str(error).partition("=")[0]
             param = name if name in type(body).model_fields else None
             raise ApiError(400, str(error), param=param, code="invalid_value") from None
         return params
+
+
+def check_no_ends(body: CompletionRequest | ChatRequest) -> None:
+    """Refuse (`InputError`) ends of a choice that is filled whole."""
+    for name in ("stop_ids", "stop_at_eos"):
+        check(
+            not getattr(body, name),
+            f"{name}={getattr(body, name)} would end a choice before a suffix that this model "
+            "sees in its place; leave it out",
+        )

@@ -45,7 +45,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
     """Read and write; returns a summary."""
     from cascade_model.commit import Folder, require_writable
     from cascade_model.families import export
-    from cascade_model.weights import load_model, read_published, require_text, save_model
+    from cascade_model.own_template import own_template
+    from cascade_model.weights import TEMPLATE, load_model, read_published, require_text, save_model
     from jobs.model_card import CARD, card
 
     require_writable(config.output)
@@ -64,11 +65,12 @@ def run(config: ExportConfig) -> dict[str, Any]:
         evaluation=evaluation,
         layout=family,
     )
-    cards = {CARD: told.encode()}
+    cards, template = {CARD: told.encode()}, own_template(folder.url)
     if published is None:
         text = require_text(tokenizer, folder.url)
-        save_model(config.output, model, text, card=cards)
+        save_model(config.output, model, text, card=cards, chat_template=template)
     else:
+        cards |= {} if template is None else {TEMPLATE: template.encode()}
         layout, types = published.config, published.dtypes
         export(model, config.output, layout, dtypes=types, tokenizer=tokenizer, card=cards)
     print(f"wrote {config.output}: {family or 'our own'} layout, with its card in {CARD}")

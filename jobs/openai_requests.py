@@ -182,8 +182,10 @@ class CompletionRequest(Request):
     ) = Field(description="A text, token ids, or a list of either.")
     suffix: Text | None = Field(
         None,
-        description="What follows the completion, of every prompt; for a model that was trained on "
-        "rearranged documents (infill=psm).",
+        description="What follows the completion, of every prompt. A model that was trained on "
+        "rearranged documents (infill=psm) writes what it takes to get there; a bidirectional one, "
+        "or where prompt, hole and suffix end within one block, fills exactly `max_tokens` tokens, "
+        "which no token ends. Elsewhere the model could not see it, and it is refused.",
     )
     max_tokens: Annotated[int, Field(ge=0, lt=INT31)] | None = Field(
         DEFAULT_MAX_TOKENS,

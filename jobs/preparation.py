@@ -16,7 +16,7 @@ from jobs.replies import Echo, Job
 def completion_job(endpoint: Endpoint, body: CompletionRequest) -> Job:
     """A request of `/v1/completions` made ready."""
     decode = endpoint.tokenizer.decode
-    prompts = [endpoint.prompt_tokens(each, body.suffix) for each in body.prompts]
+    prompts = [endpoint.prompt_tokens(each, body.suffix, body.length) for each in body.prompts]
     echoes = None
     if body.echo:
         texts = [each if isinstance(each, str) else decode(each) for each in body.prompts]
@@ -53,12 +53,14 @@ def _job(
 ) -> Job:
     is_chat = isinstance(body, ChatRequest)
     seed = secrets.randbits(63) if body.seed is None else body.seed
+    has_holes = not is_chat and bool(body.suffix) and endpoint.config.infill != "psm"
     choices: list[Choice] = []
+    given = [_given(endpoint, tokens) if has_holes else tokens for tokens in prompts]
     for number, tokens in enumerate(prompts):
         left = max(endpoint.config.max_sequence_length - len(tokens), 1)
         length = left if max_tokens is None else max_tokens
-        endpoint.require_prompt(tokens, length, "messages" if is_chat else "prompt")
-        params = endpoint.settings(body, tokens, length, seed) if length else None
+        endpoint.require_prompt(given[number], length, "messages" if is_chat else "prompt")
+        params = endpoint.settings(body, tokens, length, seed, has_holes) if length else None
         if params is not None and ends and params.stop_at_eos:
             params = dataclasses.replace(params, stop_ids=(*params.stop_ids, *ends))
         choices += [
@@ -82,10 +84,15 @@ def _job(
     }
     return Job(
         head=head,
-        prompts=prompts,
+        prompts=given,
         choices=choices,
         is_chat=is_chat,
         wants_usage=body.wants_usage,
         logprobs=body.logprob_count,
         echoes=echoes,
     )
+
+
+def _given(endpoint: Endpoint, tokens: list[int]) -> list[int]:
+    """A text without its hole."""
+    return [token for token in tokens if token != endpoint.config.mask_id]

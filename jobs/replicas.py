@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cascade_model.config import EngineConfig
-from cascade_model.requests import block_edges
+from cascade_model.requests import masks_left
 from cascade_model.sampling import SamplingParams
 from cascade_model.settings import check
 from cascade_model.text_stream import TokenLogprob
@@ -67,17 +67,22 @@ class Sampler:
         steps_made: int,
     ) -> "Blocks":
         """First the digest of the weights, as a greeting; then the blocks of one completion behind
-        its `committed` tokens, if `weights` is that digest. A cancelled call frees its place."""
+        its `committed` tokens, if `weights` is that digest. Mask tokens among those of the prompt,
+        which no client can write, are to be filled. A cancelled call frees its place."""
         yield {"weights": self._weights}
         if weights != self._weights:
             return
-        settings = SamplingParams(**params)
-        edges = block_edges(self._llm.config, len(prompt_tokens), settings)
-        known = len(prompt_tokens) + len(committed)
+        settings, config = SamplingParams(**params), self._llm.config
         stream = self._llm.stream_blocks(
-            prompt_tokens, settings, choice, committed=committed, steps_made=steps_made
+            prompt_tokens,
+            settings,
+            choice,
+            committed=committed,
+            steps_made=steps_made,
+            has_holes=config.mask_id in prompt_tokens,
         )
-        with self._load.request(sum(end > known for end in edges[1:])) as block_done:
+        blocks_left = len(masks_left(config, prompt_tokens, settings, committed))
+        with self._load.request(blocks_left) as block_done:
             async with contextlib.aclosing(stream) as blocks:
                 async for block in blocks:
                     block_done()
@@ -127,13 +132,12 @@ class Ingress:
         """The application (called by Ray Serve)."""
         from ray.serve import get_replica_context
 
-        from cascade_model.chat_template import ChatTemplate
         from cascade_model.commit import Folder
+        from cascade_model.own_template import template_of
         from cascade_model.tokenizer import Tokenizer
         from cascade_model.weights import TOKENIZER, read_config, weights_digest
         from jobs.endpoint import Endpoint
         from jobs.gate import RotatingKeys
-        from jobs.own_template import own_template
         from jobs.routes import build_api
         from jobs.serve_metrics import ServeMetrics
         from jobs.slow_readers import SlowReaders
@@ -142,14 +146,13 @@ class Ingress:
         if config.no_auth:
             require_loopback()
         tokenizer = Tokenizer(Folder(model).read_bytes(TOKENIZER), f"{model}/{TOKENIZER}")
-        template = config.chat_template or own_template(model) or "plain"
         self._weights = weights_digest(model)
         self._metrics = ServeMetrics(get_replica_context().replica_id.unique_id)
         endpoint = Endpoint(
             model_name=config.name,
             config=read_config(model),
             tokenizer=tokenizer,
-            template=ChatTemplate.of(template, tokenizer),
+            template=template_of(model, tokenizer, config.chat_template),
             fingerprint=f"cascade-{self._weights[:12]}",
             decode=self._decode,
             score=self._score,

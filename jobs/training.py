@@ -211,6 +211,7 @@ def fit(
         settings=to_dict(config),
         owner=started.owner,
         published=None if start is None else read_published(start),
+        chat_template=template_text(corpus, start),
         device=torch.device(device),
         on_save=started.on_save,
         stop_wanted=started.stop_wanted,
@@ -219,6 +220,18 @@ def fit(
         beside=beside_of(config),
         initial_weights=parallel.on_first_rank(lambda: initial_weights_of(config)),
     ).fit()
+
+
+def template_text(corpus: "Corpus", start: str | None) -> str | None:
+    """The chat template that the trained model brings: the one that the corpus' chats were written
+    with; where it has none, that of the model it started from."""
+    from cascade_model.chat_template import ChatTemplate
+    from cascade_model.own_template import own_template
+
+    name = corpus.manifest.chat_template
+    if name is not None:
+        return ChatTemplate.of(name, corpus.tokenizer()).text
+    return None if start is None else own_template(start)
 
 
 def beside_of(config: TrainingConfig) -> "Beside":

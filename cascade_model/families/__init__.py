@@ -6,6 +6,7 @@ families, `reading` and `exporting` use them. Nothing in a checkpoint's folder i
 
 from cascade_model.families.exporting import export
 from cascade_model.families.family import Family
+from cascade_model.families.gguf import gguf_template
 from cascade_model.families.reading import (
     Checkpoint,
     Description,
@@ -21,6 +22,7 @@ __all__ = [
     "Description",
     "Family",
     "export",
+    "gguf_template",
     "read_checkpoint",
     "read_description",
     "read_dtypes",

@@ -28,3 +28,14 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[dict[str, Any], LoadedTen
     config = json.loads(json.dumps(model.config.to_dict(), default=str))
     config.pop("quantization_config", None)  # the weights are no longer quantised
     return config, tensors, Tokenizer(text.encode(), str(file))
+
+
+def gguf_template(file: Path) -> str | None:
+    """The chat template in a file's metadata, or None; `CheckpointMismatch` when it is no GGUF."""
+    from gguf import GGUFReader
+
+    try:
+        found = GGUFReader(file).get_field("tokenizer.chat_template")
+    except (ValueError, OSError, IndexError) as error:
+        raise CheckpointMismatch(f"source={file} cannot be read as GGUF ({error})") from None
+    return None if found is None else found.contents()

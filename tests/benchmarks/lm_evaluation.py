@@ -130,8 +130,8 @@ def main() -> int:
     folder.mkdir(parents=True)
     write_data(folder, given.count)
     model = given.model or write_model(folder / "model", max_sequence_length=512)
-    with cascade_serve(model, folder / "serve.log") as url:
-        found = evaluated(given.python, url, folder, context=512)
+    with cascade_serve(model, folder / "serve.log") as server:
+        found = evaluated(given.python, server.url, folder, context=512)
     own = list(differences(found, model))
     other = list(differences(found, write_model(folder / "other", seed=1, max_sequence_length=512)))
     results = found["results"]

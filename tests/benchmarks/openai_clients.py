@@ -19,9 +19,9 @@ def main(pythons: list[str]) -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder) / "model", max_sequence_length=256)
-        with cascade_serve(model, Path(folder) / "log") as url:
+        with cascade_serve(model, Path(folder) / "log") as server:
             for python in pythons:
-                done = subprocess.run([python, str(CASES), url, KEY, "served"], check=False)
+                done = subprocess.run([python, str(CASES), server.url, KEY, "served"], check=False)
                 failed += done.returncode != 0
                 if done.returncode:
                     print(f"{python}: FAILED")

@@ -9,15 +9,29 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.serve_client import KEY
 from tests.benchmarks.serve_runs import free_port
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server of its own process on loopback."""
+
+    port: int
+    pid: int
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}"
+
+
 @contextlib.contextmanager
-def cascade_serve(model: str, log: Path, *flags: str, seconds: float = 240) -> Iterator[str]:
-    """The URL of an endpoint that is ready; ended by SIGTERM on leaving."""
+def cascade_serve(model: str, log: Path, *flags: str, seconds: float = 240) -> Iterator[Served]:
+    """An endpoint that is ready; ended by SIGTERM on leaving."""
     port = free_port()
     words = [sys.executable, "-m", "jobs.serve", "--model", model, "--model-name", "served"]
     words += ["--port", str(port), "--max-replicas", "1", *flags]
@@ -29,14 +43,14 @@ def cascade_serve(model: str, log: Path, *flags: str, seconds: float = 240) -> I
             stdout=out,
             stderr=subprocess.STDOUT,
         )
-    url = f"http://127.0.0.1:{port}"
+    served = Served(port, server.pid)
     try:
         deadline = time.monotonic() + seconds
-        while not _is_ready(url):
+        while not _is_ready(served.url):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.5)
-        yield url
+        yield served
     finally:
         server.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

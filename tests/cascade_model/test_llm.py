@@ -304,11 +304,27 @@ def test_a_suffix_that_makes_no_sense_is_refused_in_a_sentence(filling, suffix, 
         filling.generate(["Hello", "Hi"], free(), suffix=suffix)
 
 
-def test_a_suffix_is_refused_by_a_model_that_was_not_trained_so(llm, both_ways):
+def test_a_suffix_that_the_hole_would_not_see_is_refused(llm, both_ways):
+    with pytest.raises(InputError, match=r"prompts\[0\]: suffix of 5 tokens .* beyond the hole"):
+        llm.generate(["Hello"], free(), suffix="world")
     for own in (llm, both_ways):
-        with pytest.raises(InputError, match="suffix is for models with infill=psm"):
-            own.generate(["Hello"], free(), suffix="world")
         assert own.generate(["Hello"], free(), suffix="") == own.generate(["Hello"], free())
+    with pytest.raises(InputError, match=r"prompts\[0\]: prompt has the mask"):
+        both_ways.generate([[MASK]], free(), suffix="world")
+
+
+def test_a_suffix_that_a_hole_sees_in_its_place_is_as_an_infilled_text(llm, both_ways):
+    for own, prompt, length in ((llm, "Hello", 2), (both_ways, "Hello", 18)):
+        params = free(max_tokens=length)
+        for n, suffix in ((2, "w"), (1, "x")):
+            found = own.generate([prompt], params, n=n, suffix=suffix)
+            assert found == own.infill([Infilling(prefix=prompt, length=length, suffix=suffix)],
+                                       params, n=n)  # fmt: skip
+            assert all(len(answer.token_ids) == length for answer in found)
+        chunks = list(own.chunks(prompt, params, suffix="x"))
+        assert "".join(chunk.text for chunk in chunks) == found[0].text
+    either = both_ways.generate(["Hello"], free(), suffix="w")
+    assert both_ways.generate(["Hello"], free(), suffix="x") != either
 
 
 def test_several_holes_are_answered_from_left_to_right(both_ways):

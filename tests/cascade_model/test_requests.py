@@ -8,12 +8,15 @@ from cascade_model.config import ModelConfig
 from cascade_model.errors import InputError
 from cascade_model.requests import (
     Infilling,
+    between,
     block_edges,
     check_infilling,
     check_request,
     masks_behind,
+    masks_left,
     masks_per_block,
     rearranged,
+    with_committed,
 )
 from cascade_model.sampling import SamplingParams
 from cascade_model.settings import to_dict
@@ -34,6 +37,43 @@ def test_the_grid_of_a_bidirectional_model_starts_behind_the_prompt():
     params = SamplingParams(max_tokens=6)
     assert block_edges(BOTH_WAYS, 7, params) == [7, 11, 13]
     assert block_edges(BOTH_WAYS, 7, SamplingParams(max_tokens=6, block_length=3)) == [7, 10, 13]
+
+
+def test_a_suffix_stands_behind_a_hole_where_the_hole_sees_it():
+    hole = [MASK] * 2
+    assert between(BOTH_WAYS, [1] * 9, [2] * 9, 2) == [*[1] * 9, *hole, *[2] * 9]
+    assert between(CAUSAL, [1] * 5, [2], 2) == [*[1] * 5, *hole, 2]  # to the end of a block of 4
+    psm = tiny_config(infill="psm", infill_ids=(10, 11, 12))
+    assert between(psm, [1], [2] * 9, 2) == rearranged(psm, [1], [2] * 9)
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix", "suffix", "words"),
+    [
+        (CAUSAL, [1] * 5, [2, 2], r"hole of max_tokens=2 ends beyond .* shorter by 1 tokens.*none"),
+        (tiny_config(block_size=1), [1], [2], "block_size=1"),
+        (BOTH_WAYS, [MASK], [2], "^prompt has the mask"),
+        (BOTH_WAYS, [1], [PAD], "^suffix has the mask or padding"),
+        (BOTH_WAYS, [1], [99], "^suffix has the token id 99"),
+    ],
+)
+def test_a_suffix_that_is_not_seen_is_refused_with_the_cures(config, prefix, suffix, words):
+    with pytest.raises(InputError, match=words):
+        between(config, prefix, suffix, 2)
+
+
+def test_holes_that_were_filled_are_no_more_to_be_decoded():
+    text = [1, 2, 3, MASK, MASK, MASK, 7, 8, 9, MASK]
+    params = SamplingParams(max_tokens=4)
+    assert masks_left(BOTH_WAYS, text, params) == [1, 2, 1]
+    assert with_committed(BOTH_WAYS, text, [4, 5, 6])[3:7] == [4, 5, 6, 7]
+    assert masks_left(BOTH_WAYS, text, params, [4, 5, 6]) == [1]
+    check_infilling(BOTH_WAYS, text, params, [4, 5, 6], 2)
+    for committed, words in (([4, 5], "ends within a block"), ([4, 5, 6, 6], "nothing is left")):
+        with pytest.raises(InputError, match=words):
+            check_infilling(BOTH_WAYS, text, params, committed, 2)
+    with pytest.raises(InputError, match="steps_made=3 does not fit the 0 blocks"):
+        check_infilling(BOTH_WAYS, text, params, [], 3)
 
 
 def test_masks_are_counted_by_block_and_the_last_one_is_filled_whole():

@@ -306,6 +306,31 @@ def test_a_run_cut_behind_any_block_goes_on_with_the_same_rest(axes, options):
         assert [block.steps for block in rest] == [block.steps for block in whole[count:]]
 
 
+@pytest.mark.parametrize("axes", [axes for axes in AXES if "attention" in axes])
+@pytest.mark.parametrize("options", GOING_ON)
+def test_a_hole_cut_behind_any_block_goes_on_with_the_same_rest(axes, options):
+    model = lively_model(**axes)
+    values = {"max_tokens": 22, "temperature": 1.0, "confidence_threshold": 0.5, "seed": 6}
+    params = SamplingParams(**(values | options))
+    text = [*PROMPT, *[MASK] * 14, 3, 4, *[MASK] * 5, *PROMPT]
+
+    def run(**cut) -> list:
+        plan = plan_infilling(model.config, text, params, **cut)
+        found = list(decoded(plan, Runner(model, len(plan.canvas))))
+        filled.append(plan.canvas.tolist())
+        return found
+
+    filled: list[list[int]] = []
+    whole = run()
+    assert len(whole) == 4
+    for count in range(len(whole)):
+        steps = sum(block.steps for block in whole[:count])
+        rest = run(committed=tokens_of(whole[:count]), steps_made=steps)
+        assert tokens_of(rest) == tokens_of(whole[count:])
+        assert [block.steps for block in rest] == [block.steps for block in whole[count:]]
+        assert filled[-1] == filled[0]
+
+
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_approximate_caches_begin_anew_in_every_block_and_go_on_too(cache):
     model = lively_model(attention="bidirectional", block_size=8)

@@ -14,13 +14,14 @@ from cascade_model.batch import TrainBatch
 from cascade_model.families import read_checkpoint
 from cascade_model.model import never_emitted
 from cascade_model.networks import own_state
+from cascade_model.own_template import own_template
 from cascade_model.requests import rearranged
 from cascade_model.sampler import sample
 from cascade_model.sampling import SamplingParams
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer
 from cascade_model.training_input import read_rows, source_rows
 from cascade_model.weights import load_model, read_config, read_published
-from jobs import convert
+from jobs import convert, export
 from tests.conformance.checkpoints import smollm2_file
 
 DATA = Path(__file__).parents[1] / "data/conformance"
@@ -302,6 +303,21 @@ def test_a_converted_diffusion_model_keeps_its_choices_when_converted_again(tmp_
     assert (after.block_size, after.logits, after.attention) == (8, "aligned", "block_causal")
     assert (after.mask_id, after.family) == (before.mask_id, "sdar")
     assert read_published(second) == read_published(first)
+
+
+@pytest.mark.parametrize("system", ["sdar", "ar/llama"])
+def test_the_chat_template_comes_along_however_often_it_is_converted(tmp_path, system):
+    source = diffusion_checkpoint(tmp_path, system)
+    source = source.rename(tmp_path / "source")
+    assert own_template(convert_to(source, "bare")) is None
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    first = convert_to(source, "first")
+    assert own_template(first) == template
+    assert own_template(convert_to(first, "second", "--block-size", "8")) == template
+    exported = tmp_path / "exported"
+    assert export.main(["--model", str(first), "--output", str(exported)]) == 0
+    assert (exported / "chat_template.jinja").read_text() == template
 
 
 def test_an_unknown_setting_is_refused_with_the_flag_that_passes_it(tmp_path, capsys):

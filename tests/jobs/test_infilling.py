@@ -52,12 +52,20 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def trained(folder: Path, name: str, rate: float) -> Path:
+def trained(folder: Path, name: str, rate: float, block_size: int = 4) -> Path:
     """A model folder, trained on a corpus of which this share is rearranged."""
     corpus, run = str(folder / f"{name}-corpus"), str(folder / name)
     words = ["--source.paths", str(folder / "texts.jsonl"), "--output", corpus, "--runner", "local"]
-    words += ["--tokenizer", str(folder / "tokenizer.json"), "--sequence-length", "12"]
-    words += ["--noise.block-size", "4", "--packing", "best_fit", "--infill-rate", str(rate)]
+    words += ["--tokenizer", str(folder / "tokenizer.json"), "--sequence-length"]
+    words += [
+        str(3 * block_size),
+        "--noise.block-size",
+        str(block_size),
+        "--packing",
+        "best_fit",
+        "--infill-rate",
+        str(rate),
+    ]
     assert prepare.main(words) == 0
     words = ["--corpus", corpus, "--output", run, "--num-workers", "0", *SHAPE, *STEPS]
     assert pretrain.main(words) == 0
@@ -74,12 +82,18 @@ def plain(folder) -> Path:
     return trained(folder, "plain", 0.0)
 
 
+@pytest.fixture(scope="module")
+def in_one_block(folder) -> Path:
+    """Its blocks are longer than a text, so that it learns to see what follows a mask."""
+    return trained(folder, "in-one-block", 0.0, block_size=8)
+
+
 SUFFIXES = [f"{digits}{c * 2}" for c in LETTERS for digits in ("07", "58", "91")]
 
 
-def share_right(llm: LLM) -> float:
+def share_right(llm: LLM, params: SamplingParams = GREEDY) -> float:
     """How often a hole before the digits is filled with the capitals of what follows."""
-    answers = llm.generate([""] * len(SUFFIXES), GREEDY, suffix=SUFFIXES)
+    answers = llm.generate([""] * len(SUFFIXES), params, suffix=SUFFIXES)
     wanted = [suffix[-1].upper() * 2 for suffix in SUFFIXES]
     return sum(a.text == w for a, w in zip(answers, wanted, strict=True)) / len(wanted)
 
@@ -102,8 +116,20 @@ def test_a_hole_is_filled_by_what_follows_it_only_after_such_training(filling, p
     with LLM.load(plain) as llm:
         [without] = llm.generate(["AA07"], GREEDY)
         assert without.text == "aa"
-        with pytest.raises(InputError, match="suffix is for models with infill=psm"):
+        with pytest.raises(InputError, match="or one that has infill=psm"):
             llm.generate([""], GREEDY, suffix="07aa")
+
+
+def test_a_hole_is_filled_by_what_follows_it_in_its_block_or_seen_both_ways(in_one_block):
+    params = dataclasses.replace(GREEDY, max_tokens=2)
+    with LLM.load(in_one_block) as llm:
+        assert share_right(llm, params) >= 0.9
+        with pytest.raises(InputError, match="ends beyond the hole's block of block_size=8"):
+            llm.generate([""], GREEDY, suffix="07aaa")
+    model, tokenizer = load_model(in_one_block)
+    model.config = dataclasses.replace(model.config, attention="bidirectional")
+    with LLM(model.eval(), tokenizer) as llm:
+        assert share_right(llm, params) >= 0.9
 
 
 def test_the_prompt_is_what_training_saw(filling):

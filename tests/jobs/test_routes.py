@@ -8,6 +8,7 @@ import torch
 from starlette.testclient import TestClient
 
 from cascade_model.llm import LLM
+from cascade_model.sampling import SamplingParams
 from cascade_model.tokenizer import byte_tokenizer
 from jobs.openai_protocol import MAX_BODY_BYTES, overloaded
 from jobs.routes import build_api
@@ -108,12 +109,76 @@ def test_a_suffix_is_seen_and_counted(filling):
 def test_a_suffix_that_the_model_cannot_see_is_refused_by_its_name(client, filling):
     error = require_error(complete(client, suffix="xy"), 400, "suffix", "unsupported_parameter")
     assert "infill=psm" in error["message"]
+    assert "beyond the hole's block" in error["message"]
     able = client_of(filling)
     too_long = complete(able, suffix="x" * 120)
     require_error(too_long, 400, "prompt", "context_length_exceeded")
     body = {"model": "tiny", "messages": USER, "suffix": "xy"}
     refused = able.post("/v1/chat/completions", json=body)
     require_error(refused, 400, "suffix", "unsupported_parameter")
+
+
+@pytest.fixture(scope="module")
+def both_ways():
+    with tiny_llm(attention="bidirectional", block_size=8) as own:
+        yield own
+
+
+def test_a_model_that_sees_both_ways_fills_the_place_before_a_suffix(both_ways):
+    client = client_of(both_ways)
+    asked = {"suffix": "xyz", "max_tokens": 20, "seed": 3, "logprobs": 0, "n": 2}
+    body = complete(client, **asked).json()
+    assert body["usage"]["prompt_tokens"] == len("abc") + len("xyz")
+    assert body["usage"]["completion_tokens"] == 40
+    assert [choice["finish_reason"] for choice in body["choices"]] == ["length"] * 2
+    params = SamplingParams(max_tokens=20, seed=3, temperature=1.0)
+    answers = both_ways.generate(["abc"], params, n=2, suffix="xyz")
+    assert [choice["text"] for choice in body["choices"]] == [answer.text for answer in answers]
+    other = complete(client, **(asked | {"suffix": "xyw"})).json()
+    told = [each["choices"][0]["logprobs"]["token_logprobs"] for each in (body, other)]
+    assert len(told[0]) == len(told[1]) == 20
+    assert told[0] != told[1]  # one token of the suffix changes what is seen
+    streamed = events_of(complete(client, stream=True, **(asked | {"n": 1})))
+    assert len(streamed) > 2
+    text = "".join(choice["text"] for event in streamed[:-1] for choice in event["choices"])
+    assert text == answers[0].text
+    stop = answers[0].text[4]
+    [cut] = complete(client, **(asked | {"n": 1, "stop": stop})).json()["choices"]
+    assert (cut["text"], cut["stop_reason"]) == (answers[0].text.partition(stop)[0], stop)
+    first = complete(client, **(asked | {"prompt": ["", "abc"], "n": 1})).json()
+    assert len(first["choices"]) == 2  # nothing before the hole
+    echoed = complete(client, suffix="xyz", max_tokens=0, echo=True).json()
+    assert (echoed["choices"][0]["text"], echoed["usage"]["completion_tokens"]) == ("abc", 0)
+
+
+def test_a_block_that_has_room_for_hole_and_suffix_sees_it(client, llm):
+    asked = {"prompt": "hello", "suffix": "x", "max_tokens": 2, "seed": 3}
+    body = complete(client, **asked).json()
+    assert body["usage"]["completion_tokens"] == 2
+    params = SamplingParams(max_tokens=2, seed=3, temperature=1.0)
+    [answer] = llm.generate(["hello"], params, suffix="x")
+    assert body["choices"][0]["text"] == answer.text
+    for change in ({"max_tokens": 3}, {"suffix": "xy"}, {"prompt": "hell", "suffix": "xyz"}):
+        error = require_error(complete(client, **(asked | change)), 400, "suffix",
+                              "unsupported_parameter")  # fmt: skip
+        assert "shorter by 1 tokens" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"stop_ids": [5]}, "stop_ids", "invalid_value"),
+        ({"stop_at_eos": True}, "stop_at_eos", "invalid_value"),
+        ({"prompt": [97, 258]}, "prompt", "invalid_value"),
+        ({"prompt": [97, 999]}, "prompt", "invalid_value"),
+        ({"suffix": "x" * 120}, "prompt", "context_length_exceeded"),
+        ({"max_tokens": 123}, "prompt", "context_length_exceeded"),
+        ({"max_steps": 1}, "max_steps", "invalid_value"),
+    ],
+)
+def test_what_a_hole_cannot_have_is_refused_by_name(both_ways, fields, param, code):
+    asked = {"suffix": "xyz", "max_tokens": 20, **fields}
+    require_error(complete(client_of(both_ways), **asked), 400, param, code)
 
 
 def test_token_ids_are_taken_as_they_are(client):

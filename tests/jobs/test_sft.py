@@ -10,7 +10,9 @@ import yaml
 from cascade_model.chat_template import ChatTemplate
 from cascade_model.config import TrainingNoise
 from cascade_model.corpus import Corpus
+from cascade_model.jinja_chat import PLAIN
 from cascade_model.llm import LLM
+from cascade_model.own_template import own_template
 from cascade_model.sampling import SamplingParams
 from jobs import plan, prepare, pretrain, sft
 from jobs.cli import build
@@ -98,6 +100,7 @@ def test_a_model_learns_to_answer_and_to_stop(corpus, model, tmp_path):
     assert sft.main(asked(corpus, model, tmp_path, "--trainer.num-steps", "200")) == 0
     after = answers(str(tmp_path / "model"))
     assert after == {q: (answer, "stop") for q, answer in ANSWERS.items()}
+    assert own_template(tmp_path / "model") == PLAIN  # what it learnt to be asked by
 
 
 @pytest.mark.parametrize("padding", ["never", "eos"])

@@ -28,7 +28,8 @@ def tiny_llm(tokenizer: Tokenizer | None = None, **changes) -> LLM:
 
 def endpoint(llm: LLM, **changes) -> Endpoint:
     async def decode(tokens, params, choice):
-        for block in llm.blocks(tokens, params, choice):
+        has_holes = llm.config.mask_id in tokens
+        for block in llm.blocks(tokens, params, choice, has_holes=has_holes):
             await asyncio.sleep(0)
             yield dataclasses.asdict(block)
 

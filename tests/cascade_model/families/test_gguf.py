@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file
 
 from cascade_model.attention import clean_mask, dense
 from cascade_model.errors import CheckpointMismatch
-from cascade_model.families import export, read_checkpoint
+from cascade_model.families import export, gguf_template, read_checkpoint
 from cascade_model.networks import network_with
 from cascade_model.sampler import sample
 from cascade_model.sampling import SamplingParams
@@ -20,8 +21,22 @@ from tests.cascade_model.families.published_cases import DATA
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"nothing of the kind")
-    with pytest.raises(CheckpointMismatch, match=r"cannot be read as GGUF"):
-        read_checkpoint(tmp_path / "model.gguf")
+    for read in (read_checkpoint, gguf_template):
+        with pytest.raises(CheckpointMismatch, match=r"cannot be read as GGUF"):
+            read(tmp_path / "model.gguf")
+
+
+def test_the_chat_template_stands_in_the_metadata(tmp_path):
+    file = tmp_path / "model.gguf"
+    for template in (None, "{{ messages[0].content }}\n<|end|>"):
+        writer = GGUFWriter(file, "llama")
+        if template is not None:
+            writer.add_chat_template(template)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert gguf_template(file) == template
 
 
 def smollm2() -> Path | None:

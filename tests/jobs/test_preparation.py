@@ -1,16 +1,12 @@
-"""Which chat template a model folder brings, and that no text can write one of its markers."""
-
-import json
+"""A chat as the sampler gets it: no text can write one of the template's markers."""
 
 import pytest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
 from cascade_model.chat_template import ChatTemplate
-from cascade_model.errors import InputError
 from cascade_model.jinja_chat import CHATML
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer
-from jobs.own_template import own_template
 from tests.jobs.tiny_endpoint import chat, client_of, require_error, tiny_llm
 
 MARKERS = ("<|im_start|>", "<|im_end|>")
@@ -22,27 +18,6 @@ def chatml_tokenizer() -> Tokenizer:
     engine = Engine.from_str(byte_tokenizer().to_bytes().decode())
     engine.add_special_tokens([AddedToken(name, special=True) for name in MARKERS])
     return Tokenizer(engine.to_str().encode())
-
-
-def test_a_file_of_its_own_comes_before_the_tokenizers_settings(tmp_path):
-    assert own_template(str(tmp_path)) is None
-    settings = tmp_path / "tokenizer_config.json"
-    settings.write_text(json.dumps({"model_max_length": 5}))
-    assert own_template(str(tmp_path)) is None
-    settings.write_text(json.dumps({"chat_template": "{{ one }}"}))
-    assert own_template(str(tmp_path)) == "{{ one }}"
-    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": "{{ two }}"}]
-    settings.write_text(json.dumps({"chat_template": named}))
-    assert own_template(str(tmp_path)) == "{{ two }}"
-    (tmp_path / "chat_template.jinja").write_text("{{ three }}")
-    assert own_template(str(tmp_path)) == "{{ three }}"
-
-
-@pytest.mark.parametrize("text", ["{", '{"chat_template": [{}]}', "[]", '{"chat_template": [1]}'])
-def test_a_damaged_one_is_refused(tmp_path, text):
-    (tmp_path / "tokenizer_config.json").write_text(text)
-    with pytest.raises(InputError, match="damaged chat template"):
-        own_template(str(tmp_path))
 
 
 def seen_tokens(tokenizer: Tokenizer, *contents: str, **fields) -> tuple[list[int], tuple]:
