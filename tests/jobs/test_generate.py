@@ -1,6 +1,5 @@
 """The batch job: settings, exactly-once output on real Ray Data, resume, refusals."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.sampling import SamplingParams
 from jobs import generate
 from jobs.cli import build
-from jobs.generate import GenerateConfig, input_urls, job_identity
+from jobs.generate_settings import GenerateConfig, job_identity
 
 RECIPE = Path(generate.__file__).parent / "recipes/demo/generate.yaml"
 NUM_ROWS = 11
@@ -181,20 +180,24 @@ def test_workers_that_no_machine_can_hold_are_refused_and_leave_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_how_the_work_is_shared_out_is_no_part_of_the_jobs_identity():
-    settings = {"model": "m", "input": "i", "output": "o"}
-    one = GenerateConfig(**settings)
-    two = GenerateConfig(**settings, num_workers=2, threads_per_worker=3, max_dead_rate=0.5)
-    other = GenerateConfig(**settings, stop=("x",))
-    assert job_identity(one, "w", "i") == job_identity(two, "w", "i")
-    assert job_identity(one, "w", "i") != job_identity(other, "w", "i")
-    assert job_identity(one, "w", "i") != job_identity(one, "v", "i")
-    larger, coarser = (
-        dataclasses.replace(one, engine=EngineConfig(**settings))
-        for settings in ({"cache_bytes": 1 << 20}, {"precision": "bfloat16"})
-    )
-    assert job_identity(one, "w", "i") == job_identity(larger, "w", "i")
-    assert job_identity(one, "w", "i") != job_identity(coarser, "w", "i")
+def test_how_the_work_is_shared_out_is_no_part_of_the_jobs_identity(model):
+    settings = {"model": model, "input": "i", "output": "o"}
+
+    def identity(input_sha256="i", **changes):
+        config = GenerateConfig(**(settings | changes))
+        return job_identity(config, generate.source_of(config)[1], input_sha256)
+
+    one = identity()
+    assert identity(num_workers=2, threads_per_worker=3, max_dead_rate=0.5) == one
+    assert identity(engine=EngineConfig(cache_bytes=1 << 20)) == one
+    for change in (
+        {"stop": ("x",)},
+        {"input_sha256": "j"},
+        {"engine": EngineConfig(precision="bfloat16")},
+        {"chat_template": "{{ messages[0].content }}"},
+        {"setting_columns": ("temperature",)},
+    ):
+        assert identity(**change) != one
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path, model, prompts, capsys):
@@ -229,15 +232,6 @@ def test_a_deadline_is_refused_as_a_shard_must_come_out_the_same_again():
     late = SamplingParams(deadline_seconds=2.0)
     with pytest.raises(InputError, match=r"sampling\.deadline_seconds=2\.0 lets the clock decide"):
         GenerateConfig(model="m", input="i", output="o", sampling=late)
-
-
-def test_a_folder_of_prompts_is_read_in_the_order_of_names(tmp_path):
-    for name in ("b.jsonl", "a.parquet", "note.txt"):
-        (tmp_path / name).touch()
-    assert [Path(url).name for url in input_urls(str(tmp_path))] == ["a.parquet", "b.jsonl"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no \*.jsonl"):
-        input_urls(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("setting", [{"logprobs": 0}, {"logprobs": 2}, {"report_margin": True}])

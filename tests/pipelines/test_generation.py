@@ -13,16 +13,12 @@ from cascade_model.model import Transformer
 from cascade_model.sampling import SamplingParams
 from cascade_model.tokenizer import byte_tokenizer
 from cascade_model.weights import save_model
-from pipelines.generation import (
-    PartWorker,
-    claim,
-    manifest_of,
-    read_record,
-    require_sound,
-    row_seed,
-    take_back,
-)
-from pipelines.prompts import Columns, plan
+from pipelines.completions import claim, manifest_of, read_record, require_sound, take_back
+from pipelines.generation import PartWorker, Work
+from pipelines.model_answers import ModelSource
+from pipelines.prompt_rows import Columns
+from pipelines.prompts import plan
+from pipelines.row_settings import Decoding, row_seed
 from tests.tiny_models import text_config
 
 PARAMS = SamplingParams(max_tokens=9, temperature=1.0, seed=5, stop_at_eos=False)
@@ -72,7 +68,15 @@ def same_threads():
 def worker(model: str, output, format="jsonl") -> PartWorker:
     """One that works for a job which has claimed the folder."""
     claim(Folder(output), {})
-    return PartWorker(model, str(output), PARAMS, Columns(), format, 1)
+    work = Work(
+        source=ModelSource(model=model),
+        output=str(output),
+        columns=Columns(),
+        common=Decoding(params=PARAMS),
+        format=format,
+        rows_per_part=5,
+    )
+    return PartWorker(work)
 
 
 def test_a_rows_seed_depends_on_the_jobs_seed_and_its_number_alone():
