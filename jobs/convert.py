@@ -16,6 +16,7 @@ from cascade_model.config import ModelConfig
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.settings import check, to_dict
 from jobs.cli import command
+from jobs.own_template import TEMPLATE, own_template
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +103,8 @@ _START = {
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:
-    """Read, add the special rows, write the model folder; returns a summary."""
+    """Read, add the special rows, write the model folder with the source's chat template; returns a
+    summary."""
     from cascade_model.commit import require_writable
     from cascade_model.networks import network_with
     from cascade_model.weights import save_model
@@ -111,7 +113,9 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     made = with_infilling(convert(config), config)
     shape = made.config
     model = network_with(shape, made.state, config.source)
-    save_model(config.output, model, made.tokenizer, made.published)
+    template = own_template(config.source)
+    card = {TEMPLATE: template.encode()} if template else None
+    save_model(config.output, model, made.tokenizer, made.published, card)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"wrote {config.output}: {parameters:,} parameters, {shape.attention} attention, block "

@@ -103,8 +103,11 @@ def run_on_ray(parts: Sequence[Part], work: Work, num_workers: int) -> Iterator[
         batch_size=1,
         num_cpus=work.source.num_cpus,
         num_gpus=work.source.num_gpus,
-        max_concurrency=at_once,
-        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=at_once),
+        compute=ray.data.ActorPoolStrategy(
+            size=size,
+            max_tasks_in_flight_per_actor=at_once,
+            max_concurrent_calls_per_actor=at_once,
+        ),
     )
     for row in data.iter_rows():
         if row["refusal"]:

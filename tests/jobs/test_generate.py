@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cascade_model.config import EngineConfig
-from cascade_model.errors import CheckpointMismatch, InputError
+from cascade_model.errors import CheckpointMismatch, InputError, Unavailable
 from cascade_model.sampling import SamplingParams
 from jobs import generate
 from jobs.cli import build
@@ -221,6 +221,65 @@ def test_bad_input_leaves_nothing_behind(tmp_path, model, prompts, capsys):
 def test_an_output_that_cannot_be_written_is_one_sentence(model, prompts, capsys, output):
     assert generate.main(arguments(model, prompts, output)) == 2
     assert f"output={output} cannot be written" in said(capsys)
+
+
+@pytest.mark.ray
+def test_a_job_at_an_endpoint_writes_what_the_model_writes_and_no_key(
+    tmp_path, model, prompts, ray_local, capsys, monkeypatch
+):
+    from cascade_model.llm import LLM
+    from jobs.routes import build_api
+    from tests.jobs.tiny_endpoint import endpoint
+    from tests.pipelines.http_server import serving
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    monkeypatch.setenv("CASCADE_API_KEY", "right")
+    more = ["--rows-per-shard", "4", "--num-workers", "1"]
+    assert generate.main([*arguments(model, prompts, here), *more]) == 0
+    with LLM.load(model) as llm, serving(build_api(endpoint(llm))) as url:
+        asked = [*arguments(model, prompts, there)[2:], *more, "--endpoint", url]
+        assert generate.main([*asked, "--model-name", "other"]) == 2
+        assert "model_name=other" in said(capsys)
+        assert not there.exists()
+        assert generate.main(asked) == 0
+        for name in ("completions-000000.jsonl", "completions-000002.jsonl", "dead-000001.jsonl"):
+            assert (there / name).read_bytes() == (here / name).read_bytes()
+        job = json.loads((there / "job.json").read_text())
+        assert (job["model_name"], job["fingerprint"]) == ("tiny", "cascade-test")
+        assert not [name for name, data in contents(there).items() if b"right" in data]
+    monkeypatch.delenv("CASCADE_API_KEY")
+    asked += ["--patience-seconds", "0.2"]
+    assert generate.main(asked) == Unavailable.exit_code == 75
+    assert "does not answer (ConnectError" in said(capsys)
+
+
+def test_one_of_model_and_endpoint_is_given():
+    paths = {"input": "i", "output": "o"}
+    with pytest.raises(InputError, match="model=None and endpoint=None: give one"):
+        GenerateConfig(**paths)
+    with pytest.raises(InputError, match="give one of them"):
+        GenerateConfig(**paths, model="m", endpoint="http://x")
+    with pytest.raises(InputError, match="chat_template=plain and endpoint"):
+        GenerateConfig(**paths, endpoint="http://x", chat_template="plain")
+    with pytest.raises(InputError, match="model_name=x is a name at an endpoint"):
+        GenerateConfig(**paths, model="m", model_name="x")
+
+
+def test_the_models_own_template_is_used_unless_another_is_given(tmp_path, model):
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    (own / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    file = tmp_path / "other.jinja"
+    file.write_text("{{ messages[-1].content }}")
+
+    def template(**changes):
+        config = GenerateConfig(**({"model": str(own), "input": "i", "output": "o"} | changes))
+        return generate.source_of(config)[0].chat_template
+
+    assert template() == "{{ messages[0].content }}"
+    assert template(model=model) == "plain"
+    assert template(chat_template="chatml") == "chatml"
+    assert template(chat_template=str(file)) == "{{ messages[-1].content }}"
 
 
 def test_a_dead_rate_outside_its_range_is_refused():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cascade_model.commit import Folder
+from cascade_model.config import EngineConfig
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.model import Transformer
 from cascade_model.sampling import SamplingParams
@@ -233,3 +234,38 @@ def test_an_input_that_changed_while_the_job_ran_is_named(tmp_path, model, promp
     with pytest.raises(InputError, match="changed while the job ran"):
         answerer.answer(parts[0])
     assert Folder(tmp_path / "out").list() == ["job.json"]
+
+
+def test_completions_go_to_a_store_and_come_out_as_they_do_locally(
+    tmp_path, model, prompts, s3_url
+):
+    parts, _ = plan([prompts], 5)
+    here, there = worker(model, tmp_path / "out"), worker(model, s3_url)
+    local = [here.answer(part) for part in parts]
+    stored = [there.answer(part) for part in parts]
+    for one, other in zip(local, stored, strict=True):
+        assert one.file["sha256"] == other.file["sha256"]
+        assert other.file["object"] != other.file["name"]  # an attempt's own name
+        data = Folder(s3_url).read_bytes(other.file["name"])
+        assert data == (tmp_path / "out" / one.file["name"]).read_bytes()
+    again = worker(model, s3_url)
+    assert [again.answer(part) for part in parts] == stored
+    job = {"input_sha256": "i"}
+    told = manifest_of(job, parts, stored)["counts"]
+    assert told == manifest_of(job, parts, local)["counts"]
+
+
+def test_a_part_ends_while_the_next_fills_its_places():
+    def at_once(slots: int, rows: int) -> int:
+        source = ModelSource(model="m", engine=EngineConfig(max_sequences=slots))
+        work = Work(
+            source=source,
+            output="o",
+            columns=Columns(),
+            common=Decoding(params=PARAMS),
+            format="jsonl",
+            rows_per_part=rows,
+        )
+        return work.parts_at_once
+
+    assert [at_once(32, rows) for rows in (1, 8, 32, 64, 1000)] == [33, 5, 2, 2, 2]

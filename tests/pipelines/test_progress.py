@@ -59,3 +59,12 @@ def test_a_round_without_tokens_shows_no_speed():
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (67, "1:07"), (3723, "1:02:03")])
 def test_time_is_written_as_on_a_clock(seconds, text):
     assert clock_text(seconds) == text
+
+
+def test_rows_tell_their_speed_and_those_of_an_earlier_run_do_not_count_for_it():
+    progress = Progress("generate", 1000, io.StringIO(), Clock(), unit="rows")
+    progress.resume(400)
+    assert progress.line(101.0) == "generate  400/1,000 rows  0.0 rows/s  0:00 left"
+    progress.add(tokens=640, count=100)
+    told = "generate  500/1,000 rows  10.0 rows/s  64 tokens/s  0:50 left"
+    assert progress.line(110.0) == told
