@@ -64,7 +64,7 @@ class DeadRow:
 
 
 class DeadRowError(ValueError):
-    """Raised while a row is read; the message is the reason."""
+    """A row that cannot be answered; the message is the reason."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -79,13 +79,14 @@ def read_part(part: Part, columns: Columns, common: Decoding) -> Iterator[Prompt
     for offset, raw in enumerate(raw_rows(part, columns.all)):
         row = part.first_row + offset
         try:
-            yield _prompt(row, raw, columns, common)
+            yield prompt_of(row, raw, columns, common)
         except DeadRowError as error:
             shown = _shown(raw)
             yield DeadRow(row=row, reason=error.reason, input=shown, detail=error.detail)
 
 
-def _prompt(row: int, raw: bytes | dict[str, Any], columns: Columns, common: Decoding) -> Prompt:
+def prompt_of(row: int, raw: bytes | dict[str, Any], columns: Columns, common: Decoding) -> Prompt:
+    """A row, a line of JSON or its cells by name, as a prompt; `DeadRowError` where it is none."""
     values = json_object(raw) if isinstance(raw, bytes) else raw
     if isinstance(values, Dead):
         raise DeadRowError(values.reason)
