@@ -7,7 +7,7 @@
     processor = build_processor(config, preprocess=..., postprocess=...)
     answers = processor(ray.data.read_json("prompts.jsonl"))
 
-After `preprocess` a row has `prompt` (or `messages`), and perhaps `suffix` and `sampling_params`. It
+After `preprocess` a row has `prompt` or `messages`, and perhaps `suffix` and `sampling_params`. It
 gains `generated_text`, `num_generated_tokens`, `passes`, `finish_reason` and `seed`, which is the
 row's own, or made of the job's and of what the row asks: equal rows get equal answers. None of it
 needs vllm. It is a step of a dataflow of yours: what makes `cascade generate` exactly-once, the
