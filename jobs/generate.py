@@ -161,8 +161,9 @@ def answer_all(
     progress = Progress("generate", sum(size.values()), unit="rows")
     progress.resume(sum(size[record.index] for record in records))
     try:
-        for record in generation.run_on_ray(missing, work, config.num_workers):
+        for record, seconds in generation.run_on_ray(missing, work, config.num_workers):
             records.append(record)
+            progress.began(seconds)
             progress.add(record.num_tokens, size[record.index])
             completions.require_sound(records, parts, config.max_dead_rate, config.output)
     finally:

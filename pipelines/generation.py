@@ -10,6 +10,7 @@ to a dead-letter shard with its reason: rows in = rows out + dead rows.
 import asyncio
 import dataclasses
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,7 @@ class PartWorker:
         except InputError as error:
             # Raised by the first call: a constructor's error reaches nobody as it was.
             self._refusal = error
+        self._ready = time.monotonic()
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Ray Data's face: a batch of parts to their records, both as JSON.
@@ -65,9 +67,11 @@ class PartWorker:
             parts = [Part(**json.loads(text)) for text in batch["part"]]
             records = [await asyncio.to_thread(self.answer, part) for part in parts]
         except InputError as error:
-            return {"record": [""] * count, "refusal": [json.dumps(error.to_data())] * count}
+            refusals = [json.dumps(error.to_data())] * count
+            return {"record": [""] * count, "refusal": refusals, "seconds": [0.0] * count}
         written = [json.dumps(dataclasses.asdict(record)) for record in records]
-        return {"record": written, "refusal": [""] * count}
+        seconds = [time.monotonic() - self._ready] * count
+        return {"record": written, "refusal": [""] * count, "seconds": seconds}
 
     def answer(self, part: Part) -> PartRecord:
         """Answer a part and commit its files, the record last."""
@@ -90,8 +94,11 @@ class PartWorker:
         return commit_part(self._folder, part, work.format, done, dead)
 
 
-def run_on_ray(parts: Sequence[Part], work: Work, num_workers: int) -> Iterator[PartRecord]:
-    """The Ray Data plan: parts -> pool of workers -> records, as they come."""
+def run_on_ray(
+    parts: Sequence[Part], work: Work, num_workers: int
+) -> Iterator[tuple[PartRecord, float]]:
+    """The Ray Data plan: parts -> pool of workers -> records, as they come, each with the seconds
+    since its worker was ready."""
     quiet_ray_data()
     import ray.data
 
@@ -112,4 +119,4 @@ def run_on_ray(parts: Sequence[Part], work: Work, num_workers: int) -> Iterator[
     for row in data.iter_rows():
         if row["refusal"]:
             raise InputError.from_data(json.loads(row["refusal"]))
-        yield PartRecord(**json.loads(row["record"]))
+        yield PartRecord(**json.loads(row["record"])), row["seconds"]

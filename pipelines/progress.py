@@ -34,6 +34,11 @@ class Progress:
         """So many were done by an earlier run: they count, but not for the speed."""
         self._done = self._earlier = count
 
+    def began(self, seconds: float) -> None:
+        """What is done first began so many seconds ago: before that nobody was ready."""
+        if self._done == self._earlier:
+            self._begun = self._clock() - seconds
+
     def add(self, tokens: int = 0, count: int = 1) -> None:
         """A part, or so many rows, are done."""
         self._done += count

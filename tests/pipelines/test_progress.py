@@ -68,3 +68,13 @@ def test_rows_tell_their_speed_and_those_of_an_earlier_run_do_not_count_for_it()
     progress.add(tokens=640, count=100)
     told = "generate  500/1,000 rows  10.0 rows/s  64 tokens/s  0:50 left"
     assert progress.line(110.0) == told
+
+
+def test_the_time_in_which_nobody_was_ready_is_no_part_of_the_speed():
+    clock = Clock()
+    progress = Progress("generate", 100, io.StringIO(), clock, unit="rows")
+    clock.now += 60
+    for _ in range(2):
+        progress.began(5.0)  # the first one tells
+        progress.add(tokens=50, count=10)
+    assert progress.line(clock.now) == "generate  20/100 rows  4.0 rows/s  20 tokens/s  0:20 left"
