@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup demo smollm2 smollm2-parent smollm2-long test lint clean \
   bench-data bench-train bench-train-gpu bench-sampler bench-text bench-peer bench-conversion \
-  faults-train faults-data faults-serve serve-scaling lm-eval openai-clients
+  bench-generate faults-train faults-data faults-serve faults-generate serve-scaling lm-eval openai-clients
 setup: $(VENV)/.stamp
 
 # torch first, and from PyTorch's CPU index where there is neither a GPU nor a CPU build at hand:
@@ -61,7 +61,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 # Each prints a table and writes build/bench/X.json or build/faults/X.json; see tests/benchmarks/README.md.
-bench-train bench-sampler: bench-%: setup
+bench-train bench-sampler bench-generate: bench-%: setup
 	$(BIN)/python -m tests.benchmarks.$*
 
 # On a machine with a GPU; elsewhere it refuses.
@@ -119,6 +119,10 @@ openai-clients: setup
 faults-serve: N ?= 10
 faults-serve: setup
 	$(BIN)/python -m tests.benchmarks.faults_serve $(N)
+
+faults-generate: N ?= 20
+faults-generate: setup
+	$(BIN)/python -m tests.benchmarks.faults_generate $(N)
 
 # The transcript of an endpoint that is scaled up, to zero and back.
 serve-scaling: setup

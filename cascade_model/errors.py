@@ -55,6 +55,12 @@ def shared(error: Kind) -> Kind:
     return error
 
 
+class Unavailable(Unfinished):
+    """A service that does not answer now; what was made stays, and the job can go on later."""
+
+    exit_code = 75
+
+
 def of_store(error: Exception) -> Unfinished | None:
     """What a store's client raised, as a sentence; none for any other error.
 

@@ -209,12 +209,13 @@ class LLM:
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams],
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | Sequence[Sequence[str]] = (),
         n: int = 1,
         *,
         suffix: str | Sequence[Prompt | None] | None = None,
     ) -> Generator[Answer, None, None]:
-        """Completions as they become whole, all of them decoding together."""
+        """Completions as they become whole, all of them decoding together; `stop` holds texts for
+        all, or a list of them for each prompt."""
         requests = list(zip(prompts, _one_each(suffix, prompts), strict=True))
 
         def tokens_of(request: tuple[Prompt, Prompt | None], own: SamplingParams) -> Request:
@@ -268,7 +269,7 @@ class LLM:
         tokens_of: Callable[[Any, SamplingParams], Request],
         requests: Sequence[Any],
         params: SamplingParams | Sequence[SamplingParams],
-        stop: Sequence[str],
+        stop: Sequence[str] | Sequence[Sequence[str]],
         n: int,
     ) -> Generator[Answer, None, None]:
         """Submit `n` choices of every request, and give each as soon as it is whole."""
@@ -283,6 +284,7 @@ class LLM:
             f"params has {len(each)} settings for {len(requests)} prompts; give one for all, or "
             "one a prompt",
         )
+        stops = _stops_each(stop, len(requests))
         events: queue.SimpleQueue[tuple[Key, Event]] = queue.SimpleQueue()
         tickets: dict[Key, Ticket] = {}
         texts: dict[Key, TextStream] = {}
@@ -304,7 +306,7 @@ class LLM:
                     except InputError as error:
                         yield Answer(index, choice, error)
                         continue
-                    texts[key], chunks[key] = TextStream(self.tokenizer.decode, stop), []
+                    texts[key], chunks[key] = TextStream(self.tokenizer.decode, stops[index]), []
             while texts:
                 key, event = events.get()
                 if key not in texts:  # decoded on before its end was heard of
@@ -330,6 +332,20 @@ def _require_list(requests: Any) -> None:
         isinstance(requests, Sequence) and not isinstance(requests, str | bytes | Infilling),
         f"the prompts are {repr(requests)[:60]}; give a list of them",
     )
+
+
+def _stops_each(
+    stop: Sequence[str] | Sequence[Sequence[str]], count: int
+) -> Sequence[Sequence[str]]:
+    """The stop texts of each prompt."""
+    is_each = not isinstance(stop, str) and bool(stop)
+    if not is_each or not all(isinstance(own, list | tuple) for own in stop):
+        return [stop] * count  # type: ignore[list-item]
+    check(
+        len(stop) == count,
+        f"stop has {len(stop)} lists for {count} prompts; give texts for all, or a list a prompt",
+    )
+    return stop
 
 
 def _one_each(

@@ -103,7 +103,8 @@ _START = {
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:
-    """Read, add the special rows, write the model folder; returns a summary."""
+    """Read, add the special rows, write the model folder with the source's chat template; returns a
+    summary."""
     from cascade_model.commit import require_writable
     from cascade_model.networks import network_with
     from cascade_model.weights import save_model

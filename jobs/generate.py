@@ -1,224 +1,183 @@
-"""generate: a file of prompts -> completions, each exactly once, on Ray Data."""
+"""generate: prompts -> completions, each exactly once, on Ray Data."""
 
+import hashlib
 import json
-import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from cascade_model.config import EngineConfig
 from cascade_model.errors import InputError, Unfinished
-from cascade_model.sampling import SamplingParams
-from cascade_model.settings import check, to_dict
+from cascade_model.own_template import own_template
 from jobs.cli import command
+from jobs.generate_settings import GenerateConfig, job_identity
 from jobs.launch import absolute
 from pipelines.cluster import cores, require_resources, start_ray
 
 if TYPE_CHECKING:
     from cascade_model.commit import Folder
-    from pipelines.generation import PartRecord
-    from pipelines.prompts import Columns, Part
+    from pipelines.answers import Source
+    from pipelines.completions import PartRecord
+    from pipelines.generation import Work
+    from pipelines.prompts import Part
 
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Complete every prompt of a file, exactly once; run it again to go on after a stop."""
-
-    model: str
-    """Model folder (weights, config, tokenizer, manifest)."""
-    input: str
-    """JSONL or Parquet file of prompts, a folder of them, or an fsspec URL."""
-    output: str
-    """Folder or fsspec URL for the completions."""
-    prompt_column: str = "prompt"
-    """Column with the text to continue."""
-    messages_column: str = "messages"
-    """Column with a chat, used where the prompt column is missing."""
-    suffix_column: str = "suffix"
-    """Column with what follows the completion, for a model that was trained to fill holes
-    (infill=psm); it may be missing."""
-    id_column: str = "id"
-    """Column that is carried along; where it is missing, the row's number."""
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    """Decoding settings; each row's seed is derived from sampling.seed and the row's number."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a completion; they are not part of it."""
-    format: Literal["jsonl", "parquet"] = "jsonl"
-    """Format of the output shards."""
-    rows_per_shard: int = 64
-    """Prompts per output shard: the unit of retry."""
-    max_dead_rate: float = 0.01
-    """Share of rows that cannot be answered above which the job stops instead of setting them
-    aside; the same job may go on with another share."""
-    num_workers: int = 1
-    """Actors, each holding the model once."""
-    threads_per_worker: int | None = None
-    """Torch threads of an actor; none: the cores divided by the actors."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    """The decode engine of an actor."""
-
-    def __post_init__(self) -> None:
-        for name in ("rows_per_shard", "num_workers"):
-            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        check(
-            0.0 <= self.max_dead_rate <= 1.0,
-            f"max_dead_rate={self.max_dead_rate} must be in 0..1; use 0.01",
-        )
-        seconds = self.sampling.deadline_seconds
-        check(
-            seconds is None,
-            f"sampling.deadline_seconds={seconds} lets the clock decide, and a shard that is made "
-            "again must have the same bytes; use sampling.max_steps",
-        )
-        for name in ("logprobs", "report_margin"):
-            value = getattr(self.sampling, name)
-            check(
-                value is None or value is False,
-                f"sampling.{name}={value} is not written to the output; leave it out",
-            )
-        threads = self.threads_per_worker
-        check(
-            threads is None or threads >= 1,
-            f"threads_per_worker={threads} must be at least 1, or left out",
-        )
+KEY_VARIABLE = "CASCADE_API_KEY"
+"""Holds the key of an endpoint; it stands in no file and no log."""
 
 
 def run(config: GenerateConfig) -> dict[str, Any]:
     """Answer what is not answered yet, then write the manifest; returns its counts."""
     from cascade_model.commit import Folder, require_writable
-    from cascade_model.weights import weights_digest
-    from pipelines import generation
+    from pipelines import completions
+    from pipelines.prompt_input import input_urls
     from pipelines.prompts import plan, require_columns
 
     require_writable(config.output)
-    urls = input_urls(config.input)
-    weights = weights_digest(config.model)
+    urls = input_urls(config.input, config.split, config.subset)
+    source, answerer = source_of(config)
     parts, input_sha256 = plan(urls, config.rows_per_shard)
-    require_columns(urls, columns_of(config))
-    job = job_identity(config, weights, input_sha256)
+    require_columns(urls, config.prompt_column, config.messages_column)
+    job = job_identity(config, answerer, input_sha256)
     folder = Folder(config.output)
-    was_there, is_new = folder.is_there(), generation.claim(folder, job)
-    if folder.exists(generation.MANIFEST):
-        manifest = json.loads(folder.read_bytes(generation.MANIFEST))
+    was_there, is_new = folder.is_there(), completions.claim(folder, job)
+    if folder.exists(completions.MANIFEST):
+        manifest = json.loads(folder.read_bytes(completions.MANIFEST))
         counts = ", ".join(f"{value} {name}" for name, value in manifest["counts"].items())
         print(f"{config.output} is finished already: {counts}")
         return manifest["counts"]
     try:
-        records = answer_all(config, folder, parts)
+        records = answer_all(config, work_of(config, source), folder, parts)
     except Unfinished:
         raise
     except InputError:
         if is_new:
-            generation.take_back(folder, parts, config.format)
+            completions.take_back(folder, parts, config.format)
             if not was_there:
                 folder.remove_if_empty()
         raise
-    manifest = generation.manifest_of(job, parts, records)
-    folder.publish(generation.MANIFEST, json.dumps(manifest, indent=1).encode())
+    manifest = completions.manifest_of(job, parts, records)
+    folder.publish(completions.MANIFEST, json.dumps(manifest, indent=1).encode())
     show_counts(manifest["counts"], config.output)
     return manifest["counts"]
 
 
-def answer_all(config: GenerateConfig, folder: "Folder", parts: "list[Part]") -> "list[PartRecord]":
-    """The records of all parts; those that are there already are not made again."""
-    from pipelines import generation
+def source_of(config: GenerateConfig) -> "tuple[Source, dict[str, Any]]":
+    """Who answers, and what of that belongs to the job's identity."""
+    if config.endpoint:
+        return _endpoint(config)
+    from cascade_model.weights import weights_digest
+    from pipelines.model_answers import ModelSource
 
-    began = time.perf_counter()
-    found = [generation.read_record(folder, part, config.format) for part in parts]
-    records = [record for record in found if record is not None]
-    missing = [part for part, record in zip(parts, found, strict=True) if record is None]
-    generation.require_sound(records, parts, config.max_dead_rate, config.output)
-    if not missing:
-        return records
-    threads = config.threads_per_worker or max(1, cores() // config.num_workers)
-    workers = min(config.num_workers, len(missing))
-    start_ray(num_cpus=threads * workers)
-    require_resources(
-        threads * workers,
-        config.engine.num_gpus * workers,
-        f"num_workers={config.num_workers} with {threads} threads each on {config.engine.device}",
-        "use fewer workers or threads_per_worker, or engine.device=cpu",
+    weights = weights_digest(config.model)
+    template = _template_text(config)
+    source = ModelSource(
+        model=absolute(config.model),
+        chat_template=template,
+        threads=config.threads_per_worker or max(1, cores() // config.num_workers),
+        engine=config.engine,
     )
-    settings = worker_settings(config, threads)
-    for record in generation.run_on_ray(missing, settings, config.num_workers):
-        records.append(record)
-        show_progress(records, parts, time.perf_counter() - began)
-        generation.require_sound(records, parts, config.max_dead_rate, config.output)
-    return records
+    return source, {
+        "weights_sha256": weights,
+        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        "engine": {name: getattr(config.engine, name) for name in ("precision", "device")},
+    }
 
 
-def input_urls(source: str) -> list[str]:
-    """The input's files in the order of their names."""
-    import fsspec
+def _endpoint(config: GenerateConfig) -> "tuple[Source, dict[str, Any]]":
+    from pipelines.endpoint_answers import EndpointSource, found
 
+    asked = EndpointSource(
+        url=config.endpoint,
+        model_name=config.model_name,
+        key=os.environ.get(KEY_VARIABLE) or None,
+        in_flight=config.requests_in_flight,
+        patience_seconds=config.patience_seconds,
+    )
+    source = found(asked)
+    return source, {"model_name": source.model_name, "fingerprint": source.fingerprint}
+
+
+def _template_text(config: GenerateConfig) -> str:
+    """The template's text or the name of one that is built in; a file is read here, as a worker may
+    be elsewhere."""
+    given = config.chat_template or own_template(config.model) or "plain"
+    if "{" in given or not Path(given).is_file():
+        return given
     try:
-        system, path = fsspec.core.url_to_fs(source)
-    except (ValueError, ImportError) as error:
+        return Path(given).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"input={source} cannot be opened ({error}); use a local path or an fsspec URL"
+            f"chat_template={given} cannot be read ({type(error).__name__}); check the file"
         ) from None
-    if not system.exists(path):
-        raise InputError(f"input={source} does not exist; give a JSONL or Parquet file of prompts")
-    if system.isfile(path):
-        return [source]
-    found = sorted(system.glob(f"{path}/*.jsonl") + system.glob(f"{path}/*.parquet"))
-    if not found:
-        raise InputError(
-            f"input={source} holds no *.jsonl and no *.parquet; give a file of prompts"
-        )
-    return [system.unstrip_protocol(str(name)) for name in found]
 
 
-def job_identity(config: GenerateConfig, weights: str, input_sha256: str) -> dict[str, Any]:
-    """What the completions depend on; an output folder belongs to one such job."""
-    same_answer = {"model", "input", "output", "num_workers", "threads_per_worker", "max_dead_rate"}
-    settings = {key: value for key, value in to_dict(config).items() if key not in same_answer}
-    settings["engine"] = {name: getattr(config.engine, name) for name in ("precision", "device")}
-    # Through JSON, so that it compares equal to what is read back.
-    return json.loads(
-        json.dumps({**settings, "weights_sha256": weights, "input_sha256": input_sha256})
-    )
+def work_of(config: GenerateConfig, source: "Source") -> "Work":
+    """What the workers are told."""
+    from pipelines.generation import Work
+    from pipelines.prompt_rows import Columns
+    from pipelines.row_settings import Decoding
 
-
-def columns_of(config: GenerateConfig) -> "Columns":
-    """The input's columns by their use."""
-    from pipelines.prompts import Columns
-
-    return Columns(
+    columns = Columns(
         prompt=config.prompt_column,
         messages=config.messages_column,
         suffix=config.suffix_column,
         id=config.id_column,
+        params=config.params_column,
+        settings=config.setting_columns,
+    )
+    return Work(
+        source=source,
+        output=absolute(config.output),
+        columns=columns,
+        common=Decoding(params=config.sampling, stop=config.stop),
+        format=config.format,
+        rows_per_part=config.rows_per_shard,
     )
 
 
-def worker_settings(config: GenerateConfig, threads: int) -> dict[str, Any]:
-    """The arguments of `PartWorker`."""
-    return {
-        "model": absolute(config.model),
-        "output": absolute(config.output),
-        "params": config.sampling,
-        "columns": columns_of(config),
-        "format": config.format,
-        "threads": threads,
-        "stop": config.stop,
-        "engine": config.engine,
-    }
+def answer_all(
+    config: GenerateConfig, work: "Work", folder: "Folder", parts: "list[Part]"
+) -> "list[PartRecord]":
+    """The records of all parts; those that are there already are not made again."""
+    from pipelines import completions, generation
+    from pipelines.progress import Progress
 
-
-def show_progress(records: list[Any], parts: list[Any], seconds: float) -> None:
-    """One line a finished part."""
-    rows = sum(record.rows for record in records)
-    total = sum(part.num_rows for part in parts)
-    print(f"{rows}/{total} rows, {len(records)}/{len(parts)} shards, {seconds:.0f} s", flush=True)
+    found = [completions.read_record(folder, part, config.format) for part in parts]
+    records = [record for record in found if record is not None]
+    missing = [part for part, record in zip(parts, found, strict=True) if record is None]
+    completions.require_sound(records, parts, config.max_dead_rate, config.output)
+    if not missing:
+        return records
+    workers = min(config.num_workers, len(missing))
+    cpus, gpus = work.source.num_cpus * workers, work.source.num_gpus * workers
+    start_ray(num_cpus=int(cpus))
+    require_resources(
+        cpus,
+        gpus,
+        f"num_workers={config.num_workers} with {work.source.num_cpus:g} threads each on "
+        f"{config.engine.device}",
+        "use fewer workers or threads_per_worker, or engine.device=cpu",
+    )
+    size = {part.index: part.num_rows for part in parts}
+    progress = Progress("generate", sum(size.values()), unit="rows")
+    progress.resume(sum(size[record.index] for record in records))
+    try:
+        for record, seconds in generation.run_on_ray(missing, work, config.num_workers):
+            records.append(record)
+            progress.began(seconds)
+            progress.add(record.num_tokens, size[record.index])
+            completions.require_sound(records, parts, config.max_dead_rate, config.output)
+    finally:
+        progress.close()
+    return records
 
 
 def show_counts(counts: dict[str, Any], output: str) -> None:
     """The result in one line."""
-    per_forward = counts["num_tokens"] / max(counts["passes"], 1)
+    passes = counts["passes"]
+    speed = f"{counts['num_tokens'] / passes:.2f} tokens per forward pass; " if passes else ""
     print(
         f"{counts['rows_in']} rows in, {counts['rows_out']} completions, "
-        f"{counts['rows_dead']} dead {counts['dead_by_reason'] or ''}; "
-        f"{per_forward:.2f} tokens per forward pass; {output}"
+        f"{counts['rows_dead']} dead {counts['dead_by_reason'] or ''}; {speed}{output}"
     )
 
 

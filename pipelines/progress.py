@@ -11,7 +11,7 @@ LIVE_SECONDS = 0.2
 
 
 class Progress:
-    """Parts done of a round, with tokens per second and the time that is left."""
+    """Parts or rows done of a job, with their speed, tokens per second and the time left."""
 
     def __init__(
         self,
@@ -19,17 +19,29 @@ class Progress:
         total: int,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        unit: str = "parts",
     ) -> None:
+        """`unit` is what is counted; where it is no parts, its speed is told too."""
         self._label, self._total = label, total
         self._stream = stream if stream is not None else sys.stderr
         self._is_live = self._stream.isatty()
         self._clock = clock
         self._begun = self._shown = clock()
-        self._done = self._tokens = 0
+        self._unit = unit
+        self._done = self._tokens = self._earlier = 0
 
-    def add(self, tokens: int = 0) -> None:
-        """A part is done."""
-        self._done += 1
+    def resume(self, count: int) -> None:
+        """So many were done by an earlier run: they count, but not for the speed."""
+        self._done = self._earlier = count
+
+    def began(self, seconds: float) -> None:
+        """What is done first began so many seconds ago: before that nobody was ready."""
+        if self._done == self._earlier:
+            self._begun = self._clock() - seconds
+
+    def add(self, tokens: int = 0, count: int = 1) -> None:
+        """A part, or so many rows, are done."""
+        self._done += count
         self._tokens += tokens
         now = self._clock()
         if now - self._shown >= (LIVE_SECONDS if self._is_live else QUIET_SECONDS):
@@ -44,9 +56,12 @@ class Progress:
     def line(self, now: float) -> str:
         """The state as text."""
         seconds = max(now - self._begun, 1e-9)
-        left = seconds / self._done * (self._total - self._done) if self._done else 0.0
-        speed = f"  {self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
-        return f"{self._label}  {self._done}/{self._total} parts{speed}  {clock_text(left)} left"
+        made = self._done - self._earlier
+        left = seconds / made * (self._total - self._done) if made else 0.0
+        speed = f"  {made / seconds:,.1f} {self._unit}/s" if self._unit != "parts" else ""
+        speed += f"  {self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
+        counted = f"{self._done:,}/{self._total:,} {self._unit}"
+        return f"{self._label}  {counted}{speed}  {clock_text(left)} left"
 
     def _write(self, text: str) -> None:
         self._stream.write(f"\r\x1b[2K{text}" if self._is_live else f"{text}\n")

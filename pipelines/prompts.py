@@ -1,34 +1,28 @@
-"""Files of prompts, cut into parts that can be read alone; broken rows come out with a reason."""
+"""Files of prompts, cut into parts that can be read alone.
+
+JSONL is cut at bytes, Parquet at rows, Arrow (and with it a Hugging Face dataset) at record
+batches.
+"""
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cascade_model.errors import InputError
 from pipelines.documents import BYTE_ORDER_MARK, json_object
-from pipelines.pieces import EXCERPT, Dead, compression_of, is_sound, open_source, whole
-from pipelines.tables import cells
+from pipelines.pieces import Piece, compression_of, open_arrow, open_source, whole
+from pipelines.tables import arrow_kind, cells, table_rows
 
+ARROW = (".arrow", ".arrows", ".ipc", ".feather")
 _PROBED = 100
 """Rows at the head of a JSONL file in which one of the columns must be."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Columns:
-    """Names of the input's columns."""
-
-    prompt: str = "prompt"
-    """Text to continue."""
-    messages: str = "messages"
-    """A chat ([{role, content}, ...]); used where the prompt column is missing."""
-    suffix: str = "suffix"
-    """Text that follows the completion of a prompt; may be missing."""
-    id: str = "id"
-    """Carried to the output; where it is missing, the row's number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,31 +34,10 @@ class Part:
     first_row: int
     num_rows: int
     start: int
-    """JSONL: byte where the part begins. Parquet: row within the file."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """One row to answer."""
-
-    row: int
-    id: str
-    text: str
-    suffix: str | None = None
-    """What follows the completion."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DeadRow:
-    """One row that cannot be answered, with the beginning of what it held."""
-
-    row: int
-    reason: str
-    input: str
-
-
-class DeadRowError(ValueError):
-    """Raised while a row is read; the message is the reason."""
+    """JSONL: byte where the part begins. Parquet: row within the file. Arrow: where the record
+    batch with its first row begins, a number in a file, a byte in a stream."""
+    skip: int = 0
+    """Arrow: rows of that batch before the first one."""
 
 
 def plan(urls: Sequence[str], rows_per_part: int) -> tuple[list[Part], str]:
@@ -73,56 +46,112 @@ def plan(urls: Sequence[str], rows_per_part: int) -> tuple[list[Part], str]:
     seen, row = hashlib.sha256(), 0
     for url in urls:
         starts, count = _scan(url, rows_per_part, seen)
-        for number, start in enumerate(starts):
+        for number, (start, skip) in enumerate(starts):
             size = min(rows_per_part, count - number * rows_per_part)
-            parts.append(Part(index=len(parts), url=url, first_row=row, num_rows=size, start=start))
+            parts.append(
+                Part(
+                    index=len(parts),
+                    url=url,
+                    first_row=row,
+                    num_rows=size,
+                    start=start,
+                    skip=skip,
+                )
+            )
             row += size
     if not parts:
         raise InputError(f"input={', '.join(urls)} holds no rows; give a file with prompts")
     return parts, seen.hexdigest()
 
 
-def _scan(url: str, rows_per_part: int, seen: Any) -> tuple[list[int], int]:
-    """Where each part of a file begins, and the file's number of rows; its bytes go to `seen`."""
+def is_parquet(url: str) -> bool:
+    """Parquet by its name."""
+    return url.endswith(".parquet")
+
+
+def is_arrow(url: str) -> bool:
+    """Arrow by its name; what is neither Arrow nor Parquet is JSONL."""
+    return url.endswith(ARROW)
+
+
+def _scan(url: str, rows_per_part: int, seen: Any) -> tuple[list[tuple[int, int]], int]:
+    """Where each part of a file begins (`Part.start`, `skip`), and the file's number of rows; its
+    bytes go to `seen`."""
     if compression_of(url):
         raise InputError(f"input={url} is compressed; unpack it, so that it can be cut into parts")
-    with open_source(url) as file:
-        if is_parquet(url):
+    if is_parquet(url) or is_arrow(url):
+        with open_source(url) as file:
             while piece := file.read(1 << 20):
                 seen.update(piece)
-            file.seek(0)
-            with whole(url, "Parquet file"):
-                count = pq.ParquetFile(file).metadata.num_rows
-            return list(range(0, count, rows_per_part)), count
-        starts, count, place = [], 0, 0
+        return (_cut_parquet if is_parquet(url) else _cut_arrow)(url, rows_per_part)
+    starts, count, place = [], 0, 0
+    with open_source(url) as file:
         for line in file:
             seen.update(line)
             if _content(line, place):
                 if count % rows_per_part == 0:
-                    starts.append(place)
+                    starts.append((place, 0))
                 count += 1
             place += len(line)
-        return starts, count
+    return starts, count
 
 
-def is_parquet(url: str) -> bool:
-    """Parquet by its name; everything else is JSONL."""
-    return url.endswith(".parquet")
+def _cut_parquet(url: str, rows_per_part: int) -> tuple[list[tuple[int, int]], int]:
+    with open_source(url) as file, whole(url, "Parquet file"):
+        count = pq.ParquetFile(file).metadata.num_rows
+    return [(start, 0) for start in range(0, count, rows_per_part)], count
 
 
-def require_columns(urls: Sequence[str], columns: Columns) -> None:
+def _cut_arrow(url: str, rows_per_part: int) -> tuple[list[tuple[int, int]], int]:
+    batches = [(start, rows) for start, rows in _arrow_batches(url) if rows]
+    ends = list(itertools.accumulate(rows for _, rows in batches))
+    count = ends[-1] if ends else 0
+    starts = []
+    for row in range(0, count, rows_per_part):
+        place = bisect_right(ends, row)
+        start, rows = batches[place]
+        starts.append((start, row - (ends[place] - rows)))
+    return starts, count
+
+
+def _arrow_batches(url: str) -> list[tuple[int, int]]:
+    """Where each record batch begins, and its number of rows. A stream with dictionaries counts as
+    one batch, as each needs those before it."""
+    with whole(url, "Arrow file"), open_arrow(url) as file:
+        if arrow_kind(url) == "arrow_file":
+            reader = pa.ipc.open_file(file)
+            return [(i, reader.get_batch(i).num_rows) for i in range(reader.num_record_batches)]
+        schema, found = pa.ipc.read_schema(file), []
+        while True:
+            start = file.tell()
+            try:
+                message = pa.ipc.read_message(file)
+            except EOFError:
+                return found
+            if message.type != "record batch":
+                file.seek(0)
+                return [(0, sum(batch.num_rows for batch in pa.ipc.open_stream(file)))]
+            found.append((start, pa.ipc.read_record_batch(message, schema).num_rows))
+
+
+def require_columns(urls: Sequence[str], prompt: str, messages: str) -> None:
     """Raise `InputError`, naming the columns that are there, for a file without the right ones."""
     for url in urls:
         names = _column_names(url)
-        if names and not {columns.prompt, columns.messages} & set(names):
+        if names and not {prompt, messages} & set(names):
             raise InputError(
-                f"prompt_column={columns.prompt} and messages_column={columns.messages} are not in "
-                f"{url}, which has {names}; name one of these"
+                f"prompt_column={prompt} and messages_column={messages} are not in {url}, which "
+                f"has {names}; name one of these"
             )
 
 
 def _column_names(url: str) -> list[str]:
-    """Columns of a Parquet file, or of the first rows of a JSONL file; none if none can be read."""
+    """Columns of a table, or of the first rows of a JSONL file; none if none can be read."""
+    if is_arrow(url):
+        with whole(url, "Arrow file"), open_arrow(url) as file:
+            if arrow_kind(url) == "arrow_file":
+                return pa.ipc.open_file(file).schema.names
+            return pa.ipc.read_schema(file).names
     with open_source(url) as file:
         if is_parquet(url):
             with whole(url, "Parquet file"):
@@ -132,22 +161,12 @@ def _column_names(url: str) -> list[str]:
         return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
 
 
-def read_part(
-    part: Part, columns: Columns, chat: Callable[[Any], str]
-) -> Iterator[Prompt | DeadRow]:
-    """The part's rows in order; a broken one comes as a `DeadRow`.
-
-    `InputError` when the file is no longer what was planned.
-    """
-    for offset, raw in enumerate(_raw_rows(part, columns)):
-        row = part.first_row + offset
-        try:
-            yield _prompt(row, raw, columns, chat)
-        except DeadRowError as error:
-            yield DeadRow(row=row, reason=str(error), input=_shown(raw))
-
-
-def _raw_rows(part: Part, columns: Columns) -> Iterator[bytes | dict[str, Any]]:
+def raw_rows(part: Part, columns: Collection[str]) -> Iterator[bytes | dict[str, Any]]:
+    """The part's rows as they stand: a JSONL line without white space, or a table's cells of those
+    columns that are there (`Dead` for a text that is none)."""
+    if is_arrow(part.url):
+        yield from _arrow_rows(part, columns)
+        return
     with open_source(part.url) as file:
         if is_parquet(part.url):
             with whole(part.url, "Parquet file"):
@@ -169,11 +188,10 @@ def _content(line: bytes, place: int) -> bytes:
     return (line if place else line.removeprefix(BYTE_ORDER_MARK)).strip()
 
 
-def _parquet_rows(file: Any, part: Part, columns: Columns) -> Iterator[dict[str, Any]]:
-    """The part's rows; only the columns and the row groups that hold them are read."""
+def _parquet_rows(file: Any, part: Part, columns: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Only the columns and the row groups that hold them are read."""
     parquet, place = pq.ParquetFile(file), 0
-    wanted = {columns.prompt, columns.messages, columns.suffix, columns.id}
-    names = [name for name in parquet.schema_arrow.names if name in wanted]
+    names = [name for name in parquet.schema_arrow.names if name in columns]
     for group in range(parquet.num_row_groups):
         size = parquet.metadata.row_group(group).num_rows
         low, high = max(part.start - place, 0), min(part.start + part.num_rows - place, size)
@@ -185,55 +203,17 @@ def _parquet_rows(file: Any, part: Part, columns: Columns) -> Iterator[dict[str,
         place += size
 
 
-def _prompt(
-    row: int, raw: bytes | dict[str, Any], columns: Columns, chat: Callable[[Any], str]
-) -> Prompt:
-    values = json_object(raw) if isinstance(raw, bytes) else raw
-    if isinstance(values, Dead):
-        raise DeadRowError(values.reason)
-    text, messages, suffix, given = (
-        _alive(values.get(name))
-        for name in (columns.prompt, columns.messages, columns.suffix, columns.id)
+def _arrow_rows(part: Part, columns: Collection[str]) -> Iterator[dict[str, Any]]:
+    """From the batch with the first row on, no further than the last."""
+    there = {name: name for name in _column_names(part.url) if name in columns}
+    behind = Piece(
+        path=part.url,
+        url=part.url,
+        format=arrow_kind(part.url),
+        start=part.start,
+        stop=sys.maxsize,
+        bytes=0,
     )
-    if text is None and messages is not None:
-        if suffix:
-            raise DeadRowError("suffix_of_a_chat")
-        text = _chat_text(messages, chat)
-    if text is None:
-        raise DeadRowError("missing_prompt")
-    if not isinstance(text, str):
-        raise DeadRowError("prompt_is_no_string")
-    if not isinstance(suffix, str | None):
-        raise DeadRowError("suffix_is_no_string")
-    if not text and not suffix:
-        raise DeadRowError("empty_prompt")
-    name = str(row if given is None else given)
-    if not all(map(is_sound, (text, suffix or "", name))):
-        raise DeadRowError("lone_surrogate")
-    return Prompt(row=row, id=name, text=text, suffix=suffix)
-
-
-def _alive(value: Any) -> Any:
-    if isinstance(value, Dead):
-        raise DeadRowError(value.reason)
-    return value
-
-
-def _chat_text(messages: Any, chat: Callable[[Any], str]) -> str:
-    is_chat = isinstance(messages, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in messages
-    )
-    if not is_chat or not messages:
-        raise DeadRowError("broken_messages")
-    try:
-        return chat(messages)
-    except InputError:
-        raise DeadRowError("chat_template_fails") from None
-
-
-def _shown(raw: bytes | dict[str, Any]) -> str:
-    text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else repr(raw)
-    return text[:EXCERPT]
+    rows = table_rows(behind, {**there})
+    for _, values in itertools.islice(rows, part.skip, part.skip + part.num_rows):
+        yield values

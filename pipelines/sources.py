@@ -165,10 +165,13 @@ def _list_files(
     if info["type"] != "directory":
         kind = source.format if source.format != "auto" else _format_of(str(root)) or "text"
         return [_file(fs, given, str(root), kind)]
-    if source.format == "hf" or (source.format == "auto" and _is_dataset(fs, str(root))):
+    if source.format == "hf" or (source.format == "auto" and is_dataset(fs, str(root))):
         return [
             _file(fs, posixpath.join(given, name), posixpath.join(str(root), name), "hf")
-            for name in _dataset_files(fs, str(root), given, label)
+            for names in dataset_files(
+                fs, str(root), f"{label}.paths names {given}", f" or set {label}.format"
+            ).values()
+            for name in names
         ]
     exclude = source.exclude + (_STDLIB_EXCLUDE if is_stdlib else ())
     names = sorted(_walk(fs, str(root), exclude, output))
@@ -212,29 +215,34 @@ def _walk(fs: Any, root: str, exclude: tuple[str, ...], output: str | None) -> I
         yield from (prefix + n for n in files if not _matches(prefix + n, exclude))
 
 
-def _is_dataset(fs: Any, root: str) -> bool:
+def is_dataset(fs: Any, root: str) -> bool:
+    """Whether a folder was written by datasets' save_to_disk."""
     return any(fs.exists(posixpath.join(root, n)) for n in ("state.json", "dataset_dict.json"))
 
 
-def _dataset_files(fs: Any, root: str, given: str, label: str) -> list[str]:
-    """Arrow files of a folder written by save_to_disk, a DatasetDict's splits in their order."""
+def dataset_files(fs: Any, root: str, where: str, or_else: str = "") -> dict[str, list[str]]:
+    """Arrow files of a folder written by save_to_disk, by split in the order of a DatasetDict; ""
+    where there are no splits. `where` begins the sentence of a refusal, `or_else` ends it."""
     try:
         if fs.exists(posixpath.join(root, "dataset_dict.json")):
             splits = json.loads(fs.cat_file(posixpath.join(root, "dataset_dict.json")))["splits"]
-            return [
-                f"{split}/{name}"
+            return {
+                split: [f"{split}/{name}" for name in _split_files(fs, posixpath.join(root, split))]
                 for split in map(_own_name, splits)
-                for name in _dataset_files(fs, posixpath.join(root, split), given, label)
-            ]
-        state = json.loads(fs.cat_file(posixpath.join(root, "state.json")))
-        if state.get("_indices_data_files") or state.get("_indices_files"):
-            raise ValueError("rows are chosen by a file of indices, which is not read")
-        return [_own_name(entry["filename"]) for entry in state["_data_files"]]
+            }
+        return {"": _split_files(fs, root)}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise InputError(
-            f"{label}.paths names {given}, which is no dataset folder (no sound state.json); write "
-            f"it with datasets' save_to_disk or set {label}.format"
+            f"{where}, which is no dataset folder (no sound state.json); write it with datasets' "
+            f"save_to_disk{or_else}"
         ) from None
+
+
+def _split_files(fs: Any, root: str) -> list[str]:
+    state = json.loads(fs.cat_file(posixpath.join(root, "state.json")))
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise ValueError("rows are chosen by a file of indices, which is not read")
+    return [_own_name(entry["filename"]) for entry in state["_data_files"]]
 
 
 def _own_name(name: str) -> str:

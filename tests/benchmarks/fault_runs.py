@@ -1,4 +1,4 @@
-"""Runs of `cascade prepare` as processes of their own, and what they leave: for fault tables."""
+"""Runs of a job as processes of their own, and what they leave: for fault tables."""
 
 import hashlib
 import json
@@ -12,6 +12,8 @@ from pathlib import Path
 from cascade_model.commit import Folder
 
 ROOT = Path(__file__).parents[2]
+PREPARE = "tests.benchmarks.fault_points"
+"""The module that runs `cascade prepare` with its points."""
 _TOLD_ANEW = ("report.json", "report.html")
 """They tell a run's times, so no two runs write the same."""
 
@@ -43,10 +45,14 @@ def flags(source: Path | str, output: str | Path, runner: str) -> list[str]:
 
 
 def started(
-    events: Path, target: tuple[str, int], words: Sequence[str], **settings: str
+    events: Path,
+    target: tuple[str, int],
+    words: Sequence[str],
+    module: str = PREPARE,
+    **settings: str,
 ) -> subprocess.Popen:
-    """The job with its points, as a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.fault_points", str(events)]
+    """The job with its points, as a process of its own; `settings` go to its environment."""
+    command = [sys.executable, "-m", module, str(events)]
     command += [target[0], str(target[1]), *words]
     events.mkdir(parents=True, exist_ok=True)
     log = (events.parent / f"{events.name}.log").open("ab")
@@ -61,9 +67,9 @@ def started(
         )
 
 
-def finished(events: Path, words: Sequence[str], **settings: str) -> int:
+def finished(events: Path, words: Sequence[str], module: str = PREPARE, **settings: str) -> int:
     """The exit code of a run that nobody disturbs."""
-    return started(events, ("none", 0), words, **settings).wait(timeout=600)
+    return started(events, ("none", 0), words, module, **settings).wait(timeout=600)
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -324,3 +324,14 @@ def test_an_unknown_setting_is_refused_with_the_flag_that_passes_it(tmp_path, ca
     source = diffusion_checkpoint(tmp_path, "sdar", novel=0.5)
     assert convert.main(["--source", str(source), "--output", str(tmp_path / "out")]) == 2
     assert "--ignore-settings novel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_comes_with_the_model_and_stays_with_it(checkpoint, place):
+    assert own_template(str(convert_to(checkpoint, "without"))) is None
+    text = "{{ messages[0].content }}?"
+    is_file = place.endswith("jinja")
+    (checkpoint / place).write_text(text if is_file else json.dumps({"chat_template": text}))
+    once = convert_to(checkpoint, "once")
+    assert own_template(str(once)) == text
+    assert own_template(str(convert_to(once, "twice", "--block-size", "4"))) == text

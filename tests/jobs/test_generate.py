@@ -1,6 +1,5 @@
 """The batch job: settings, exactly-once output on real Ray Data, resume, refusals."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +8,11 @@ import pytest
 import yaml
 
 from cascade_model.config import EngineConfig
-from cascade_model.errors import CheckpointMismatch, InputError
+from cascade_model.errors import CheckpointMismatch, InputError, Unavailable
 from cascade_model.sampling import SamplingParams
 from jobs import generate
 from jobs.cli import build
-from jobs.generate import GenerateConfig, input_urls, job_identity
+from jobs.generate_settings import GenerateConfig, job_identity
 
 RECIPE = Path(generate.__file__).parent / "recipes/demo/generate.yaml"
 NUM_ROWS = 11
@@ -181,20 +180,24 @@ def test_workers_that_no_machine_can_hold_are_refused_and_leave_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_how_the_work_is_shared_out_is_no_part_of_the_jobs_identity():
-    settings = {"model": "m", "input": "i", "output": "o"}
-    one = GenerateConfig(**settings)
-    two = GenerateConfig(**settings, num_workers=2, threads_per_worker=3, max_dead_rate=0.5)
-    other = GenerateConfig(**settings, stop=("x",))
-    assert job_identity(one, "w", "i") == job_identity(two, "w", "i")
-    assert job_identity(one, "w", "i") != job_identity(other, "w", "i")
-    assert job_identity(one, "w", "i") != job_identity(one, "v", "i")
-    larger, coarser = (
-        dataclasses.replace(one, engine=EngineConfig(**settings))
-        for settings in ({"cache_bytes": 1 << 20}, {"precision": "bfloat16"})
-    )
-    assert job_identity(one, "w", "i") == job_identity(larger, "w", "i")
-    assert job_identity(one, "w", "i") != job_identity(coarser, "w", "i")
+def test_how_the_work_is_shared_out_is_no_part_of_the_jobs_identity(model):
+    settings = {"model": model, "input": "i", "output": "o"}
+
+    def identity(input_sha256="i", **changes):
+        config = GenerateConfig(**(settings | changes))
+        return job_identity(config, generate.source_of(config)[1], input_sha256)
+
+    one = identity()
+    assert identity(num_workers=2, threads_per_worker=3, max_dead_rate=0.5) == one
+    assert identity(engine=EngineConfig(cache_bytes=1 << 20)) == one
+    for change in (
+        {"stop": ("x",)},
+        {"input_sha256": "j"},
+        {"engine": EngineConfig(precision="bfloat16")},
+        {"chat_template": "{{ messages[0].content }}"},
+        {"setting_columns": ("temperature",)},
+    ):
+        assert identity(**change) != one
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path, model, prompts, capsys):
@@ -220,6 +223,67 @@ def test_an_output_that_cannot_be_written_is_one_sentence(model, prompts, capsys
     assert f"output={output} cannot be written" in said(capsys)
 
 
+@pytest.mark.ray
+def test_a_job_at_an_endpoint_writes_what_the_model_writes_and_no_key(
+    tmp_path, model, prompts, ray_local, capsys, monkeypatch
+):
+    from cascade_model.llm import LLM
+    from jobs.routes import build_api
+    from tests.jobs.tiny_endpoint import endpoint
+    from tests.pipelines.http_server import serving
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    monkeypatch.setenv("CASCADE_API_KEY", "right")
+    more = ["--rows-per-shard", "4", "--num-workers", "1"]
+    assert generate.main([*arguments(model, prompts, here), *more]) == 0
+    with LLM.load(model) as llm, serving(build_api(endpoint(llm))) as url:
+        asked = [*arguments(model, prompts, there)[2:], *more, "--endpoint", url]
+        assert generate.main([*asked, "--model-name", "other"]) == 2
+        assert "model_name=other" in said(capsys)
+        assert not there.exists()
+        assert generate.main(asked) == 0
+        for name in ("completions-000000.jsonl", "completions-000002.jsonl", "dead-000001.jsonl"):
+            assert (there / name).read_bytes() == (here / name).read_bytes()
+        job = json.loads((there / "job.json").read_text())
+        assert (job["model_name"], job["fingerprint"]) == ("tiny", "cascade-test")
+        assert not [name for name, data in contents(there).items() if b"right" in data]
+    monkeypatch.delenv("CASCADE_API_KEY")
+    asked += ["--patience-seconds", "0.2"]
+    assert generate.main(asked) == Unavailable.exit_code == 75
+    assert "does not answer (ConnectError" in said(capsys)
+
+
+def test_one_of_model_and_endpoint_is_given():
+    paths = {"input": "i", "output": "o"}
+    with pytest.raises(InputError, match="model=None and endpoint=None: give one"):
+        GenerateConfig(**paths)
+    with pytest.raises(InputError, match="give one of them"):
+        GenerateConfig(**paths, model="m", endpoint="http://x")
+    with pytest.raises(InputError, match="chat_template=plain and endpoint"):
+        GenerateConfig(**paths, endpoint="http://x", chat_template="plain")
+    with pytest.raises(InputError, match="model_name=x is a name at an endpoint"):
+        GenerateConfig(**paths, model="m", model_name="x")
+
+
+def test_the_models_own_template_is_used_unless_another_is_given(tmp_path, model):
+    from cascade_model.weights import load_model, save_model
+
+    own = tmp_path / "model"
+    network, tokenizer = load_model(model)
+    save_model(own, network, tokenizer, chat_template="{{ messages[0].content }}")
+    file = tmp_path / "other.jinja"
+    file.write_text("{{ messages[-1].content }}")
+
+    def template(**changes):
+        config = GenerateConfig(**({"model": str(own), "input": "i", "output": "o"} | changes))
+        return generate.source_of(config)[0].chat_template
+
+    assert template() == "{{ messages[0].content }}"
+    assert template(model=model) == "plain"
+    assert template(chat_template="chatml") == "chatml"
+    assert template(chat_template=str(file)) == "{{ messages[-1].content }}"
+
+
 def test_a_dead_rate_outside_its_range_is_refused():
     with pytest.raises(InputError, match=r"max_dead_rate=1\.5"):
         GenerateConfig(model="m", input="i", output="o", max_dead_rate=1.5)
@@ -229,15 +293,6 @@ def test_a_deadline_is_refused_as_a_shard_must_come_out_the_same_again():
     late = SamplingParams(deadline_seconds=2.0)
     with pytest.raises(InputError, match=r"sampling\.deadline_seconds=2\.0 lets the clock decide"):
         GenerateConfig(model="m", input="i", output="o", sampling=late)
-
-
-def test_a_folder_of_prompts_is_read_in_the_order_of_names(tmp_path):
-    for name in ("b.jsonl", "a.parquet", "note.txt"):
-        (tmp_path / name).touch()
-    assert [Path(url).name for url in input_urls(str(tmp_path))] == ["a.parquet", "b.jsonl"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no \*.jsonl"):
-        input_urls(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("setting", [{"logprobs": 0}, {"logprobs": 2}, {"report_margin": True}])

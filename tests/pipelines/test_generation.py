@@ -8,21 +8,18 @@ import pytest
 import torch
 
 from cascade_model.commit import Folder
+from cascade_model.config import EngineConfig
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.model import Transformer
 from cascade_model.sampling import SamplingParams
 from cascade_model.tokenizer import byte_tokenizer
 from cascade_model.weights import save_model
-from pipelines.generation import (
-    PartWorker,
-    claim,
-    manifest_of,
-    read_record,
-    require_sound,
-    row_seed,
-    take_back,
-)
-from pipelines.prompts import Columns, plan
+from pipelines.completions import claim, manifest_of, read_record, require_sound, take_back
+from pipelines.generation import PartWorker, Work
+from pipelines.model_answers import ModelSource
+from pipelines.prompt_rows import Columns
+from pipelines.prompts import plan
+from pipelines.row_settings import Decoding, row_seed
 from tests.tiny_models import text_config
 
 PARAMS = SamplingParams(max_tokens=9, temperature=1.0, seed=5, stop_at_eos=False)
@@ -72,7 +69,15 @@ def same_threads():
 def worker(model: str, output, format="jsonl") -> PartWorker:
     """One that works for a job which has claimed the folder."""
     claim(Folder(output), {})
-    return PartWorker(model, str(output), PARAMS, Columns(), format, 1)
+    work = Work(
+        source=ModelSource(model=model),
+        output=str(output),
+        columns=Columns(),
+        common=Decoding(params=PARAMS),
+        format=format,
+        rows_per_part=5,
+    )
+    return PartWorker(work)
 
 
 def test_a_rows_seed_depends_on_the_jobs_seed_and_its_number_alone():
@@ -229,3 +234,38 @@ def test_an_input_that_changed_while_the_job_ran_is_named(tmp_path, model, promp
     with pytest.raises(InputError, match="changed while the job ran"):
         answerer.answer(parts[0])
     assert Folder(tmp_path / "out").list() == ["job.json"]
+
+
+def test_completions_go_to_a_store_and_come_out_as_they_do_locally(
+    tmp_path, model, prompts, s3_url
+):
+    parts, _ = plan([prompts], 5)
+    here, there = worker(model, tmp_path / "out"), worker(model, s3_url)
+    local = [here.answer(part) for part in parts]
+    stored = [there.answer(part) for part in parts]
+    for one, other in zip(local, stored, strict=True):
+        assert one.file["sha256"] == other.file["sha256"]
+        assert other.file["object"] != other.file["name"]  # an attempt's own name
+        data = Folder(s3_url).read_bytes(other.file["name"])
+        assert data == (tmp_path / "out" / one.file["name"]).read_bytes()
+    again = worker(model, s3_url)
+    assert [again.answer(part) for part in parts] == stored
+    job = {"input_sha256": "i"}
+    told = manifest_of(job, parts, stored)["counts"]
+    assert told == manifest_of(job, parts, local)["counts"]
+
+
+def test_a_part_ends_while_the_next_fills_its_places():
+    def at_once(slots: int, rows: int) -> int:
+        source = ModelSource(model="m", engine=EngineConfig(max_sequences=slots))
+        work = Work(
+            source=source,
+            output="o",
+            columns=Columns(),
+            common=Decoding(params=PARAMS),
+            format="jsonl",
+            rows_per_part=rows,
+        )
+        return work.parts_at_once
+
+    assert [at_once(32, rows) for rows in (1, 8, 32, 64, 1000)] == [33, 5, 2, 2, 2]

@@ -59,3 +59,22 @@ def test_a_round_without_tokens_shows_no_speed():
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (67, "1:07"), (3723, "1:02:03")])
 def test_time_is_written_as_on_a_clock(seconds, text):
     assert clock_text(seconds) == text
+
+
+def test_rows_tell_their_speed_and_those_of_an_earlier_run_do_not_count_for_it():
+    progress = Progress("generate", 1000, io.StringIO(), Clock(), unit="rows")
+    progress.resume(400)
+    assert progress.line(101.0) == "generate  400/1,000 rows  0.0 rows/s  0:00 left"
+    progress.add(tokens=640, count=100)
+    told = "generate  500/1,000 rows  10.0 rows/s  64 tokens/s  0:50 left"
+    assert progress.line(110.0) == told
+
+
+def test_the_time_in_which_nobody_was_ready_is_no_part_of_the_speed():
+    clock = Clock()
+    progress = Progress("generate", 100, io.StringIO(), clock, unit="rows")
+    clock.now += 60
+    for _ in range(2):
+        progress.began(5.0)  # the first one tells
+        progress.add(tokens=50, count=10)
+    assert progress.line(clock.now) == "generate  20/100 rows  4.0 rows/s  20 tokens/s  0:20 left"

@@ -1,16 +1,20 @@
 """Prompts are the same however the input is cut; a broken row costs itself alone."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cascade_model.chat_template import ChatTemplate
 from cascade_model.errors import InputError, Unfinished
-from cascade_model.tokenizer import byte_tokenizer
+from cascade_model.sampling import SamplingParams
 from pipelines import prompts as reader
-from pipelines.prompts import Columns, DeadRow, Prompt, plan, read_part, require_columns
+from pipelines.prompt_rows import Columns, DeadRow, Prompt, read_part
+from pipelines.prompts import plan, require_columns
+from pipelines.row_settings import Decoding, row_seed
+
+COMMON = Decoding(params=SamplingParams(max_tokens=7, seed=3), stop=("END",))
 
 LINES = [
     b'{"prompt": "one", "id": "first"}\n',
@@ -43,12 +47,15 @@ BROKEN = [
 ]
 
 
-def chat(messages):
-    return ChatTemplate.of("plain", byte_tokenizer()).prompt(messages)
+def plain(row: int, text: str) -> Prompt:
+    """A prompt with the job's settings."""
+    params = SamplingParams(max_tokens=7, seed=row_seed(3, row))
+    decoding = Decoding(params=params, stop=("END",))
+    return Prompt(row=row, id=str(row), text=text, decoding=decoding)
 
 
 def rows_of(parts, columns=None) -> list[Prompt | DeadRow]:
-    return [row for part in parts for row in read_part(part, columns or Columns(), chat)]
+    return [row for part in parts for row in read_part(part, columns or Columns(), COMMON)]
 
 
 def read(path, rows_per_part=100, **columns):
@@ -78,8 +85,8 @@ def test_a_rows_id_is_its_own_or_its_number(jsonl):
     assert [row.id for row in found if isinstance(row, Prompt)] == ["first", "1", "2", "4"]
 
 
-def test_a_chat_becomes_the_prompt_of_its_template(jsonl):
-    assert read(jsonl)[2].text == "User: Hi\n\nAssistant:"
+def test_a_chat_comes_as_its_messages(jsonl):
+    assert read(jsonl)[2].messages == ({"role": "user", "content": "Hi"},)
 
 
 def test_a_suffix_comes_with_its_prompt_from_either_format(tmp_path):
@@ -90,7 +97,7 @@ def test_a_suffix_comes_with_its_prompt_from_either_format(tmp_path):
     for name in ("prompts.jsonl", "prompts.parquet"):
         found = read(tmp_path / name, suffix="after")
         assert [(row.text, row.suffix) for row in found] == [("a", "b"), ("", "c"), ("d", None)]
-        assert read(tmp_path / name)[0] == Prompt(row=0, id="0", text="a")
+        assert read(tmp_path / name)[0] == plain(0, "a")
 
 
 def test_a_part_never_crosses_a_file(tmp_path, jsonl):
@@ -98,7 +105,7 @@ def test_a_part_never_crosses_a_file(tmp_path, jsonl):
     other.write_text('{"prompt": "z"}\n')
     parts, _ = plan([str(jsonl), str(other)], 3)
     assert [part.num_rows for part in parts] == [3, 2, 1]
-    assert rows_of(parts)[-1] == Prompt(row=5, id="5", text="z")
+    assert rows_of(parts)[-1] == plain(5, "z")
 
 
 @pytest.mark.parametrize(("line", "reason"), BROKEN)
@@ -111,18 +118,6 @@ def test_a_broken_row_dies_alone_and_its_letter_can_be_written(tmp_path, line, r
     assert dead.reason == reason
     assert len(dead.input) <= 200
     assert json.dumps(dead.input, ensure_ascii=False).encode()
-
-
-def test_a_template_that_fails_costs_its_row_alone(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
-
-    def failing(messages):
-        raise InputError("the chat template fails")
-
-    [part], _ = plan([str(path)], 5)
-    [row] = read_part(part, Columns(), failing)
-    assert row.reason == "chat_template_fails"
 
 
 @pytest.mark.parametrize("head", [b"", b"\n", b" \r\n"])
@@ -170,11 +165,8 @@ def test_invalid_text_in_parquet_dies_alone(tmp_path):
     assert found[0].text == "a"
     assert [row.reason for row in found[1:]] == ["invalid_utf8"] * 2
     [alive, dead, other] = read(tmp_path / "a.parquet", prompt="none")
-    assert (alive.text, dead.reason, other.text) == (
-        chat([{"role": "user", "content": "Hi"}]),
-        "invalid_utf8",
-        alive.text,
-    )
+    said = ({"role": "user", "content": "Hi"},)
+    assert (alive.messages, dead.reason, other.messages) == (said, "invalid_utf8", said)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf\n"])
@@ -197,24 +189,120 @@ def test_a_missing_damaged_or_compressed_input_is_refused(tmp_path):
 def test_a_misspelt_column_is_told_with_those_that_are_there(tmp_path, jsonl):
     table = pa.table({"question": ["a"], "n": [1]})
     pq.write_table(table, tmp_path / "a.parquet")
-    require_columns([str(jsonl)], Columns())
+    require_columns([str(jsonl)], "prompt", "messages")
     with pytest.raises(InputError, match=r"prompt_column=prompt .*\['question', 'n'\]; name one"):
-        require_columns([str(jsonl), str(tmp_path / "a.parquet")], Columns())
-    wrong = Columns(prompt="promt", messages="chat")
+        require_columns([str(jsonl), str(tmp_path / "a.parquet")], "prompt", "messages")
     with pytest.raises(InputError, match=r"prompt_column=promt .*\['prompt', 'id', 'messages'\]"):
-        require_columns([str(jsonl)], wrong)
-    require_columns([str(tmp_path / "a.parquet")], Columns(prompt="question"))
+        require_columns([str(jsonl)], "promt", "chat")
+    require_columns([str(tmp_path / "a.parquet")], "question", "messages")
 
 
 def test_a_file_of_broken_rows_is_left_to_the_rows_themselves(tmp_path):
     (tmp_path / "a.jsonl").write_text("{broken\n")
-    require_columns([str(tmp_path / "a.jsonl")], Columns())
+    require_columns([str(tmp_path / "a.jsonl")], "prompt", "messages")
 
 
 def test_columns_are_looked_for_in_the_first_rows_only(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text('{"n": 1}\n{"n": 2}\n{"prompt": "a"}\n')
-    require_columns([str(path)], Columns())
+    require_columns([str(path)], "prompt", "messages")
     monkeypatch.setattr(reader, "_PROBED", 2)
     with pytest.raises(InputError, match=r"which has \['n'\]"):
-        require_columns([str(path)], Columns())
+        require_columns([str(path)], "prompt", "messages")
+
+
+@pytest.mark.parametrize("kind", ["stream", "file", "dictionary"])
+@pytest.mark.parametrize("rows_per_part", [1, 4, 5, 100])
+def test_arrow_parts_read_their_own_rows(tmp_path, kind, rows_per_part):
+    texts = pa.array([f"row {i}" for i in range(23)])
+    column = texts.dictionary_encode() if kind == "dictionary" else texts
+    table = pa.table({"prompt": column, "other": list(range(23))})
+    opened = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+    path = tmp_path / "prompts.arrow"
+    with opened(path, table.schema) as writer:
+        for start, stop in ((0, 4), (4, 4), (4, 13), (13, 23)):
+            writer.write_table(table.slice(start, stop - start))
+    found = read(path, rows_per_part)
+    assert [row.text for row in found] == texts.to_pylist()
+    assert [row.row for row in found] == list(range(23))
+
+
+def test_invalid_text_in_arrow_dies_alone(tmp_path):
+    table = pa.table({"prompt": invalid_text(b"a", b"\xff", b"c")})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    first, dead, last = read(tmp_path / "a.arrow")
+    assert (first.text, dead.reason, last.text) == ("a", "invalid_utf8", "c")
+
+
+SETTINGS = [
+    {"prompt": "a"},
+    {"prompt": "b", "params": {"temperature": 0.5, "stop": "x", "seed": 9}},
+    {"prompt": "c", "params": {"max_tokens": 3, "stop": ["x", "y"]}, "temperature": 1.5},
+    {"prompt": "d", "params": {"temperature": 0.1}, "temperature": 2.0},
+    {"prompt": "e", "params": {"rule": "factor", "stop_ids": [4, 5]}},
+]
+
+
+def as_parquet(path: Path, rows: list) -> Path:
+    names = dict.fromkeys(name for row in rows for name in row)
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
+    return path
+
+
+def as_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text"])
+def test_a_row_may_have_settings_of_its_own(tmp_path, kind):
+    if kind == "jsonl":
+        path = as_jsonl(tmp_path / "a.jsonl", SETTINGS)
+    elif kind == "parquet":
+        rows = [{**row} for row in SETTINGS]
+        rows[1]["params"] = {**rows[1]["params"], "stop": ["x"]}  # one type a column
+        path = as_parquet(tmp_path / "a.parquet", rows)
+    else:
+        rows = [{**row, "params": json.dumps(row.get("params", {}))} for row in SETTINGS]
+        path = as_parquet(tmp_path / "a.parquet", rows)
+    decoded = [row.decoding for row in read(path, settings=("temperature",))]
+    params = [each.params for each in decoded]
+    assert [each.temperature for each in params] == [0.0, 0.5, 1.5, 2.0, 0.0]
+    assert [each.max_tokens for each in params] == [7, 7, 3, 7, 7]
+    assert [each.seed for each in params] == [9 if i == 1 else row_seed(3, i) for i in range(5)]
+    assert [each.stop for each in decoded] == [("END",), ("x",), ("x", "y"), ("END",), ("END",)]
+    assert (params[4].rule, params[4].stop_ids) == ("factor", (4, 5))
+
+
+def test_a_column_that_nobody_named_is_no_setting(tmp_path):
+    [row] = read(as_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "temperature": 1.0, "seed": 2}]))
+    assert row == plain(0, "a")
+
+
+def test_whole_numbers_of_a_column_with_gaps_are_whole(tmp_path):
+    table = pa.table({"prompt": ["a", "b"], "max_tokens": pa.array([5.0, None])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet", settings=("max_tokens",))
+    assert [row.decoding.params.max_tokens for row in found] == [5, 7]
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        ({"temprature": 1.0}, "temprature is no setting of a row; did you mean temperature?"),
+        ({"logprobs": 1}, "logprobs is no setting of a row"),
+        ({"temperature": 11.0}, "temperature=11.0 must be in 0..10"),
+        ({"max_tokens": 2.5}, "max_tokens=2.5 must be a whole number"),
+        ({"rule": "best"}, "rule='best' must be one of"),
+        ({"stop": 3}, "stop=3 must be a text or a list of texts"),
+        ({"min_steps_per_block": 4, "steps_per_block": 2}, "min_steps_per_block=4 is above"),
+        ("warm", "'warm' holds no settings"),
+        ([1], "[1] holds no settings"),
+    ],
+)
+def test_a_wrong_setting_costs_its_row_alone(tmp_path, params, sentence):
+    rows = [{"prompt": "a"}, {"prompt": "b", "params": params}, {"prompt": "c"}]
+    first, dead, last = read(as_jsonl(tmp_path / "a.jsonl", rows))
+    assert (first.text, dead.reason, last.text) == ("a", "bad_setting", "c")
+    assert sentence in dead.detail
