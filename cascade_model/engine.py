@@ -20,6 +20,7 @@ from cascade_model.sampler import DecodedBlock, Plan, plan_completion, plan_infi
 from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Running, Scheduler
 from cascade_model.settings import check
+from cascade_model.watching import Watcher
 
 Event = DecodedBlock | BaseException
 
@@ -67,10 +68,11 @@ class Engine:
         *,
         committed: Sequence[int] = (),
         steps_made: int = 0,
+        watcher: Watcher | None = None,
     ) -> Ticket:
-        """Leave a request; `deliver` gets its blocks, or the error that ends it, in the engine's
-        thread. It goes on behind the `committed` tokens of another run (`plan_completion`).
-        Raises `InputError` here for what cannot be decoded."""
+        """Leave a request; `deliver` gets its blocks, or the error that ends it, and a `watcher`
+        its steps, in the engine's thread. It goes on behind the `committed` tokens of another run
+        (`plan_completion`). Raises `InputError` here for what cannot be decoded."""
         model, device = self.scheduler.model, self.device
         plan = plan_completion(
             model.config,
@@ -81,6 +83,8 @@ class Engine:
             committed=committed,
             steps_made=steps_made,
         )
+        if watcher is not None:
+            plan.watch(watcher)
         return self._leave(plan, deliver)
 
     def submit_infilling(

@@ -69,6 +69,7 @@ def _job(
                 tokens=tokens,
                 params=params,
                 stop=body.stops,
+                watch=bool(body.stream_steps),
             )
             for choice in range(body.choices)
         ]

@@ -14,6 +14,7 @@ from cascade_model.sampling import SamplingParams
 from cascade_model.settings import check
 from cascade_model.text_stream import TokenLogprob
 from jobs.autoscaling import Load
+from jobs.choices import STEP
 
 if TYPE_CHECKING:
     from jobs.resuming import Blocks
@@ -65,23 +66,30 @@ class Sampler:
         weights: str,
         committed: list[int],
         steps_made: int,
+        watch: bool = False,
     ) -> "Blocks":
         """First the digest of the weights, as a greeting; then the blocks of one completion behind
-        its `committed` tokens, if `weights` is that digest. A cancelled call frees its place."""
+        its `committed` tokens, if `weights` is that digest, and with `watch` the steps of each
+        before it. A cancelled call frees its place."""
+        from cascade_model.watching import DenoisedStep
+
         yield {"weights": self._weights}
         if weights != self._weights:
             return
         settings = SamplingParams(**params)
         edges = block_edges(self._llm.config, len(prompt_tokens), settings)
         known = len(prompt_tokens) + len(committed)
-        stream = self._llm.stream_blocks(
-            prompt_tokens, settings, choice, committed=committed, steps_made=steps_made
+        stream = self._llm.stream_steps(
+            prompt_tokens, settings, choice, committed=committed, steps_made=steps_made, watch=watch
         )
         with self._load.request(sum(end > known for end in edges[1:])) as block_done:
-            async with contextlib.aclosing(stream) as blocks:
-                async for block in blocks:
+            async with contextlib.aclosing(stream) as told:
+                async for each in told:
+                    if isinstance(each, DenoisedStep):
+                        yield {STEP: dataclasses.asdict(each)}
+                        continue
                     block_done()
-                    yield dataclasses.asdict(block)
+                    yield dataclasses.asdict(each)
 
     def state(self) -> dict[str, Any]:
         """What it holds and did so far, for metrics: read, not measured."""
@@ -193,9 +201,9 @@ class Ingress:
             return []
 
     async def _decode(
-        self, prompt_tokens: list[int], params: SamplingParams, choice: int
+        self, prompt_tokens: list[int], params: SamplingParams, choice: int, *, watch: bool = False
     ) -> AsyncIterator[dict[str, Any]]:
-        """Blocks of one choice, from as many samplers as it takes."""
+        """Blocks of one choice, and with `watch` their steps, from as many samplers as it takes."""
         from jobs.openai_protocol import ApiError
         from jobs.resuming import resuming
 
@@ -205,7 +213,7 @@ class Ingress:
 
         def source(params: SamplingParams, committed: list[int], steps_made: int) -> "Blocks":
             request = (prompt_tokens, dataclasses.asdict(params), choice, self._weights)
-            return spoken(self._sampler, *request, committed, steps_made)
+            return spoken(self._sampler, *request, committed, steps_made, watch)
 
         blocks = resuming(
             source,
@@ -218,7 +226,8 @@ class Ingress:
         with self._metrics.choice() as measured:
             async with contextlib.aclosing(blocks):
                 async for block in blocks:
-                    measured.block(block)
+                    if STEP not in block:
+                        measured.block(block)
                     yield block
 
     async def _score(self, tokens: list[int], count: int) -> list[TokenLogprob | None]:
