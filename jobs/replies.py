@@ -121,12 +121,12 @@ async def pieces_of(
             yield writer.echo(choice, job.echoes[choice.prompt], told[choice.prompt])
     decoded = merged(endpoint.decode, endpoint.tokenizer.decode, job.choices)
     async with contextlib.aclosing(decoded) as chunks:
-        async for choice, told in chunks:
-            if isinstance(told, dict):
-                yield writer.step(choice, told)
-                continue
-            seen.append(told)
-            yield writer.piece(choice, told)
+        async for choice, part in chunks:
+            if isinstance(part, Chunk):
+                seen.append(part)
+                yield writer.piece(choice, part)
+            else:
+                yield writer.step(choice, part)
 
 
 def whole(job: Job, pieces: Sequence[dict[str, Any]], seen: Sequence[Chunk]) -> dict[str, Any]:
