@@ -107,7 +107,7 @@ let run = { events: [], prefix: "", suffix: "", began: 0, seconds: 0, usage: nul
 let stopping = null; // an AbortController while a request is under way
 let replaying = null; // the timer of a replay
 let chosen = null; // the place of the token that is read
-let isDrawn = true;
+let frame = null; // the drawing that is to come
 
 const say = (id, text) => {
   if ($(id).textContent !== text) $(id).textContent = text;
@@ -120,16 +120,17 @@ function tell(error) {
 
 // Drawing
 
+/** Draw with the screen's next picture, however many events come before it. */
 function draw() {
-  if (!isDrawn) return;
-  isDrawn = false;
-  requestAnimationFrame(() => {
-    isDrawn = true;
-    const isLive = Number($("scrub").value) === Number($("scrub").max) || stopping !== null;
-    const count = isLive ? run.events.length : Number($("scrub").value);
-    drawText(shownAfter(run.events.slice(0, count)));
-    drawMoment(count);
-  });
+  frame ??= requestAnimationFrame(drawNow);
+}
+
+function drawNow() {
+  cancelAnimationFrame(frame);
+  frame = null;
+  const count = stopping === null ? Number($("scrub").value) : run.events.length;
+  drawText(shownAfter(run.events.slice(0, count)));
+  drawMoment(count);
 }
 
 function drawText(shown) {
@@ -241,6 +242,7 @@ async function start() {
   const after = body.suffix ?? "";
   run = { events: [], prefix: body.prompt, suffix: after, began: performance.now(), seconds: 0, usage: null };
   chosen = null;
+  $("scrub").max = 0;
   lock(true);
   say("status", `seed ${body.seed}, waiting`);
   draw();
@@ -255,9 +257,9 @@ async function start() {
     }
   }
   stopping = null;
+  drawNow();
   lock(false);
   say("status", `seed ${body.seed}, ${end}`);
-  draw();
 }
 
 /** Take a stream to its end; what ended the text, in words. */
@@ -275,7 +277,8 @@ async function follow(body) {
       say("spoken", piece.text);
     }
     say("status", `seed ${body.seed}, block ${run.events.filter((each) => each.block).length + 1}`);
-    $("scrub").max = $("scrub").value = run.events.length;
+    $("scrub").max = run.events.length; // before the value, which it bounds
+    $("scrub").value = run.events.length;
     draw();
   }
   const words = { length: "as long as asked for", stop: "ended by the model" };
