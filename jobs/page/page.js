@@ -8,8 +8,8 @@ const $ = (id) => document.getElementById(id);
 
 // What the events say
 
-const noText = () => ({ cells: [], blocks: [], text: "", offsets: [], finish: null });
-const mask = () => ({ text: "", confidence: null, step: null, block: null, isFresh: false });
+const noText = () => ({ cells: [], blocks: [], text: "", offsets: [] });
+const mask = () => ({ token: null, text: "", confidence: null, step: null, block: null, isFresh: false });
 
 /** The text after some events: its cells, one a token or mask, and its blocks. */
 function shownAfter(events) {
@@ -29,27 +29,25 @@ function addStep(shown, { offset, length, step, places, tokens, confidences }) {
     const block = shown.blocks.length + 1;
     shown.cells[offset + place] = tokens[i] === null
       ? mask()
-      : { text: asWritten(tokens[i]), confidence: confidences[i], step, block, isFresh: true };
+      : { token: tokens[i], text: asWritten(tokens[i]), confidence: confidences[i], step, block, isFresh: true };
   });
 }
 
 /** Half a character has no text of its own yet. */
 const asWritten = (token) => (token.startsWith("bytes:") ? "\ufffd" : token);
 
-function addBlock(shown, { text, logprobs, block, finish_reason }) {
+function addBlock(shown, { text, logprobs, block: counts }) {
   const begin = shown.offsets.length;
   const known = shown.cells.slice(begin);
   shown.cells.length = begin;
   logprobs.token_logprobs.forEach((logprob, i) => {
-    const step = known[i]?.step ?? null;
-    shown.cells.push({
-      text: "", confidence: Math.exp(logprob), step, block: shown.blocks.length + 1, isFresh: false,
-    });
+    const [token, step] = [logprobs.tokens[i], known[i]?.step ?? null];
+    const [confidence, block] = [Math.exp(logprob), shown.blocks.length + 1];
+    shown.cells.push({ token, text: "", confidence, step, block, isFresh: false });
   });
   shown.offsets.push(...logprobs.text_offset);
   shown.text += text;
-  shown.finish = finish_reason;
-  shown.blocks.push({ ...block, tokens: logprobs.tokens.length });
+  shown.blocks.push({ ...counts, tokens: logprobs.tokens.length });
   // A token's text is from its first character to the next one's; what is certain may reach back.
   const characters = Array.from(shown.text);
   shown.offsets.forEach((from, i) => {
@@ -195,10 +193,10 @@ function choose(place) {
   draw();
 }
 
-function tokenInWords({ text, confidence, step, block }, place) {
+function tokenInWords({ token, confidence, step, block }, place) {
   if (confidence === null) return `Place ${place + 1}: a mask.`;
   const when = step === null ? "" : `, step ${step}`;
-  return `Token ${place + 1} is ${JSON.stringify(text)}: confidence ${confidence.toFixed(3)}, block ${block}${when}.`;
+  return `Token ${place + 1} is ${JSON.stringify(token)}: confidence ${confidence.toFixed(3)}, block ${block}${when}.`;
 }
 
 $("text").addEventListener("click", ({ target }) => {
