@@ -36,7 +36,7 @@ function addStep(shown, { offset, length, step, places, tokens, confidences }) {
 /** Half a character has no text of its own yet. */
 const asWritten = (token) => (token.startsWith("bytes:") ? "\ufffd" : token);
 
-function addBlock(shown, { text, logprobs, block: counts }) {
+function addBlock(shown, { text, logprobs, block: counts, seconds }) {
   const begin = shown.offsets.length;
   const known = shown.cells.slice(begin);
   shown.cells.length = begin;
@@ -47,7 +47,7 @@ function addBlock(shown, { text, logprobs, block: counts }) {
   });
   shown.offsets.push(...logprobs.text_offset);
   shown.text += text;
-  shown.blocks.push({ ...counts, tokens: logprobs.tokens.length });
+  shown.blocks.push({ ...counts, tokens: logprobs.tokens.length, seconds });
   // A token's text is from its first character to the next one's; what is certain may reach back.
   const characters = Array.from(shown.text);
   shown.offsets.forEach((from, i) => {
@@ -101,7 +101,7 @@ async function* eventsOf(response) {
 // The page's own state
 
 let model = null;
-let run = { events: [], prefix: "", suffix: "", began: 0, seconds: 0, usage: null };
+let run = { events: [], prefix: "", suffix: "", began: 0 };
 let stopping = null; // an AbortController while a request is under way
 let replaying = null; // the timer of a replay
 let chosen = null; // the place of the token that is read
@@ -159,21 +159,21 @@ function drawCell(span, cell, place) {
 }
 
 function drawCounts({ blocks }) {
-  const tokens = run.usage?.completion_tokens ?? sum(blocks.map((each) => each.tokens));
-  const passes = run.usage?.completion_tokens_details.passes ?? sum(blocks.map((each) => each.passes));
+  const tokens = sum(blocks.map((each) => each.tokens));
+  const passes = sum(blocks.map((each) => each.passes));
   const steps = blocks.map((each) => each.steps);
   say("tokens", String(tokens));
   say("passes", String(passes));
   say("blocks", String(blocks.length));
   say("per-pass", passes ? (tokens / passes).toFixed(2) : "\u2013");
-  say("per-second", run.seconds ? (tokens / run.seconds).toFixed(1) : "\u2013");
+  say("per-second", blocks.length ? (tokens / blocks.at(-1).seconds).toFixed(1) : "\u2013");
   say("per-block", blocks.length ? (sum(steps) / blocks.length).toFixed(2) : "\u2013");
   const bars = $("bars");
   while (bars.childElementCount > steps.length) bars.lastElementChild.remove();
   while (bars.childElementCount < steps.length) bars.append(document.createElement("span"));
   const most = Math.max(1, ...steps);
   steps.forEach((count, i) => bars.children[i].style.setProperty("--share", count / most));
-  say("scale", `Steps of each block${blocks.length ? `, ${most} at most` : ""}`);
+  say("scale", blocks.length ? `Steps of each block, ${most} at most` : "");
   bars.setAttribute("aria-label", `Steps of each block: ${steps.join(", ") || "none yet"}`);
 }
 
@@ -238,7 +238,7 @@ async function start() {
   const body = request($("seed").value === "" ? drawnSeed() : Number($("seed").value));
   stopping = new AbortController();
   const after = body.suffix ?? "";
-  run = { events: [], prefix: body.prompt, suffix: after, began: performance.now(), seconds: 0, usage: null };
+  run = { events: [], prefix: body.prompt, suffix: after, began: performance.now() };
   chosen = null;
   $("scrub").max = 0;
   lock(true);
@@ -262,25 +262,24 @@ async function start() {
 
 /** Take a stream to its end; what ended the text, in words. */
 async function follow(body) {
-  const more = { stream: true, stream_steps: true, stream_options: { include_usage: true }, logprobs: 0 };
+  const more = { stream: true, stream_steps: true, logprobs: 0 };
   const response = await ask("v1/completions", { ...body, ...more }, stopping.signal);
-  let last = null;
+  let [last, count] = [null, 0];
   for await (const event of eventsOf(response)) {
-    run.usage = event.usage ?? null;
     for (const piece of event.choices) {
-      run.events.push(piece);
+      run.events.push({ ...piece, seconds: (performance.now() - run.began) / 1000 });
       if (piece.denoised) continue;
-      last = piece;
-      run.seconds = (performance.now() - run.began) / 1000;
+      last = run.events.at(-1);
+      count += 1;
       say("spoken", piece.text);
     }
-    say("status", `seed ${body.seed}, block ${run.events.filter((each) => each.block).length + 1}`);
+    say("status", `seed ${body.seed}, block ${count + 1}`);
     $("scrub").max = run.events.length; // before the value, which it bounds
     $("scrub").value = run.events.length;
     draw();
   }
   const words = { length: "as long as asked for", stop: "ended by the model" };
-  return `${words[last.finish_reason]} after ${run.seconds.toFixed(2)} s`;
+  return `${words[last.finish_reason]} after ${last.seconds.toFixed(2)} s`;
 }
 
 function lock(isRunning) {

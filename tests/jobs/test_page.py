@@ -496,13 +496,16 @@ def test_a_replay_goes_through_the_same_steps(url, opening):
     page = opening(url)
     page.answer(seed="3", max_tokens="20")
     whole, last = page.cells(), int(page.page.get_attribute("#scrub", "max"))
-    seen = []
+    seen, counted = [], []
     for place in range(last + 1):
         page.set(scrub=str(place))
         page.until(f"document.getElementById('moment').textContent.endsWith('{place} / {last}')"
                    if place else "document.querySelectorAll('.cell').length === 0")  # fmt: skip
         seen.append([cell["isMask"] for cell in page.cells()])
+        counted.append((int(page.word("blocks")), int(page.word("tokens"))))
     assert seen[0] == []
+    assert counted == sorted(counted)
+    assert (counted[0], counted[-1][1]) == ((0, 0), 20)
     assert any(any(masks) for masks in seen)
     assert page.cells() == whole
     page.page.click("#play")
