@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup demo smollm2 smollm2-parent smollm2-long test lint clean \
   bench-data bench-train bench-train-gpu bench-sampler bench-text bench-peer bench-conversion \
-  bench-generate faults-train faults-data faults-serve faults-generate serve-scaling lm-eval openai-clients
+  bench-generate faults-train faults-data faults-serve faults-generate serve-scaling lm-eval openai-clients page-picture
 setup: $(VENV)/.stamp
 
 # torch first, and from PyTorch's CPU index where there is neither a GPU nor a CPU build at hand:
@@ -21,6 +21,7 @@ $(VENV)/.stamp: pyproject.toml
 	then $(BIN)/python -m pip install --quiet "torch~=2.13.0"; \
 	else $(BIN)/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu "torch~=2.13.0"; fi
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m tests.jobs.browser || echo "no browser: the tests of the page will be skipped"
 	touch $@
 
 DEMO ?= runs/demo
@@ -123,6 +124,10 @@ faults-serve: setup
 faults-generate: N ?= 20
 faults-generate: setup
 	$(BIN)/python -m tests.benchmarks.faults_generate $(N)
+
+# The picture of the page in mid-denoising, from a model with text: `make smollm2-long` first.
+page-picture: setup
+	$(BIN)/python -m tests.jobs.page_picture --model $(MODEL) --output jobs/page/page.png
 
 # The transcript of an endpoint that is scaled up, to zero and back.
 serve-scaling: setup

@@ -20,6 +20,7 @@ from cascade_model.sampler import DecodedBlock, Plan, plan_completion, plan_infi
 from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Running, Scheduler
 from cascade_model.settings import check
+from cascade_model.watching import Watcher
 
 Event = DecodedBlock | BaseException
 
@@ -68,11 +69,12 @@ class Engine:
         committed: Sequence[int] = (),
         steps_made: int = 0,
         has_holes: bool = False,
+        watcher: Watcher | None = None,
     ) -> Ticket:
-        """Leave a request; `deliver` gets its blocks, or the error that ends it, in the engine's
-        thread. It goes on behind the `committed` tokens of another run (`plan_completion`). With
-        `has_holes` it is a text whose mask tokens are to be filled (`plan_infilling`).
-        Raises `InputError` here for what cannot be decoded."""
+        """Leave a request; `deliver` gets its blocks, or the error that ends it, and a `watcher`
+        its steps, in the engine's thread. It goes on behind the `committed` tokens of another run
+        (`plan_completion`). With `has_holes` it is a text whose mask tokens are to be filled
+        (`plan_infilling`). Raises `InputError` here for what cannot be decoded."""
         plan_of = plan_infilling if has_holes else plan_completion
         plan = plan_of(
             self.scheduler.model.config,
@@ -83,6 +85,8 @@ class Engine:
             committed=committed,
             steps_made=steps_made,
         )
+        if watcher is not None:
+            plan.watch(watcher)
         return self._leave(plan, deliver)
 
     def _leave(self, plan: Plan, deliver: Callable[[Event], None]) -> Ticket:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
@@ -26,6 +26,7 @@ from cascade_model.scheduler import Counters
 from cascade_model.settings import check
 from cascade_model.text_stream import Chunk, Completion, TextStream, complete
 from cascade_model.tokenizer import Tokenizer
+from cascade_model.watching import DenoisedStep
 from cascade_model.weights import load_model, require_text
 
 Prompt = str | Sequence[int]
@@ -127,9 +128,33 @@ class LLM:
         has_holes: bool = False,
     ) -> AsyncGenerator[DecodedBlock, None]:
         """The same for the running event loop; a cancelled task ends the decoding."""
+        source = self.stream_steps(
+            prompt_tokens,
+            params,
+            choice,
+            committed=committed,
+            steps_made=steps_made,
+            has_holes=has_holes,
+            watch=False,
+        )
+        return cast(AsyncGenerator[DecodedBlock, None], source)
+
+    def stream_steps(
+        self,
+        prompt_tokens: Sequence[int],
+        params: SamplingParams,
+        choice: int = 0,
+        *,
+        committed: Sequence[int] = (),
+        steps_made: int = 0,
+        has_holes: bool = False,
+        watch: bool = True,
+    ) -> AsyncGenerator[DecodedBlock | DenoisedStep, None]:
+        """`stream_blocks`, each block behind the denoising steps that made it, as they are made;
+        without `watch` no steps."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
-        def deliver(event: Event) -> None:
+        def deliver(event: Event | DenoisedStep) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
@@ -141,10 +166,11 @@ class LLM:
             committed=committed,
             steps_made=steps_made,
             has_holes=has_holes,
+            watcher=deliver if watch else None,
         )
-        blocks = _awaited_until_finished(ticket, events)
-        weakref.finalize(blocks, ticket.cancel)
-        return blocks
+        told = _awaited_until_finished(ticket, events)
+        weakref.finalize(told, ticket.cancel)
+        return told
 
     def chunks(
         self,
@@ -401,11 +427,15 @@ def _until_finished(
 
 
 async def _awaited_until_finished(
-    ticket: Ticket, events: "asyncio.Queue[Event]"
-) -> AsyncGenerator[DecodedBlock, None]:
+    ticket: Ticket, events: "asyncio.Queue[Event | DenoisedStep]"
+) -> AsyncGenerator[DecodedBlock | DenoisedStep, None]:
     try:
         while True:
-            block = _checked(await events.get())
+            event = await events.get()
+            if isinstance(event, DenoisedStep):
+                yield event
+                continue
+            block = _checked(event)
             yield block
             if block.finish_reason is not None:
                 return

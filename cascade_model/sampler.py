@@ -8,7 +8,7 @@ of (request, seed): the same request gives the same tokens.
 """
 
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -37,6 +37,7 @@ from cascade_model.requests import (
 from cascade_model.sampling import SamplingParams
 from cascade_model.strategy import General
 from cascade_model.text_stream import TokenLogprob
+from cascade_model.watching import Watcher, step_of
 
 
 class Strategy(Protocol):
@@ -83,12 +84,16 @@ def denoise(
     windows: Iterable[Window],
     strategy: Strategy,
     budget: Budget | None = None,
+    on_step: Callable[[Window, Change | None], None] | None = None,
 ) -> Generator[Pass | Window, Tensor, None]:
     """Fill the canvas int64 [L] in place: yields passes, to be answered with their logits, and
-    each window when it is done. A budget sets the windows' ceilings; none: as they are."""
+    each window when it is done. A budget sets the windows' ceilings; none: as they are. `on_step`
+    hears of each window when it is opened, and then of what each step wrote."""
     for window in windows:
         if budget is not None:
             budget.open(window)
+        if on_step is not None:
+            on_step(window, None)
         while not strategy.is_done(canvas, window):
             places = strategy.places(canvas, window)
             prediction = yield from context.predict(canvas, window, places)
@@ -97,6 +102,8 @@ def denoise(
             window.step += 1
             if budget is not None:
                 budget.note_step(window)
+            if on_step is not None:
+                on_step(window, change)
         yield window
 
 
@@ -132,6 +139,8 @@ class Plan:
     budget: Budget
     counted: int = 0
     """Passes that finished blocks have told of."""
+    watcher: Watcher | None = None
+    """Who hears of every step; none: nothing is made of them."""
 
     @property
     def num_streams(self) -> int:
@@ -140,7 +149,17 @@ class Plan:
 
     def loop(self) -> Generator[Pass | Window, Tensor, None]:
         """The denoising loop of this request."""
-        return denoise(self.context, self.canvas, self.windows, self.strategy, self.budget)
+        on_step = None if self.watcher is None else self._tell
+        return denoise(self.context, self.canvas, self.windows, self.strategy, self.budget, on_step)
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell of every step from now on; what is decoded stays the same."""
+        self.watcher, self.strategy.is_told = watcher, True
+
+    def _tell(self, window: Window, change: Change | None) -> None:
+        assert self.watcher is not None
+        mask_id = self.strategy.config.mask_id
+        self.watcher(step_of(window, change, self.is_given.tolist(), mask_id))
 
     def block(self, window: Window) -> DecodedBlock:
         """What a finished window adds to the completion; asked for once, as soon as it is done."""

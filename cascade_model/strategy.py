@@ -39,6 +39,8 @@ class General:
         self, config: ModelConfig, params: SamplingParams, is_given: Tensor, choice: int = 0
     ) -> None:
         self.config, self.params, self.choice = config, params, choice
+        self.is_told = params.logprobs is not None
+        """Whether a window is to keep the log-probabilities of what is written."""
         self._is_given: list[bool] = is_given.tolist()
         self._stop_ids, self._ends = params.end_ids(config), config.end_ids
         ends = self._ends if params.suppress_eos == "token" else ()
@@ -171,9 +173,9 @@ class General:
 
     def _tell(self, window: Window, written: Written, drawn: Drawn, is_written: np.ndarray) -> None:
         """Note the log-probabilities of what is written, the rows of `drawn` that it is from."""
-        if self.params.logprobs is not None:
+        if self.is_told:
             rows = is_written.nonzero()[0].tolist()
-            told = logprobs_of(drawn, rows, self.params.logprobs)
+            told = logprobs_of(drawn, rows, self.params.logprobs or 0)
             window.logprobs |= zip(written, told, strict=True)
 
 

@@ -8,15 +8,26 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from cascade_model.sampling import SamplingParams
 from cascade_model.text_stream import Chunk, TextStream
 from jobs.openai_protocol import ApiError, overloaded
 
-Decode = Callable[[list[int], SamplingParams, int], AsyncIterator[dict[str, Any]]]
-"""Tokens (`Choice.tokens`), settings, choice -> one dict a block: what `TextStream.push` takes, by
-name."""
+STEP = "denoised"
+Step = dict[str, Any]
+"""The fields of a `cascade_model.watching.DenoisedStep`."""
+
+
+class Decode(Protocol):
+    """Where the blocks of a choice come from."""
+
+    def __call__(
+        self, tokens: list[int], params: SamplingParams, choice: int, /, *, watch: bool = False
+    ) -> AsyncIterator[dict[str, Any]]:
+        """`Choice.tokens`, settings, choice -> one dict a block, `TextStream.push`'s arguments by
+        name; with `watch` before it `{STEP: ...}` for each of its denoising steps."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +45,8 @@ class Choice:
     params: SamplingParams | None
     """None: nothing is decoded, the prompt is only echoed."""
     stop: tuple[str, ...]
+    watch: bool = False
+    """Whether each denoising step is told of."""
 
 
 class Admission:
@@ -60,14 +73,19 @@ class Admission:
 
 async def chunks_of(
     decode: Decode, text_of: Callable[[list[int]], str], choice: Choice
-) -> AsyncGenerator[Chunk, None]:
-    """One choice; leaving early (a stop, a disconnect) ends the decoding too."""
+) -> AsyncGenerator[Chunk | Step, None]:
+    """One choice, with its steps where it is watched; leaving early (a stop, a disconnect) ends the
+    decoding too."""
     if choice.params is None:
         return
     text = TextStream(text_of, choice.stop)
-    source = decode(choice.tokens, choice.params, choice.choice)
+    asked = {"watch": True} if choice.watch else {}
+    source = decode(choice.tokens, choice.params, choice.choice, **asked)
     async with contextlib.aclosing(source) as blocks:  # type: ignore[type-var]
         async for block in blocks:
+            if STEP in block:
+                yield block[STEP]
+                continue
             chunk = text.push(**block)
             yield chunk
             if chunk.finish_reason is not None:
@@ -77,10 +95,10 @@ async def chunks_of(
 
 async def merged(
     decode: Decode, text_of: Callable[[list[int]], str], choices: Sequence[Choice]
-) -> AsyncGenerator[tuple[Choice, Chunk], None]:
-    """Chunks of all choices as they come; the short queue makes the sampler wait for the reader.
-    The first failure ends them all."""
-    queue: asyncio.Queue[tuple[Choice, Chunk] | BaseException] = asyncio.Queue(maxsize=2)
+) -> AsyncGenerator[tuple[Choice, Chunk | Step], None]:
+    """Chunks and steps of all choices as they come; the short queue makes the sampler wait for the
+    reader. The first failure ends them all."""
+    queue: asyncio.Queue[tuple[Choice, Chunk | Step] | BaseException] = asyncio.Queue(maxsize=2)
 
     async def pump(choice: Choice) -> None:
         try:
@@ -99,7 +117,7 @@ async def merged(
             if isinstance(item, BaseException):
                 raise item
             yield item
-            running -= item[1].finish_reason is not None
+            running -= isinstance(item[1], Chunk) and item[1].finish_reason is not None
     finally:
         for task in tasks:
             task.cancel()

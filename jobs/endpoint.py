@@ -63,6 +63,8 @@ class Endpoint:
             "created": self.created,
             "owned_by": "cascade",
             "max_model_len": self.config.max_sequence_length,
+            "block_size": self.config.block_size,
+            "infill": self.config.infill,
         }
 
     def require_model(self, name: str | None) -> None:

@@ -16,9 +16,12 @@ from starlette.requests import ClientDisconnect
 
 from cascade_model.errors import InputError
 from jobs.openai_protocol import MAX_BODY_BYTES, MAX_HEADERS, ApiError
+from jobs.page_routes import PAGE_FILES
 
 KEYS_VARIABLE = "CASCADE_API_KEYS"
 OPEN_PATH = "/health"
+OPEN_PATHS = frozenset({OPEN_PATH, *PAGE_FILES})
+"""What needs no key; the page asks for one before it asks the API for anything."""
 log = logging.getLogger("cascade.endpoint")
 
 
@@ -173,7 +176,7 @@ class Gate:
         if len(scope["headers"]) > MAX_HEADERS:
             return ApiError(431, f"There are over {MAX_HEADERS} headers.", code="too_many_headers")
         authorization = headers.get(b"authorization", b"").decode("latin-1")
-        is_open = scope["path"].removeprefix(scope.get("root_path", "")) == OPEN_PATH
+        is_open = scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_PATHS
         if self.keys is not None and not is_open and not self.keys.accepts(authorization):
             return ApiError(
                 401,

@@ -19,6 +19,8 @@ class TokenSpelling:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.bytes_of = lru_cache(maxsize=65536)(tokenizer.token_bytes)
+        self.without_text = frozenset(tokenizer.special_tokens.values())
+        """Special tokens: they have a name, and no share in a choice's text."""
 
     def text_of(self, token: int) -> str:
         """The token's text; of one that is not whole characters `bytes:` and each as \\xNN."""
@@ -59,7 +61,7 @@ class CompletionLogprobs:
         return top
 
     def _place(self, token: int) -> int:
-        own = self._spelling.bytes_of(token)
+        own = b"" if token in self._spelling.without_text else self._spelling.bytes_of(token)
         begun = sum(byte & 0xC0 != 0x80 for byte in own)  # bytes that begin a character
         inside = bool(own) and own[0] & 0xC0 == 0x80
         place = max(0, self._characters - inside)

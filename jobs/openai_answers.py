@@ -74,8 +74,40 @@ class _Choice(_Shape):
     stop_reason: int | str | None = Field(description="The token or the text that ended it.")
 
 
+class DenoisedShape(_Shape):
+    """What a denoising step wrote (`stream_steps`)."""
+
+    offset: int = Field(description="Tokens of the choice before the block.")
+    length: int = Field(description="Tokens that the block can add.")
+    step: int = Field(description="Steps made in the block; 0: it opens, all masks.")
+    places: list[int] = Field(description="Where it wrote, counted from the block's first token.")
+    tokens: list[str | None] = Field(description="null: the place was masked again.")
+    confidences: list[float | None] = Field(description="Of each token as it was written, 0 to 1.")
+
+
+class BlockShape(_Shape):
+    """What a block took (`stream_steps`)."""
+
+    steps: int
+    passes: int
+
+
+class _Piece(_Choice):
+    """A piece of a choice; it has one of these two where each step is told of."""
+
+    denoised: DenoisedShape | None = None
+    block: BlockShape | None = None
+
+
 class CompletionChoice(_Choice):
-    """A choice, or a piece of one."""
+    """A choice."""
+
+    text: str
+    logprobs: CompletionLogprobsShape | None
+
+
+class CompletionPiece(_Piece):
+    """A piece of a choice."""
 
     text: str
     logprobs: CompletionLogprobsShape | None
@@ -96,7 +128,7 @@ class ChatChoice(_Choice):
     logprobs: ChatLogprobsShape | None
 
 
-class ChatPiece(_Choice):
+class ChatPiece(_Piece):
     """A piece of a choice."""
 
     delta: ChatMessageShape
@@ -111,10 +143,18 @@ class _Head(_Shape):
 
 
 class CompletionAnswer(_Head):
-    """An answer of `/v1/completions`; an event of its stream has usage null or none."""
+    """An answer of `/v1/completions`."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class CompletionEvent(_Head):
+    """An event of its stream."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionPiece]
     usage: Usage | None = None
 
 
@@ -142,6 +182,8 @@ class ModelCard(_Shape):
     created: int
     owned_by: Literal["cascade"] = "cascade"
     max_model_len: int = Field(description="Tokens of prompt and answer together.")
+    block_size: int = Field(description="Tokens that are denoised together.")
+    infill: Literal["none", "psm"] = Field(description="psm: `suffix` is honoured.")
 
 
 class ModelList(_Shape):

@@ -86,6 +86,14 @@ class Request(DiffusionFields):
     stream_options: StreamOptions | None = Field(
         None, description="`include_usage`: end the stream with an event of usage."
     )
+    stream_steps: bool | None = Field(
+        False,
+        description="With `stream`: tell each denoising step as it is made, by a piece without "
+        "text that has `denoised`: `offset` (tokens of the choice before the block), `length` "
+        "(tokens that the block can add), `step` (0: the block opens, all masks), and of the "
+        "`places` it wrote `tokens` (null: masked again) and `confidences`. A block's own piece "
+        "then has `block`: its `steps` and `passes`. Changes no token.",
+    )
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         1, description="Choices of each prompt; choice i is the same for every n."
     )
@@ -133,9 +141,11 @@ class Request(DiffusionFields):
         return {name: body[name] for name in body if name in cls.model_fields}
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> Self:
+    def _what_needs_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise FieldError("`stream_options` needs `stream: true`.", "stream_options")
+        if self.stream_steps and not self.stream:
+            raise FieldError("`stream_steps` needs `stream: true`.", "stream_steps")
         return self
 
     @property

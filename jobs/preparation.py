@@ -71,6 +71,7 @@ def _job(
                 tokens=tokens,
                 params=params,
                 stop=body.stops,
+                watch=bool(body.stream_steps),
             )
             for choice in range(body.choices)
         ]

@@ -14,6 +14,7 @@ from cascade_model.sampling import SamplingParams
 from cascade_model.settings import check
 from cascade_model.text_stream import TokenLogprob
 from jobs.autoscaling import Load
+from jobs.choices import STEP
 
 if TYPE_CHECKING:
     from jobs.resuming import Blocks
@@ -65,28 +66,36 @@ class Sampler:
         weights: str,
         committed: list[int],
         steps_made: int,
+        watch: bool = False,
     ) -> "Blocks":
         """First the digest of the weights, as a greeting; then the blocks of one completion behind
-        its `committed` tokens, if `weights` is that digest. Mask tokens among those of the prompt,
-        which no client can write, are to be filled. A cancelled call frees its place."""
+        its `committed` tokens, if `weights` is that digest, and with `watch` the steps of each
+        before it. Mask tokens among those of the prompt, which no client can write, are to be
+        filled. A cancelled call frees its place."""
+        from cascade_model.watching import DenoisedStep
+
         yield {"weights": self._weights}
         if weights != self._weights:
             return
         settings, config = SamplingParams(**params), self._llm.config
-        stream = self._llm.stream_blocks(
+        stream = self._llm.stream_steps(
             prompt_tokens,
             settings,
             choice,
             committed=committed,
             steps_made=steps_made,
             has_holes=config.mask_id in prompt_tokens,
+            watch=watch,
         )
         blocks_left = len(masks_left(config, prompt_tokens, settings, committed))
         with self._load.request(blocks_left) as block_done:
-            async with contextlib.aclosing(stream) as blocks:
-                async for block in blocks:
+            async with contextlib.aclosing(stream) as told:
+                async for each in told:
+                    if isinstance(each, DenoisedStep):
+                        yield {STEP: dataclasses.asdict(each)}
+                        continue
                     block_done()
-                    yield dataclasses.asdict(block)
+                    yield dataclasses.asdict(each)
 
     def state(self) -> dict[str, Any]:
         """What it holds and did so far, for metrics: read, not measured."""
@@ -196,9 +205,9 @@ class Ingress:
             return []
 
     async def _decode(
-        self, prompt_tokens: list[int], params: SamplingParams, choice: int
+        self, prompt_tokens: list[int], params: SamplingParams, choice: int, *, watch: bool = False
     ) -> AsyncIterator[dict[str, Any]]:
-        """Blocks of one choice, from as many samplers as it takes."""
+        """Blocks of one choice, and with `watch` their steps, from as many samplers as it takes."""
         from jobs.openai_protocol import ApiError
         from jobs.resuming import resuming
 
@@ -208,7 +217,7 @@ class Ingress:
 
         def source(params: SamplingParams, committed: list[int], steps_made: int) -> "Blocks":
             request = (prompt_tokens, dataclasses.asdict(params), choice, self._weights)
-            return spoken(self._sampler, *request, committed, steps_made)
+            return spoken(self._sampler, *request, committed, steps_made, watch)
 
         blocks = resuming(
             source,
@@ -221,7 +230,8 @@ class Ingress:
         with self._metrics.choice() as measured:
             async with contextlib.aclosing(blocks):
                 async for block in blocks:
-                    measured.block(block)
+                    if STEP not in block:
+                        measured.block(block)
                     yield block
 
     async def _score(self, tokens: list[int], count: int) -> list[TokenLogprob | None]:

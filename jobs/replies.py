@@ -13,7 +13,7 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from cascade_model.text_stream import Chunk, TokenLogprob
-from jobs.choices import Admission, Choice, merged
+from jobs.choices import Admission, Choice, Step, merged
 from jobs.endpoint import Endpoint
 from jobs.logprobs import CompletionLogprobs, TokenSpelling, chat_logprobs, joined
 from jobs.openai_protocol import ApiError, error_body
@@ -61,7 +61,15 @@ class Writer:
                 logprobs = chat_logprobs(self._spelling, chunk.token_ids, told)
             else:
                 logprobs = self._logprobs[choice.index].write(chunk.token_ids, told)
-        return self._spelt(choice, chunk.text, logprobs, chunk.finish_reason, chunk.stop_reason)
+        piece = self._spelt(choice, chunk.text, logprobs, chunk.finish_reason, chunk.stop_reason)
+        counted = {"steps": chunk.steps, "passes": chunk.passes}
+        return piece | ({"block": counted} if choice.watch else {})
+
+    def step(self, choice: Choice, step: Step) -> dict[str, Any]:
+        """A piece without text that tells what a denoising step wrote."""
+        text_of = self._spelling.text_of
+        tokens = [None if token is None else text_of(token) for token in step["tokens"]]
+        return self._spelt(choice, "", None, None, None) | {"denoised": {**step, "tokens": tokens}}
 
     def echo(
         self, choice: Choice, echo: Echo, told: Sequence[TokenLogprob | None] | None
@@ -113,9 +121,12 @@ async def pieces_of(
             yield writer.echo(choice, job.echoes[choice.prompt], told[choice.prompt])
     decoded = merged(endpoint.decode, endpoint.tokenizer.decode, job.choices)
     async with contextlib.aclosing(decoded) as chunks:
-        async for choice, chunk in chunks:
-            seen.append(chunk)
-            yield writer.piece(choice, chunk)
+        async for choice, part in chunks:
+            if isinstance(part, Chunk):
+                seen.append(part)
+                yield writer.piece(choice, part)
+            else:
+                yield writer.step(choice, part)
 
 
 def whole(job: Job, pieces: Sequence[dict[str, Any]], seen: Sequence[Chunk]) -> dict[str, Any]:

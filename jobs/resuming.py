@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cascade_model.sampling import SamplingParams
+from jobs.choices import STEP
 from jobs.openai_protocol import ApiError, overloaded
 
 Block = dict[str, Any]
-"""A greeting `{"weights": digest}`, which comes first, or the fields of a `DecodedBlock`."""
+"""A greeting `{"weights": digest}`, which comes first, the fields of a `DecodedBlock`, or `{STEP:
+...}`, a step of the block to come: told again by another sampler, or not at all."""
 Blocks = AsyncGenerator[Block, None]
 Source = Callable[[SamplingParams, list[int], int], Blocks]
 """(params, committed tokens, steps made) -> what some sampler says. Raises `SamplerLost`, `NoRoom`,
@@ -108,6 +110,9 @@ async def resuming(
             ) as blocks:
                 async for block in blocks:
                     pulse.beat()
+                    if STEP in block:
+                        yield block
+                        continue
                     committed += block["tokens"]
                     steps_made += block["steps"]
                     losses = 0
@@ -175,15 +180,18 @@ async def _within(
 
 async def _read_ahead(source: Blocks, limit: int, pulse: Pulse) -> Blocks:
     """What a source says, read as it comes. With `limit` items unread the source is closed, and
-    `_Parked` follows the last of them; `SamplerLost` follows where it ends by itself."""
+    `_Parked` follows the last of them; `SamplerLost` follows where it ends by itself. A reader half
+    that far behind hears of no more steps, so each time it goes on there is a block more."""
     queue: asyncio.Queue[Block | Exception] = asyncio.Queue()
 
     async def pump() -> None:
         async with contextlib.aclosing(source):
             try:
                 async for item in source:
+                    if STEP in item and queue.qsize() >= limit // 2:
+                        continue
                     queue.put_nowait(item)
-                    if queue.qsize() >= limit:
+                    if STEP not in item and queue.qsize() >= limit:
                         queue.put_nowait(_Parked())
                         return
                 queue.put_nowait(SamplerLost())

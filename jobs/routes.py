@@ -1,7 +1,7 @@
 """The ingress as a FastAPI application: OpenAI routes, and those that clients and operators need.
 
-Every answer has `x-request-id`, every error the four fields; every route but `/health` asks for a
-key, `/ready` too, since it asks a sampler and so may wake one.
+Every answer has `x-request-id`, every error the four fields; every route but `/health` and the
+page's own files asks for a key, `/ready` too, since it asks a sampler and so may wake one.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from jobs.openai_answers import (
 )
 from jobs.openai_protocol import ApiError, validation_error
 from jobs.openai_requests import ChatRequest, CompletionRequest
+from jobs.page_routes import add_page
 from jobs.preparation import chat_job, completion_job
 from jobs.replies import reply
 from jobs.strict_json import StrictRoute
@@ -49,6 +50,7 @@ def build_api(endpoint: Endpoint, behind_serve: bool = False) -> FastAPI:
     _add_operators_routes(api, endpoint)
     _add_openai_routes(api, endpoint)
     api.include_router(text_routes(endpoint))
+    add_page(api, asks_for_key=endpoint.keys is not None)
     document = api.openapi
     api.openapi = lambda: _as_answered(document(), endpoint.model_name)
     return api

@@ -379,6 +379,7 @@ def announce(document: dict[str, Any], url: str) -> None:
         body = json.dumps({"model": config.name, "prompt": "def main():", "max_tokens": 32})
         print(
             f"serving {config.name} at {url}/v1 (Ctrl-C or SIGTERM ends it)\n"
+            f"page: {url}/\n"
             f"try: curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
             flush=True,
         )

@@ -39,6 +39,15 @@ def test_offsets_say_where_each_token_begins_in_the_text():
     assert joined(parts)["text_offset"] == [0, 1, 1, 2, 2, 2, 2, 3]
 
 
+def test_a_special_token_within_a_text_moves_no_offset():
+    tokenizer = byte_tokenizer()
+    tokens = [*b"ab", tokenizer.special_tokens["<|endoftext|>"], *b"c"]
+    text = tokenizer.decode(tokens)
+    told = CompletionLogprobs(TokenSpelling(tokenizer)).write(tokens, [None] * len(tokens))
+    assert text == "abc"
+    assert told["text_offset"] == [0, 1, 2, 2]
+
+
 def test_the_token_itself_is_among_the_likeliest_and_equal_texts_keep_the_best():
     writer = CompletionLogprobs(TokenSpelling(byte_tokenizer()))
     [one, two, none] = writer.write(

@@ -11,6 +11,8 @@ from cascade_model.llm import LLM
 from cascade_model.model import Transformer
 from cascade_model.scoring import scored
 from cascade_model.tokenizer import Tokenizer, byte_tokenizer
+from cascade_model.watching import DenoisedStep
+from jobs.choices import STEP
 from jobs.endpoint import Endpoint
 from jobs.gate import ApiKeys
 from jobs.routes import build_api
@@ -27,8 +29,13 @@ def tiny_llm(tokenizer: Tokenizer | None = None, **changes) -> LLM:
 
 
 def endpoint(llm: LLM, **changes) -> Endpoint:
-    async def decode(tokens, params, choice):
+    async def decode(tokens, params, choice, watch=False):
         has_holes = llm.config.mask_id in tokens
+        if watch:
+            async for told in llm.stream_steps(tokens, params, choice, has_holes=has_holes):
+                own = dataclasses.asdict(told)
+                yield {STEP: own} if isinstance(told, DenoisedStep) else own
+            return
         for block in llm.blocks(tokens, params, choice, has_holes=has_holes):
             await asyncio.sleep(0)
             yield dataclasses.asdict(block)
