@@ -5,7 +5,7 @@ length, so where the shares are multiples of a forward pass, every number of ran
 passes.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 
 from cascade_model import parallel
 from cascade_model.config import NoiseConfig, TrainerConfig
@@ -32,17 +32,29 @@ def spans(step: int, config: TrainerConfig, rank: int, world_size: int) -> list[
     return [(first + offset, min(most, count - offset)) for offset in range(0, count, most)]
 
 
+def nothing_else(batch: Batch) -> None:
+    """For a loss that needs the batch alone."""
+
+
 def feed(
-    corpus: Corpus, noise: NoiseConfig, config: TrainerConfig, step: int
+    corpus: Corpus,
+    noise: NoiseConfig,
+    config: TrainerConfig,
+    step: int,
+    read_ahead: Callable[[Batch], None] = nothing_else,
 ) -> Generator[Batch, None, None]:
     """This rank's batches from a step, counted from 0, to the end of the run.
 
-    A thread keeps those of two steps ready; close the iterator to end it.
+    A thread keeps those of two steps ready, and calls `read_ahead` with each for what the loss
+    reads besides; close the iterator to end it.
     """
     rank, ranks, length = parallel.rank(), parallel.world_size(), corpus.sequence_length
-    batches = (
-        corpus.batch(first, count, noise_at(number, noise, config, length))
-        for number in range(step, config.num_steps)
-        for first, count in spans(number, config, rank, ranks)
-    )
-    return ahead(batches, 2 * len(spans(0, config, rank, ranks)))
+
+    def batches() -> Iterator[Batch]:
+        for number in range(step, config.num_steps):
+            for first, count in spans(number, config, rank, ranks):
+                batch = corpus.batch(first, count, noise_at(number, noise, config, length))
+                read_ahead(batch)
+                yield batch
+
+    return ahead(batches(), 2 * len(spans(0, config, rank, ranks)))

@@ -8,7 +8,7 @@ named, which loses nothing where the named ones take nearly everything.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cascade_model.batch import TrainBatch
 from cascade_model.config import ModelConfig
+from cascade_model.corpus import Batch
 from cascade_model.distillation import Taught, require_student
 from cascade_model.errors import CheckpointMismatch
 from cascade_model.loss import rows_per_chunk
@@ -80,13 +81,22 @@ def likeliest(logits: Tensor, k: int, outcomes: int) -> tuple[Tensor, Tensor, Te
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The `distillation.Reference` that reads what a teacher said of this corpus before."""
+    """The `distillation.Reference` that reads what a teacher said of this corpus before.
+
+    What was read ahead of a batch is used once; of any other batch the targets are read in place.
+    """
 
     targets: TeacherTargets
+    _ready: dict[bytes, TargetRows] = field(default_factory=dict)
+
+    def read_ahead(self, batch: Batch) -> None:
+        """Have a batch's targets at hand when the loss asks for them; any thread may call."""
+        self._ready[batch.sequence_ids.tobytes()] = self.targets.rows(batch.sequence_ids)
 
     def __call__(self, batch: TrainBatch, sequences: Tensor, places: Tensor) -> Taught:
         """See `Reference`; only the given tokens' targets are moved to the batch's device."""
-        rows = self.targets.rows(batch.sequence_ids.cpu().numpy())
+        asked = batch.sequence_ids.cpu().numpy().astype(np.uint64)
+        rows = self._ready.pop(asked.tobytes(), None) or self.targets.rows(asked)
         ends = (sequences.cpu().numpy(), places.cpu().numpy())
         ids, log_p, rest = (
             torch.from_numpy(values[ends]).to(batch.clean_tokens.device)

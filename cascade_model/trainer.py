@@ -20,9 +20,9 @@ from cascade_model.batch import TrainBatch
 from cascade_model.checkpoint import Checkpoint, Checkpoints, Keep, Saving, require_same
 from cascade_model.commit import Folder
 from cascade_model.config import NoiseConfig, OptimizerConfig, TrainerConfig
-from cascade_model.corpus import Corpus
+from cascade_model.corpus import Batch, Corpus
 from cascade_model.errors import Stopped
-from cascade_model.feed import feed, spans
+from cascade_model.feed import feed, nothing_else, spans
 from cascade_model.flops import device_peak
 from cascade_model.metrics import MetricsLog
 from cascade_model.networks import Network, build_network
@@ -64,7 +64,8 @@ class Trainer:
     the ranks' differences in a step count: a layer that one of them compiles and the others find
     in their cache takes a minute or two, a disk or store that falls over to another server as
     long; 180 s bear either, and a rank that died is seen at once without it. `beside`
-    is what `loss_fn` computes besides, for the utilisation in the metrics. `initial_weights` is the
+    is what `loss_fn` computes besides, for the utilisation in the metrics; `read_ahead` reads what
+    it needs besides a batch, in the thread that reads batches ahead. `initial_weights` is the
     digest of the model that `model` was loaded from, which a resumed run must share.
     """
 
@@ -86,6 +87,7 @@ class Trainer:
     held_out: Callable[[Network], HeldOut] | None = None
     collective_timeout_s: float = 180.0
     beside: Beside = NOTHING_BESIDE
+    read_ahead: Callable[[Batch], None] = nothing_else
     initial_weights: str | None = None
 
     def fit(self) -> dict[str, Any]:
@@ -133,7 +135,7 @@ class Trainer:
         self._adam = make_optimizer(self.model, self.optimizer)
         self._at = at = self._resume(found)
         self._saving: Saving | None = None
-        batches = feed(self.corpus, self.noise, self.trainer, at.step)
+        batches = feed(self.corpus, self.noise, self.trainer, at.step, self.read_ahead)
         with contextlib.ExitStack() as opened:
             self._log = parallel.only_first_rank(lambda: self._open_log(opened))
             self._noted = opened.enter_context(signals_noted())

@@ -112,18 +112,26 @@ def axes(config: DistilConfig) -> dict[str, Any]:
 
 def train(config: DistilConfig, device: str, started: Started) -> dict[str, Any]:
     """One rank's part."""
-    return fit(config, device, objective(config), loss_of(config, device), started)
+    from cascade_model.stored_teaching import Stored
+
+    reference = reference_of(config, device)
+    ahead = {"read_ahead": reference.read_ahead} if isinstance(reference, Stored) else {}
+    return fit(config, device, objective(config), _loss(config, reference), started, **ahead)
 
 
 def loss_of(config: DistilConfig, device: str) -> "LossFn":
     """What one rank minimises."""
+    return _loss(config, reference_of(config, device))
+
+
+def _loss(config: DistilConfig, reference: "Reference") -> "LossFn":
     from functools import partial
 
     from cascade_model.distillation import distillation_loss
 
     return partial(
         distillation_loss,
-        reference=reference_of(config, device),
+        reference=reference,
         **axes(config),
         auxiliary=auxiliary(config),
     )

@@ -9,7 +9,6 @@ meet at the end of their step (`ranks`).
 import dataclasses
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from cascade_model.checkpoint_files import has_committed
 from cascade_model.commit import Folder
 from cascade_model.errors import InputError, Stopped, Unfinished
 from cascade_model.settings import check
+from cascade_model.status_line import tell
 from cascade_model.stopping import signals_noted
 from jobs import run_folder
 from jobs.ranks import CHECKPOINTS, Started, run_rank
@@ -131,7 +131,7 @@ def launch(
         if not isinstance(error, _Preempted) or left == 0:
             raise error
         left -= 1
-        print(f"{error}; starting again on the other machines", file=sys.stderr, flush=True)
+        tell(f"{error}; starting again on the other machines")
 
 
 class _Preempted(Stopped):
@@ -204,7 +204,7 @@ def _pass_on(signal: str, folder: Folder, launch: str) -> None:
     run_folder.ask_to_stop(folder, launch, signal)
     if not run_folder.has_begun(folder, launch):
         raise Stopped.at(0, f"{signal} before the ranks had begun")
-    print(f"{signal}: saving at the end of this step", file=sys.stderr, flush=True)
+    tell(f"{signal}: saving at the end of this step")
 
 
 def _trainer(settings: dict[str, Any], folder: Folder, placement: Placement) -> Any:

@@ -187,8 +187,9 @@ def fit(
     objective: dict[str, Any],
     loss_fn: "LossFn",
     started: Started,
+    **more: Any,
 ) -> dict[str, Any]:
-    """One rank's part, inside its process group (or alone)."""
+    """One rank's part, inside its process group (or alone); `more` are fields of the trainer."""
     import torch
 
     from cascade_model import parallel
@@ -219,6 +220,7 @@ def fit(
         collective_timeout_s=config.collective_timeout_s,
         beside=beside_of(config),
         initial_weights=parallel.on_first_rank(lambda: initial_weights_of(config)),
+        **more,
     ).fit()
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from cascade_model.corpus import Corpus
-from cascade_model.teacher_targets import TARGETS, read_targets
+from cascade_model.stored_teaching import Stored
+from cascade_model.teacher_targets import TARGETS, TeacherTargets, read_targets
 from cascade_model.weights import load_model
 from jobs import distil, pretrain, teach
 from tests.cascade_model.corpus_making import make_corpus
@@ -151,6 +153,29 @@ def test_a_student_cannot_tell_stored_targets_from_the_teacher(corpus, teacher, 
     weights = [load_model(str(tmp_path / n / "model"))[0] for n in ("teacher", "targets")]
     for a, b in zip(*(model.parameters() for model in weights), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3)
+
+
+def test_targets_are_read_once_and_ahead_of_the_steps(
+    corpus, teacher, targets, tmp_path, monkeypatch
+):
+    """And the run that reads them in its loss comes to the same bits."""
+    read, rows = [], TeacherTargets.rows
+
+    def watched(self, sequence_ids):
+        read.append((threading.current_thread().name, [int(i) for i in sequence_ids]))
+        return rows(self, sequence_ids)
+
+    monkeypatch.setattr(TeacherTargets, "rows", watched)
+    assert distil.main(student(corpus, tmp_path / "ahead", "--targets", str(targets))) == 0
+    ahead = list(read)
+    read.clear()
+    assert {thread for thread, _ in ahead} == {"prefetch"}
+    monkeypatch.setattr(Stored, "read_ahead", lambda self, batch: None)
+    assert distil.main(student(corpus, tmp_path / "there", "--targets", str(targets))) == 0
+    assert {thread for thread, _ in read} == {"MainThread"}
+    assert [ids for _, ids in read] == [ids for _, ids in ahead]
+    for path in (tmp_path / "ahead" / "model").iterdir():
+        assert path.read_bytes() == (tmp_path / "there" / "model" / path.name).read_bytes()
 
 
 def test_a_resumed_run_on_targets_is_bitwise_the_same(corpus, teacher, targets, tmp_path):
