@@ -203,7 +203,7 @@ def _pass_on(signal: str, folder: Folder, launch: str) -> None:
     """Ask the ranks to stop; where none is at work yet, there is nothing to wait for."""
     run_folder.ask_to_stop(folder, launch, signal)
     if not run_folder.has_begun(folder, launch):
-        raise Stopped.at(0, f"{signal} before the ranks had begun")
+        raise Stopped(f"stopped by {signal} before the ranks had begun; run the same command again")
     tell(f"{signal}: saving at the end of this step")
 
 

@@ -77,7 +77,7 @@ def test_another_schedule_is_refused_on_resume(corpus, tmp_path):
 
 def test_a_schedule_that_cannot_be_is_refused_before_the_folder_is_touched(corpus, tmp_path):
     wrong = dataclasses.replace(STEPS, block_sizes=(Phase(block_size=8, share=1.0),))
-    with pytest.raises(InputError, match="ends with 8"):
+    with pytest.raises(InputError, match=r"block_sizes\[0\]\.block_size=8 is the last"):
         make(corpus, tmp_path, wrong).fit()
     assert not list(tmp_path.iterdir())
 
