@@ -16,7 +16,6 @@ from cascade_model.config import ModelConfig
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.settings import check, to_dict
 from jobs.cli import command
-from jobs.own_template import TEMPLATE, own_template
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +107,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     from cascade_model.commit import require_writable
     from cascade_model.networks import network_with
     from cascade_model.weights import save_model
+    from jobs.own_template import TEMPLATE, own_template
 
     require_writable(config.output)
     made = with_infilling(convert(config), config)
