@@ -35,7 +35,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     urls = input_urls(config.input, config.split, config.subset)
     source, answerer = source_of(config)
     parts, input_sha256 = plan(urls, config.rows_per_shard)
-    require_columns(urls, config.prompt_column, config.messages_column)
+    require_columns(urls, config.prompt_column, config.messages_column, config.setting_columns)
     job = job_identity(config, answerer, input_sha256)
     folder = Folder(config.output)
     was_there, is_new = folder.is_there(), completions.claim(folder, job)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from cascade_model.config import EngineConfig
 from cascade_model.sampling import SamplingParams
 from cascade_model.settings import check, to_dict
+from pipelines.row_settings import NAMES
 
 _SAME_ANSWER = {
     "model",
@@ -99,6 +100,11 @@ class GenerateConfig:
         check(
             threads is None or threads >= 1,
             f"threads_per_worker={threads} must be at least 1, or left out",
+        )
+        unknown = [name for name in self.setting_columns if name not in NAMES]
+        check(
+            not unknown,
+            f"setting_columns={unknown[:1]} is no setting of a row; known are {', '.join(NAMES)}",
         )
         self._check_source()
         self._check_sampling()

@@ -84,11 +84,11 @@ class EndpointClient:
             is_told = status == 429 or after is not None
             since = max(failing_since, self._answered) if is_told else failing_since
             reason = reason or _message(response)
-            if now - since >= self._patience:
+            if now - since + (after or 0.0) >= self._patience:
                 raise Unavailable(
-                    f"endpoint={self.url} does not answer ({reason[:200]}) for "
-                    f"{now - since:.0f} s; run the same command again when it does, which goes on "
-                    "from here"
+                    f"endpoint={self.url} does not answer ({reason[:200]}) within "
+                    f"patience_seconds={self._patience:g}; run the same command again when it "
+                    "does, which goes on from here"
                 )
             failures += 1
             await asyncio.sleep(wait_seconds(failures, after))

@@ -134,14 +134,23 @@ def _arrow_batches(url: str) -> list[tuple[int, int]]:
             found.append((start, pa.ipc.read_record_batch(message, schema).num_rows))
 
 
-def require_columns(urls: Sequence[str], prompt: str, messages: str) -> None:
-    """Raise `InputError`, naming the columns that are there, for a file without the right ones."""
+def require_columns(
+    urls: Sequence[str], prompt: str, messages: str, settings: Sequence[str] = ()
+) -> None:
+    """Raise `InputError`, naming the columns that are there, for a file without the right ones: one
+    of prompt and messages, and in a table those of settings, which lines of JSON may leave out."""
     for url in urls:
         names = _column_names(url)
         if names and not {prompt, messages} & set(names):
             raise InputError(
                 f"prompt_column={prompt} and messages_column={messages} are not in {url}, which "
                 f"has {names}; name one of these"
+            )
+        missing = [name for name in settings if name not in names]
+        if missing and (is_parquet(url) or is_arrow(url)):
+            raise InputError(
+                f"setting_columns has {missing[0]}, which is not in {url} with {names}; leave it "
+                "out"
             )
 
 

@@ -265,6 +265,13 @@ def test_one_of_model_and_endpoint_is_given():
         GenerateConfig(**paths, model="m", model_name="x")
 
 
+def test_a_column_that_can_be_no_setting_is_refused():
+    settings = {"model": "m", "input": "i", "output": "o"}
+    GenerateConfig(**settings, setting_columns=("seed", "stop"))
+    with pytest.raises(InputError, match=r"setting_columns=\['logprobs'\] is no setting of a row"):
+        GenerateConfig(**settings, setting_columns=("seed", "logprobs"))
+
+
 def test_the_models_own_template_is_used_unless_another_is_given(tmp_path, model):
     from cascade_model.weights import load_model, save_model
 

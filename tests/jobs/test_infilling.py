@@ -20,8 +20,12 @@ from cascade_model.sampling import SamplingParams
 from cascade_model.tokenizer import byte_tokenizer
 from cascade_model.weights import load_model, read_config
 from jobs import prepare, pretrain
-from pipelines.generation import PartWorker, claim
-from pipelines.prompts import Columns, plan
+from pipelines.completions import claim
+from pipelines.generation import PartWorker, Work
+from pipelines.model_answers import ModelSource
+from pipelines.prompt_rows import Columns
+from pipelines.prompts import plan
+from pipelines.row_settings import Decoding
 
 TOKENIZER = byte_tokenizer().with_infill()
 LETTERS = "abcdefgh"
@@ -191,8 +195,15 @@ def test_rows_of_a_batch_have_suffixes(filling, plain, tmp_path):
     for model, texts in ((filling, ["CC", "aa", "aa"]), (plain, ["aa", "aa"])):
         output = tmp_path / model.parent.name
         claim(Folder(output), {})
-        worker = PartWorker(str(model), str(output), GREEDY, Columns(), "jsonl", 1)
-        record = worker.answer(parts[0])
+        work = Work(
+            source=ModelSource(model=str(model)),
+            output=str(output),
+            columns=Columns(),
+            common=Decoding(params=GREEDY),
+            format="jsonl",
+            rows_per_part=10,
+        )
+        record = PartWorker(work).answer(parts[0])
         lines = (output / record.file["name"]).read_text().splitlines()
         assert [json.loads(line)["completion"] for line in lines] == texts
         dead = {"empty_prompt": 1, "suffix_is_no_string": 1, "suffix_of_a_chat": 1}

@@ -2,17 +2,20 @@
 
 import asyncio
 import dataclasses
+import json
 import time
 from email.utils import formatdate
 
 import httpx
 import pytest
 
+from cascade_model.commit import Folder
 from cascade_model.errors import InputError, Unavailable, Unfinished
 from cascade_model.sampling import SamplingParams
 from jobs.gate import ApiKeys
 from jobs.routes import build_api
 from pipelines import endpoint_client
+from pipelines.completions import claim
 from pipelines.endpoint_answers import EndpointAnswers, EndpointSource, body_of, found
 from pipelines.endpoint_client import (
     LONGEST_WAIT,
@@ -22,8 +25,10 @@ from pipelines.endpoint_client import (
     retry_after,
     wait_seconds,
 )
+from pipelines.generation import PartWorker, Work
 from pipelines.model_answers import ModelAnswers
-from pipelines.prompt_rows import DeadRow, Prompt
+from pipelines.prompt_rows import Columns, DeadRow, Prompt
+from pipelines.prompts import plan
 from pipelines.row_settings import Decoding, row_seed
 from tests.jobs.tiny_endpoint import endpoint, tiny_llm
 from tests.pipelines.http_server import Scripted, error, serving, sound
@@ -284,3 +289,50 @@ def test_a_refusal_of_the_list_of_models_is_told():
 
     with pytest.raises(Refused, match="400: no"):
         asyncio.run(ask())
+
+
+def test_who_is_told_to_wait_longer_than_its_patience_does_not_wait():
+    script = Scripted(error(429, "full", **{"Retry-After": "3600"}))
+    began = time.monotonic()
+    with serving(script.app) as url, pytest.raises(Unavailable, match="429: full"):
+        answers(url, [prompt_of(0)], patience_seconds=60)
+    assert time.monotonic() - began < 30
+
+
+def test_a_worker_whose_endpoint_goes_away_goes_on_later_to_the_same_bytes(tmp_path, quick):
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(f'{{"prompt": "row {row}"}}\n' for row in range(9)))
+    parts, _ = plan([str(source)], 3)
+
+    def work_at(url: str, output) -> PartWorker:
+        claim(Folder(output), {})
+        return PartWorker(
+            Work(
+                source=EndpointSource(url=url, patience_seconds=0.2),
+                output=str(output),
+                columns=Columns(),
+                common=Decoding(params=SamplingParams()),
+                format="jsonl",
+                rows_per_part=3,
+            )
+        )
+
+    def ask(worker: PartWorker, part) -> dict:
+        return asyncio.run(worker({"part": [json.dumps(dataclasses.asdict(part))]}))
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    with serving(Scripted().app) as url:
+        undisturbed = work_at(url, whole)
+        assert not any(ask(undisturbed, part)["refusal"][0] for part in parts)
+        ask(work_at(url, cut), parts[0])
+    [refusal] = ask(work_at(url, cut), parts[1])["refusal"]
+    told = InputError.from_data(json.loads(refusal))
+    assert isinstance(told, Unavailable)
+    assert sorted(path.name for path in cut.glob("completions-*.jsonl")) == [
+        "completions-000000.jsonl"
+    ]
+    with serving(Scripted().app) as url:
+        for part in parts[1:]:
+            ask(work_at(url, cut), part)
+    for path in whole.iterdir():
+        assert (cut / path.name).read_bytes() == path.read_bytes()

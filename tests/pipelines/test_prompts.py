@@ -306,3 +306,12 @@ def test_a_wrong_setting_costs_its_row_alone(tmp_path, params, sentence):
     first, dead, last = read(as_jsonl(tmp_path / "a.jsonl", rows))
     assert (first.text, dead.reason, last.text) == ("a", "bad_setting", "c")
     assert sentence in dead.detail
+
+
+def test_a_column_of_settings_must_be_in_a_table(tmp_path):
+    table = as_parquet(tmp_path / "a.parquet", [{"prompt": "a", "seed": 1}])
+    lines = as_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}])
+    require_columns([str(table)], "prompt", "messages", ["seed"])
+    with pytest.raises(InputError, match=r"setting_columns has top_p, which is not in .*'seed'"):
+        require_columns([str(table)], "prompt", "messages", ["seed", "top_p"])
+    require_columns([str(lines)], "prompt", "messages", ["top_p"])
