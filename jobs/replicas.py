@@ -17,7 +17,7 @@ from jobs.autoscaling import Load
 
 if TYPE_CHECKING:
     from jobs.resuming import Blocks
-    from jobs.serve import ServeConfig
+    from jobs.serve_config import ServeConfig
     from jobs.serve_metrics import ServeMetrics
 
 
@@ -38,7 +38,8 @@ class Sampler:
             f"model={model} was changed while it was loaded; deploy it again",
         )
         self._load = Load(places)
-        self._scoring = asyncio.Lock()  # one text at a time: the rest of the threads decode
+        self._turn = asyncio.Lock()  # one text at a time: the rest of the threads decode
+        self._texts_to_score = 0
 
     async def ready(self) -> bool:
         """That a replica answers at all."""
@@ -50,11 +51,15 @@ class Sampler:
         from cascade_model.scoring import scored
 
         told: list[TokenLogprob | None] = [None] * len(tokens)
-        async with self._scoring:
-            passes = scored(self._llm.model, tokens, count)
-            while (part := await asyncio.to_thread(next, passes, None)) is not None:
-                for place, logprob in part:
-                    told[place] = logprob
+        self._texts_to_score += 1
+        try:
+            async with self._turn:
+                passes = scored(self._llm.model, tokens, count)
+                while (part := await asyncio.to_thread(next, passes, None)) is not None:
+                    for place, logprob in part:
+                        told[place] = logprob
+        finally:
+            self._texts_to_score -= 1
         return told
 
     async def blocks(
@@ -100,6 +105,7 @@ class Sampler:
             "places": self._load.places,
             "blocks_left": self._load.blocks_left,
             "choices": self._load.running,
+            "scoring": self._texts_to_score,
         }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -314,7 +320,7 @@ def require_loopback() -> None:
     """Refuse to serve without keys on an address that others reach, whoever deployed it."""
     from ray.serve.context import _get_global_client
 
-    from jobs.serve import is_loopback
+    from jobs.serve_config import is_loopback
 
     host = _get_global_client().http_config.host  # type: ignore[union-attr]
     check(
