@@ -8,7 +8,8 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup demo smollm2 smollm2-parent smollm2-long test lint clean \
   bench-data bench-train bench-train-gpu bench-sampler bench-text bench-peer bench-conversion \
-  bench-generate faults-train faults-data faults-serve faults-generate serve-scaling lm-eval openai-clients page-picture
+  bench-generate bench-serve faults-train faults-data faults-serve faults-generate serve-scaling \
+  serve-haproxy lm-eval openai-clients page-picture
 setup: $(VENV)/.stamp
 
 # torch first, and from PyTorch's CPU index where there is neither a GPU nor a CPU build at hand:
@@ -64,6 +65,9 @@ lint: setup
 # Each prints a table and writes build/bench/X.json or build/faults/X.json; see tests/benchmarks/README.md.
 bench-train bench-sampler bench-generate: bench-%: setup
 	$(BIN)/python -m tests.benchmarks.$*
+
+bench-serve: setup
+	$(BIN)/python -m tests.benchmarks.serve_speed
 
 # On a machine with a GPU; elsewhere it refuses.
 bench-train-gpu: setup
@@ -132,6 +136,10 @@ page-picture: setup
 # The transcript of an endpoint that is scaled up, to zero and back.
 serve-scaling: setup
 	$(BIN)/python -m tests.benchmarks.serve_scaling
+
+# HAProxy binds ports of all interfaces: in a network namespace of its own.
+serve-haproxy: setup
+	$(BIN)/python -m tests.benchmarks.serve_haproxy
 
 clean:
 	rm -rf build runs

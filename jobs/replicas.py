@@ -18,7 +18,7 @@ from jobs.choices import STEP
 
 if TYPE_CHECKING:
     from jobs.resuming import Blocks
-    from jobs.serve import ServeConfig
+    from jobs.serve_config import ServeConfig
     from jobs.serve_metrics import ServeMetrics
 
 
@@ -39,7 +39,8 @@ class Sampler:
             f"model={model} was changed while it was loaded; deploy it again",
         )
         self._load = Load(places)
-        self._scoring = asyncio.Lock()  # one text at a time: the rest of the threads decode
+        self._turn = asyncio.Lock()  # one text at a time: the rest of the threads decode
+        self._texts_to_score = 0
 
     async def ready(self) -> bool:
         """That a replica answers at all."""
@@ -51,11 +52,15 @@ class Sampler:
         from cascade_model.scoring import scored
 
         told: list[TokenLogprob | None] = [None] * len(tokens)
-        async with self._scoring:
-            passes = scored(self._llm.model, tokens, count)
-            while (part := await asyncio.to_thread(next, passes, None)) is not None:
-                for place, logprob in part:
-                    told[place] = logprob
+        self._texts_to_score += 1
+        try:
+            async with self._turn:
+                passes = scored(self._llm.model, tokens, count)
+                while (part := await asyncio.to_thread(next, passes, None)) is not None:
+                    for place, logprob in part:
+                        told[place] = logprob
+        finally:
+            self._texts_to_score -= 1
         return told
 
     async def blocks(
@@ -109,6 +114,7 @@ class Sampler:
             "places": self._load.places,
             "blocks_left": self._load.blocks_left,
             "choices": self._load.running,
+            "scoring": self._texts_to_score,
         }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -251,8 +257,9 @@ class Ingress:
 
 
 async def spoken(sampler: Any, *request: Any) -> "Blocks":
-    """What some sampler replica says to a request; leaving early ends its decoding."""
-    response = sampler.options(stream=True).blocks.remote(*request)
+    """What some sampler replica says to a request; leaving early ends its decoding. By gRPC, which
+    costs half the processor time of an object reference a block (`make bench-serve`)."""
+    response = sampler.options(stream=True, _by_reference=False).blocks.remote(*request)
     with told_as_losses():
         try:
             async for item in response:
@@ -273,6 +280,7 @@ async def answered(response: Any) -> Any:
 @contextlib.contextmanager
 def told_as_losses() -> Iterator[None]:
     """What Ray raises where no sampler can answer, in `resuming`'s words."""
+    from grpc.aio import AioRpcError
     from ray.exceptions import ObjectLostError, RayActorError
     from ray.serve.exceptions import (
         BackPressureError,
@@ -286,7 +294,13 @@ def told_as_losses() -> Iterator[None]:
         yield
     except BackPressureError:
         raise NoRoom from None
-    except (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError):
+    except (
+        AioRpcError,
+        RayActorError,
+        ObjectLostError,
+        DeploymentUnavailableError,
+        ReplicaUnavailableError,
+    ):
         raise SamplerLost from None
 
 
@@ -324,7 +338,7 @@ def require_loopback() -> None:
     """Refuse to serve without keys on an address that others reach, whoever deployed it."""
     from ray.serve.context import _get_global_client
 
-    from jobs.serve import is_loopback
+    from jobs.serve_config import is_loopback
 
     host = _get_global_client().http_config.host  # type: ignore[union-attr]
     check(

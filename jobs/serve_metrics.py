@@ -22,6 +22,7 @@ _OF_SAMPLERS = (
     ("running", "running", GaugeMetricFamily, "Choices that hold pages in the engine"),
     ("waiting", "engine_queue", GaugeMetricFamily, "Choices that wait inside the engine"),
     ("blocks_left", "blocks_left", GaugeMetricFamily, "Blocks that running choices may yet take"),
+    ("scoring", "scoring", GaugeMetricFamily, "Texts that are scored or wait for it"),
     ("pages_free", "pages_free", GaugeMetricFamily, "Pages of keys and values that are free"),
     ("rounds", "engine_rounds", CounterMetricFamily, "Forward passes over many choices"),
     ("passes", "engine_passes", CounterMetricFamily, "Passes of single choices in them"),

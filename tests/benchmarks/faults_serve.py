@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.serve import ServeConfig, serve_document, start_ray_for
+from jobs.serve import serve_document, start_ray_for
+from jobs.serve_config import ServeConfig
 from tests.benchmarks.report import Row, publish
 from tests.benchmarks.serve_client import Told, streams
 from tests.benchmarks.serve_load import hang_up_rows, overload_rows, soak_rows

@@ -1,9 +1,14 @@
 """Overload, hang-ups and a soak of an endpoint: what a fault table says of them."""
 
 import asyncio
+import contextlib
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import psutil
 
 from tests.benchmarks.report import Row
 from tests.benchmarks.serve_client import Told, client, streamed
@@ -104,8 +109,45 @@ def growth(values: Sequence[float], steps: Sequence[float]) -> float:
     return above / sum((x - mean_x) ** 2 for x in steps)
 
 
+LEAK = """
+import os, sys
+kept = []
+for line in sys.stdin:
+    kept += [bytearray(os.urandom(8192)) for _ in range(int(line))]
+    kept.append(open(os.devnull))
+    print(flush=True)
+"""
+"""A process that keeps 8 KB of every request, and a descriptor of every batch."""
+
+
+@contextlib.contextmanager
+def leaking() -> Iterator[tuple[psutil.Process, Callable[[int], Any]]]:
+    """The control's process, and how to tell it of so many requests."""
+    words = [sys.executable, "-c", LEAK]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def leak(requests: int) -> None:
+            process.stdin.write(f"{requests}\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            process.stdout.readline()  # type: ignore[union-attr]
+
+        yield psutil.Process(process.pid), leak
+        process.stdin.close()
+
+
 def soak_rows(url: str, count: int) -> Iterator[Row]:
-    """Short requests, 8 at a time; memory and descriptors of every process in their second half."""
+    """Short requests, 8 at a time; memory and descriptors of every process in their second half,
+    and of one that leaks, which the same look must find."""
+    with leaking() as (control, leak):
+        yield from _soak_rows(url, count, control, leak)
+
+
+def _soak_rows(
+    url: str, count: int, control: psutil.Process, leak: Callable[[int], Any]
+) -> Iterator[Row]:
     seen: list[tuple[int, dict[int, tuple[float, int]]]] = []
     wrong = 0
 
@@ -119,26 +161,31 @@ def soak_rows(url: str, count: int) -> Iterator[Row]:
                         *(streamed(http, each) for each in batch[group : group + 8])
                     )
                     wrong += sum(not each.is_whole for each in told)
-                seen.append((start + 40, measured()))
+                leak(40)
+                seen.append((start + 40, measured([*serve_processes(), control])))
 
     asyncio.run(soak())
     half = seen[len(seen) // 2 :]
     steps = [number for number, _ in half]
     same = set.intersection(*(set(each) for _, each in half))
     names = {each.pid: each.name().removeprefix("ray::") for each in serve_processes()}
-    kilobytes = [growth([each[pid][0] for _, each in half], steps) / 1024 for pid in same]
-    files = [half[-1][1][pid][1] - half[0][1][pid][1] for pid in same]
+    kilobytes = {p: growth([each[p][0] for _, each in half], steps) / 1024 for p in same}
+    files = {pid: half[-1][1][pid][1] - half[0][1][pid][1] for pid in same}
+    leaked, kept_open = kilobytes.pop(control.pid), files.pop(control.pid)
     yield Row("soak: requests", count, "requests")
     yield Row("... that failed", wrong, "", bar=0, is_limit=True)
-    yield Row("... processes watched: proxy, ingress, samplers", len(same), "", bar=4)
-    for pid, slope in zip(same, kilobytes, strict=True):
+    yield Row("... processes watched: proxy, ingress, samplers", len(kilobytes), "", bar=4)
+    for pid, slope in kilobytes.items():
         yield Row(f"... memory of {names[pid]}", slope, "KB/request")
-    yield Row("... memory, the fastest-growing process", max(kilobytes), "KB/request", bar=4,
-              is_limit=True)  # fmt: skip
-    yield Row("... descriptors, the fastest-growing process", max(files), "more", bar=4,
-              is_limit=True)  # fmt: skip
+    most, limit = max(kilobytes.values()), 4
+    yield Row("... memory, the fastest-growing process", most, "KB/request", limit, True)
+    more = max(files.values())
+    yield Row("... descriptors, the fastest-growing process", more, "more", limit, True)
+    yield Row("control: memory of a process that leaks 8 KB a request", leaked, "KB/request", limit)
+    if len(half) > limit + 1:  # a descriptor a batch
+        yield Row("... and its descriptors", kept_open, "more", limit)
 
 
-def measured() -> dict[int, tuple[float, int]]:
-    """Resident bytes and descriptors of the server's processes."""
-    return {each.pid: (float(each.memory_info().rss), each.num_fds()) for each in serve_processes()}
+def measured(processes: Sequence[psutil.Process]) -> dict[int, tuple[float, int]]:
+    """Resident bytes and descriptors of processes."""
+    return {each.pid: (float(each.memory_info().rss), each.num_fds()) for each in processes}

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 
 from jobs.deployment import deployed
-from jobs.serve import APP, ScalingConfig, ServeConfig, serve_document
+from jobs.serve import APP, serve_document
+from jobs.serve_config import ScalingConfig, ServeConfig
 from tests.benchmarks.serve_client import KEY
 
 

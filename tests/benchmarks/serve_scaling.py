@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jobs.serve import ScalingConfig, serve_document, start_ray_for
+from jobs.serve import serve_document, start_ray_for
+from jobs.serve_config import ScalingConfig
 from tests.benchmarks.report import Row, publish
 from tests.benchmarks.serve_client import Told, streams
 from tests.benchmarks.serve_runs import (

@@ -76,6 +76,8 @@ def measured(shape: str, rounds: int, folder: Path) -> Iterator[Row]:
                 told = f"{alone.tokens_per_second:.0f} and {served_run.tokens_per_second:.0f}"
                 print(f"{shape}, {streams} streams: {told} tokens/s", file=sys.stderr)
             yield from rows_of(shape, streams, **runs)
+        rest = sum(http.at_rest.values())
+        yield Row(f"{shape}: all of the server at rest", rest * 1e3, "CPU-ms/s")
 
 
 def require_same_texts(one: Run, other: Run) -> None:

@@ -147,8 +147,14 @@ def serve_engine(model: str) -> None:
 class HttpArm:
     """Streams from a server on this machine, and what its processes spend on them."""
 
-    def __init__(self, port: int, pid: int) -> None:
+    def __init__(self, port: int, pid: int, rest_seconds: float = 10.0) -> None:
         self._port, self._server = port, psutil.Process(pid)
+        self.at_rest: dict[str, float] = {}
+        """Processor seconds a second, by who spends them, while nobody asks."""
+        before = self._spent()
+        time.sleep(rest_seconds)
+        for name, spent in self._spent().items():
+            self.at_rest[name] = (spent - before.get(name, 0.0)) / rest_seconds
 
     def run(self, streams: int) -> Run:
         """So many streams at once."""
@@ -161,7 +167,9 @@ class HttpArm:
         found = asyncio.run(self._read(bodies))
         seconds = time.perf_counter() - began
         cpu = {"client": time.process_time() - own}
-        cpu |= {name: spent - before.get(name, 0) for name, spent in self._spent().items()}
+        for name, spent in self._spent().items():
+            rest = seconds * self.at_rest.get(name, 0.0)
+            cpu[name] = max(spent - before.get(name, 0.0) - rest, 0.0)
         firsts = sorted(first for first, _ in found)
         return Run(seconds, [text_of(raw) for _, raw in found], cpu, firsts[len(firsts) // 2])
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.benchmarks.serve_client import Told
-from tests.benchmarks.serve_load import growth
+from tests.benchmarks.serve_load import growth, leaking, measured
 
 
 def event(text: str, reason: str | None = None, **more) -> dict:
@@ -43,3 +43,14 @@ def test_a_leak_is_seen_and_noise_is_not():
     assert growth(leak, steps) == pytest.approx(4096)
     noise = [5e7 + 1e5 * (-1) ** place for place in range(len(steps))]
     assert abs(growth(noise, steps)) < 100
+
+
+def test_the_leak_of_the_control_is_measured_as_such():
+    with leaking() as (control, leak):
+        seen = []
+        for _ in range(8):
+            leak(100)
+            seen.append(measured([control])[control.pid])
+    memory, files = zip(*seen, strict=True)
+    assert growth(memory, range(100, 900, 100)) > 4096  # bytes a request
+    assert files[-1] - files[0] == 7

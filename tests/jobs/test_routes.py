@@ -223,6 +223,12 @@ def test_a_token_that_the_request_names_ends_it(client):
     assert choice["text"] == whole["text"].partition(last)[0] + last
 
 
+def test_naming_no_end_is_naming_none(client):
+    expected = complete(client, seed=3).json()["choices"]
+    for nothing in ({"stop_ids": []}, {"stop": []}, {"stop": ""}, {"stop_ids": None}):
+        assert complete(client, seed=3, **nothing).json()["choices"] == expected
+
+
 def test_a_budget_bounds_the_passes_and_one_that_is_too_small_names_the_cure(client):
     settings = {"seed": 5, "max_tokens": 21, "confidence_threshold": 1.0}  # blocks of 1 and 4
     usage = complete(client, **settings, max_steps=11, deadline_seconds=60).json()["usage"]

@@ -62,5 +62,5 @@ def test_every_sampler_is_told_of_with_its_name():
 
 
 def test_what_is_told_of_samplers_is_what_they_count():
-    known = {*Counters.__slots__, "places", "blocks_left"}
+    known = {*Counters.__slots__, "places", "blocks_left", "scoring"}
     assert {key for key, *_ in _OF_SAMPLERS} <= known

@@ -66,6 +66,42 @@ def test_a_sampler_killed_in_mid_stream_costs_no_stream_a_byte(url):
     assert "cascade_samplers 2.0" in scrape
 
 
+def test_a_sampler_killed_while_it_scores_costs_no_value(url):
+    wait_until(lambda: running() == 2 and len(states()) == 2)
+    before = lost_in(asyncio.run(scraped(url)))
+    calm = asyncio.run(scores(url, TEXTS))
+    assert len(calm) == len(TEXTS)
+    assert all(len(each["logprobs"]["token_logprobs"]) == len(TEXTS[0]) for each in calm)
+    found: list[list] = []
+    thread = threading.Thread(target=lambda: found.append(asyncio.run(scores(url, TEXTS))))
+    thread.start()
+    victims: list[dict] = []
+
+    def scoring() -> list[dict]:
+        victims[:] = [state for state in states() if state["scoring"]]
+        return victims
+
+    wait_until(scoring)
+    kill(victims[0])
+    thread.join()
+    assert found == [calm]
+    assert lost_in(asyncio.run(scraped(url))) == before + 1
+    wait_until(lambda: running() == 2 and len(states()) == 2)
+
+
+TEXTS = ["".join(chr(97 + (n * place) % 23) for place in range(900)) for n in range(1, 5)]
+"""Each takes hundreds of passes to score."""
+
+
+async def scores(url: str, texts: list[str]) -> list[dict]:
+    """The log-probabilities of texts, by one request."""
+    asked = {"model": "tiny", "prompt": texts, "echo": True, "logprobs": 1, "max_tokens": 0}
+    async with client(url) as http:
+        answer = await http.post("/v1/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"]
+
+
 def test_clients_that_leave_free_every_place_at_once(url):
     long = requests(6, max_tokens=800)
 
