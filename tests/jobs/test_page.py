@@ -290,7 +290,7 @@ def test_stop_keeps_what_is_there_and_frees_the_place(llm, opening):
         page = opening(url)
         for how in ("button", "key"):
             page.page.wait_for_selector("#run:enabled")
-            page.set(seed="2", max_tokens="200")
+            page.set(prompt="abc", seed="2", max_tokens="200")
             page.page.click("#run")
             page.until("document.getElementById('blocks').textContent >= 2")
             busy = httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "a"})
