@@ -68,6 +68,18 @@ def a_stream_joins_to_the_whole_answer(client, model):
 
 
 @case
+def a_stream_tells_its_denoising_steps_and_the_same_text(client, model):
+    request = {"model": model, "prompt": "abc", "max_tokens": 18, "seed": 1}
+    whole = client.completions.create(**request)
+    stream = client.completions.create(**request, stream=True, extra_body={"stream_steps": True})
+    pieces = [piece.choices[0] for piece in stream]
+    assert "".join(piece.text for piece in pieces) == whole.choices[0].text
+    steps = [piece.denoised for piece in pieces if getattr(piece, "denoised", None)]
+    assert sum(step["step"] == 0 for step in steps) == len(pieces) - len(steps) > 2
+    assert all(len(step["places"]) == len(step["confidences"]) for step in steps)
+
+
+@case
 def a_completions_logprobs_have_an_entry_for_each_token(client, model):
     made = client.completions.create(
         model=model, prompt="abc", max_tokens=4, logprobs=2, echo=True, seed=1

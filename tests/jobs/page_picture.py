@@ -13,13 +13,13 @@ from cascade_model.llm import LLM
 from tests.jobs import browser as browsers
 from tests.jobs.test_page import Opened, paced, served
 
-PROMPT = "The most useful properties of water are"
+PROMPT = 'def read_file(path):\n    """Read a file'
 MOST_BYTES = 200_000
 # In a block that is half done, with enough text above it to see what the colours tell.
 MOMENT = """(() => {
   const cells = [...document.querySelectorAll('.cell')];
   const masks = cells.filter((cell) => cell.classList.contains('mask')).length;
-  return cells.length > 84 && masks > 0 && masks < 3 && document.querySelector('.fresh') !== null;
+  return cells.length > 80 && masks > 0 && masks < 3 && document.querySelector('.fresh') !== null;
 })()"""
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", default="7")
+    parser.add_argument("--seed", default="2")
     parser.add_argument("--scheme", default="light")
     chosen = parser.parse_args()
     browser = browsers.executable()
@@ -47,8 +47,8 @@ def main() -> None:
         page = Opened(context.new_page(), url)
         page.page.wait_for_selector("#run:enabled")
         page.set(
-            prompt=PROMPT, seed=chosen.seed, max_tokens="128", confidence_threshold="0.3",
-            temperature="0.6",
+            prompt=PROMPT, seed=chosen.seed, max_tokens="110", confidence_threshold="0.35",
+            temperature="0.5",
         )  # fmt: skip
         page.page.click("#run")
         page.until(MOMENT, seconds=600)
