@@ -108,7 +108,6 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     from cascade_model.commit import require_writable
     from cascade_model.networks import network_with
     from cascade_model.weights import save_model
-    from jobs.own_template import TEMPLATE, own_template
 
     require_writable(config.output)
     made = with_infilling(convert(config), config)
