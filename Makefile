@@ -53,8 +53,9 @@ smollm2-long: smollm2-parent
 	$(BIN)/cascade distil --config jobs/recipes/smollm2/long/distil.yaml
 	$(SMOLLM2_EVALUATE) runs/smollm2/long
 
+# Two processes, each with a Ray of its own.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
