@@ -8,8 +8,8 @@ import contextlib
 import operator
 import queue
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -24,26 +24,13 @@ from cascade_model.sampler import DecodedBlock
 from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Counters
 from cascade_model.settings import check
-from cascade_model.text_stream import Chunk, Completion, TextStream, complete
+from cascade_model.text_stream import Chunk, Completion, TextStream
+from cascade_model.together import Answer, Request, block_of, chunk_of, in_order, together
 from cascade_model.tokenizer import Tokenizer
 from cascade_model.watching import DenoisedStep
 from cascade_model.weights import load_model, require_text
 
 Prompt = str | Sequence[int]
-Key = tuple[int, int]  # prompt and choice
-Request = tuple[list[int], bool]  # tokens to decode, and whether they have holes to fill
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One of many completions, as soon as it is whole."""
-
-    index: int
-    """Which prompt."""
-    choice: int
-    """Which of its completions, from 0."""
-    result: Completion | InputError
-    """The error is the request's own: it could not be decoded."""
 
 
 class LLM:
@@ -187,7 +174,7 @@ class LLM:
         source = self.blocks(tokens, params, choice, has_holes=has_holes)
         with contextlib.closing(source) as blocks:
             for block in blocks:
-                chunk = _chunk(text, block)
+                chunk = chunk_of(text, block)
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
@@ -208,7 +195,7 @@ class LLM:
         source = self.stream_blocks(tokens, params, choice, has_holes=has_holes)
         async with contextlib.aclosing(source) as blocks:
             async for block in blocks:
-                chunk = _chunk(text, block)
+                chunk = chunk_of(text, block)
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
@@ -229,7 +216,7 @@ class LLM:
         `max_tokens` tokens, where the model sees the suffix (`requests.between`). Choice i of a
         prompt is the same for every n. Raises `InputError` when a prompt cannot be decoded.
         """
-        return _in_order(self.answers(prompts, params, stop, n, suffix=suffix))
+        return in_order(self.answers(prompts, params, stop, n, suffix=suffix))
 
     def answers(
         self,
@@ -247,7 +234,7 @@ class LLM:
         def tokens_of(request: tuple[Prompt, Prompt | None], own: SamplingParams) -> Request:
             return self._request(*request, own.max_tokens)
 
-        return self._together(tokens_of, requests, params, stop, n)
+        return together(self.engine, self.tokenizer.decode, tokens_of, requests, params, stop, n)
 
     def infill(
         self,
@@ -263,7 +250,9 @@ class LLM:
         `max_tokens` (`requests.check_infilling`).
         """
         _require_list(texts)
-        return _in_order(self._together(self._masked, texts, params, (), n))
+        return in_order(
+            together(self.engine, self.tokenizer.decode, self._masked, texts, params, (), n)
+        )
 
     def close(self) -> None:
         """End the engine's thread; requests that still run get an error."""
@@ -290,88 +279,12 @@ class LLM:
         hole, encode = [self.config.mask_id] * text.length, self.tokenizer.encode
         return [*encode(text.prefix), *hole, *encode(text.suffix)], True
 
-    def _together(
-        self,
-        tokens_of: Callable[[Any, SamplingParams], Request],
-        requests: Sequence[Any],
-        params: SamplingParams | Sequence[SamplingParams],
-        stop: Sequence[str] | Sequence[Sequence[str]],
-        n: int,
-    ) -> Generator[Answer, None, None]:
-        """Submit `n` choices of every request, and give each as soon as it is whole."""
-        check(type(n) is int and n >= 1, f"n={n!r} must be a whole number of at least 1")
-        each = [params] * len(requests) if isinstance(params, SamplingParams) else params
-        check(
-            isinstance(each, Sequence) and all(isinstance(own, SamplingParams) for own in each),
-            f"params={repr(params)[:60]} must be SamplingParams, or a list with one a prompt",
-        )
-        check(
-            len(each) == len(requests),
-            f"params has {len(each)} settings for {len(requests)} prompts; give one for all, or "
-            "one a prompt",
-        )
-        stops = _stops_each(stop, len(requests))
-        events: queue.SimpleQueue[tuple[Key, Event]] = queue.SimpleQueue()
-        tickets: dict[Key, Ticket] = {}
-        texts: dict[Key, TextStream] = {}
-        chunks: dict[Key, list[Chunk]] = {}
-        try:
-            for index, (request, own) in enumerate(zip(requests, each, strict=True)):
-                known: Request | None = None
-                for choice in range(n):
-                    key = (index, choice)
-                    try:
-                        known = known or tokens_of(request, own)
-                        tickets[key] = self.engine.submit(
-                            known[0],
-                            own,
-                            choice,
-                            lambda event, key=key: events.put((key, event)),
-                            has_holes=known[1],
-                        )
-                    except InputError as error:
-                        yield Answer(index, choice, error)
-                        continue
-                    texts[key], chunks[key] = TextStream(self.tokenizer.decode, stops[index]), []
-            while texts:
-                key, event = events.get()
-                if key not in texts:  # decoded on before its end was heard of
-                    continue
-                if isinstance(event, InputError):
-                    del texts[key], tickets[key]
-                    yield Answer(*key, event)
-                    continue
-                block = _checked(event)
-                chunk = _chunk(texts[key], block)
-                chunks[key].append(chunk)
-                if chunk.finish_reason is not None:
-                    tickets.pop(key).cancel()
-                    del texts[key]
-                    yield Answer(*key, complete(iter(chunks.pop(key))))
-        finally:
-            for ticket in tickets.values():
-                ticket.cancel()
-
 
 def _require_list(requests: Any) -> None:
     check(
         isinstance(requests, Sequence) and not isinstance(requests, str | bytes | Infilling),
         f"the prompts are {repr(requests)[:60]}; give a list of them",
     )
-
-
-def _stops_each(
-    stop: Sequence[str] | Sequence[Sequence[str]], count: int
-) -> Sequence[Sequence[str]]:
-    """The stop texts of each prompt."""
-    is_each = not isinstance(stop, str) and bool(stop)
-    if not is_each or not all(isinstance(own, list | tuple) for own in stop):
-        return [stop] * count  # type: ignore[list-item]
-    check(
-        len(stop) == count,
-        f"stop has {len(stop)} lists for {count} prompts; give texts for all, or a list a prompt",
-    )
-    return stop
 
 
 def _one_each(
@@ -402,23 +315,12 @@ def _ids(tokens: Sequence[int]) -> list[int]:
         ) from None
 
 
-def _in_order(answers: Generator[Answer, None, None]) -> list[Completion]:
-    """Prompt by prompt, choice by choice; the first refusal is raised and ends the others."""
-    found: dict[Key, Completion] = {}
-    with contextlib.closing(answers):
-        for answer in answers:
-            if isinstance(answer.result, InputError):
-                raise InputError(f"prompts[{answer.index}]: {answer.result}") from None
-            found[answer.index, answer.choice] = answer.result
-    return [found[key] for key in sorted(found)]
-
-
 def _until_finished(
     ticket: Ticket, events: "queue.SimpleQueue[Event]"
 ) -> Generator[DecodedBlock, None, None]:
     try:
         while True:
-            block = _checked(events.get())
+            block = block_of(events.get())
             yield block
             if block.finish_reason is not None:
                 return
@@ -435,28 +337,9 @@ async def _awaited_until_finished(
             if isinstance(event, DenoisedStep):
                 yield event
                 continue
-            block = _checked(event)
+            block = block_of(event)
             yield block
             if block.finish_reason is not None:
                 return
     finally:
         ticket.cancel()
-
-
-def _checked(event: Event) -> DecodedBlock:
-    """A block, or its error raised."""
-    if isinstance(event, BaseException):
-        raise event
-    return event
-
-
-def _chunk(text: TextStream, block: DecodedBlock) -> Chunk:
-    return text.push(
-        block.tokens,
-        passes=block.passes,
-        steps=block.steps,
-        finish_reason=block.finish_reason,
-        stop_reason=block.stop_reason,
-        logprobs=block.logprobs,
-        margin=block.margin,
-    )
