@@ -5,6 +5,8 @@ Everything works for one process without a group, so the trainer has a single pa
 
 import atexit
 import contextlib
+import gc
+import importlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -30,15 +32,21 @@ def join_group(device: torch.device, timeout: float | None = None) -> None:
     alone or where a group exists, which then is its maker's to end.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        # Imported later, the defaults of its functions would hold the group beyond its end.
+        importlib.import_module("torch.distributed.nn.functional")
         patience = None if timeout is None else timedelta(seconds=timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         atexit.register(_leave_group)
 
 
 def _leave_group() -> None:
-    """End the group's threads while Python is whole; ended with it, they may abort the process."""
+    """End the group's threads while Python is whole; ended with it, they may abort the process.
+
+    They end with the last object that holds the group: meshes of a sharded model are garbage.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def rank() -> int:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cascade_model.errors import InputError, Unfinished
-from cascade_model.own_template import own_template
 from jobs.cli import command
 from jobs.generate_settings import GenerateConfig, job_identity
 from jobs.launch import absolute
@@ -99,6 +98,8 @@ def _endpoint(config: GenerateConfig) -> "tuple[Source, dict[str, Any]]":
 def _template_text(config: GenerateConfig) -> str:
     """The template's text or the name of one that is built in; a file is read here, as a worker may
     be elsewhere."""
+    from cascade_model.own_template import own_template
+
     given = config.chat_template or own_template(config.model) or "plain"
     if "{" in given or not Path(given).is_file():
         return given

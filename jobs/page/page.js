@@ -243,7 +243,7 @@ async function start() {
   $("scrub").max = 0;
   lock(true);
   say("status", `seed ${body.seed}, waiting`);
-  draw();
+  drawNow();
   let end = "stopped by you";
   try {
     end = await follow(body);

@@ -23,6 +23,7 @@ from tests.cascade_model.checkpoint_making import (
 )
 
 PATIENCE = 0.4
+QUICK = ("500 after", "drop", "cut")  # half a minute each; the others with -m slow
 
 
 @pytest.fixture
@@ -104,7 +105,9 @@ def test_without_the_check_the_last_writer_would_win(s3_url):
     assert same_state(other, run)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAULTS]
+)
 def test_a_save_survives_each_fault_at_each_of_its_requests(s3_server, through, monkeypatch, fault):
     with proxied(s3_server, rate=0.0, hang=2 * PATIENCE) as proxy:
         url, run = through(proxy), trained()

@@ -205,7 +205,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, model, prompts, capsys):
     assert generate.main(arguments(model, tmp_path / "none.jsonl", output)) == 2
     assert "does not exist" in said(capsys)
     code = generate.main(arguments(str(tmp_path / "no-model"), prompts, output))
-    assert code == CheckpointMismatch.exit_code
+    assert code == 2
     (tmp_path / "empty.jsonl").touch()
     assert generate.main(arguments(model, tmp_path / "empty.jsonl", output)) == 2
     capsys.readouterr()

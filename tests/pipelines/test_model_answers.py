@@ -4,7 +4,6 @@ import dataclasses
 import random
 
 import pytest
-from tests.jobs.test_own_template import chatml_tokenizer  # noqa: F401 - a fixture
 
 from cascade_model.errors import InputError
 from cascade_model.jinja_chat import CHATML
@@ -13,6 +12,7 @@ from pipelines.answers import longest_first
 from pipelines.model_answers import ModelAnswers
 from pipelines.prompt_rows import DeadRow, Prompt
 from pipelines.row_settings import Decoding
+from tests.jobs.test_preparation import chatml_tokenizer  # noqa: F401 - a fixture
 from tests.jobs.tiny_endpoint import tiny_llm
 
 HI = ({"role": "user", "content": "Hi"},)
