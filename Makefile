@@ -91,7 +91,7 @@ bench-text: setup
 
 # Another engine of the field; without its dependencies, which its decoding loop does not need.
 # Hours: seven arms of 25 minutes of one core. What is there is not done again.
-BETTER ?= aligned
+BETTER ?= shifted
 bench-conversion: setup smollm2-parent
 	$(BIN)/python -m tests.benchmarks.conversion --better $(BETTER)
 

@@ -1,7 +1,7 @@
 """bench-conversion: SmolLM2-135M to block diffusion, several ways at equal tokens, data and seed.
 
     make bench-conversion                   # what is there already is not done again
-    make bench-conversion BETTER=shifted    # vary the other axis
+    make bench-conversion BETTER=aligned    # vary the other axis
 
 Each arm is a command of the product, so it can be cut at any time and goes on where it was; its
 held-out bound is measured on the way by the training itself. Beside the arms stands the control:
@@ -119,7 +119,7 @@ def train(arms: dict[str, Arm], name: str) -> None:
 def main() -> int:
     """All arms, then their table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--better", default="aligned", choices=sorted(STARTS))
+    parser.add_argument("--better", default="shifted", choices=sorted(STARTS))
     parser.add_argument("--only", nargs="*", help="arms to run; all of them without it")
     options = parser.parse_args()
     arms = arms_of(options.better)
