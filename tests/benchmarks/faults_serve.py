@@ -188,7 +188,9 @@ def main(count: int) -> int:
                     *kill_rows(url, count),
                     *overload_rows(url, seconds=max(4.0, 15 * share)),
                     *hang_up_rows(url, count=max(30, round(300 * share))),
-                    *soak_rows(url, count=max(200, round(2000 * share))),
+                    *soak_rows(
+                        url, count=max(1000, round(2000 * share))
+                    ),  # a new sampler fills up first
                     *update_rows(url, config, other),
                 ]
             rows += control_rows(model, folder)
