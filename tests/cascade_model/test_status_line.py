@@ -10,20 +10,25 @@ import termios
 from cascade_model import status_line
 from cascade_model.status_line import end_line, redraw, tell
 
+END = "the end"
+
 
 def sent(monkeypatch, act, kind="xterm"):
     """What `act` sends to stderr that is a terminal of 20 columns."""
     ours, theirs = pty.openpty()
-    os.set_blocking(ours, False)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
     with os.fdopen(theirs, "w") as file, monkeypatch.context() as patched:
         patched.setenv("TERM", kind)
         patched.setattr(sys, "stderr", file)
         patched.setattr(status_line, "_screen", status_line._Screen())
         act()
-        text = os.read(ours, 1 << 16).decode()
+        file.write(END)
+        file.flush()
+        text = ""
+        while END not in text:  # a terminal hands on what it gets when it finds the time
+            text += os.read(ours, 1 << 16).decode()
     os.close(ours)
-    return text.replace("\r\n", "\n")
+    return text.removesuffix(END).replace("\r\n", "\n")
 
 
 def seen(text):
