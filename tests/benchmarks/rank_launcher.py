@@ -120,7 +120,10 @@ def _train(order: dict[str, Any], rank: int, events: Path) -> int:
     for fault, settings in order.get("faults", {}).items():
         if settings.get("rank", rank) == rank:
             _FAULTS[fault](settings)
-    code = pretrain.main(order["words"])
+    try:
+        code = pretrain.main(order["words"])
+    except SystemExit as end:  # so ranks leave that end for a reason which all of them share
+        code = int(end.code or 0)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
