@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cascade_model.config import ModelConfig
 from cascade_model.corpus import Batch
 
 
@@ -82,6 +83,15 @@ class TrainBatch:
     def noise_block_size(self) -> int:
         """Tokens that share a mask rate."""
         return self.clean_tokens.shape[1] // self.mask_rates.shape[1]
+
+    def is_padding(self, config: ModelConfig) -> Tensor:
+        """The places behind a text that are no part of it, bool [n, L].
+
+        Padding that ends texts too cannot be told from a prompt's end, so it counts as text.
+        """
+        if config.pad_id in config.end_ids:
+            return torch.zeros_like(self.is_maskable)
+        return ~self.is_maskable & (self.clean_tokens == config.pad_id)
 
     def rates_at(self, sequences: Tensor, places: Tensor) -> Tensor:
         """Mask rates of the given tokens, float32 [r]."""

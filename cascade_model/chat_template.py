@@ -49,6 +49,27 @@ class ChatEncoded:
     """bool [total]."""
 
 
+def template_text(spec: str) -> str:
+    """The text of a template's file for its path; what is a text or built in as it is.
+
+    `InputError` for a file that cannot be read.
+    """
+    if spec in _BUILT_IN or "{%" in spec or "{{" in spec:
+        return spec
+    try:
+        return Path(spec).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"chat_template={spec} cannot be read ({type(error).__name__}); give `plain`, "
+            "`chatml`, a Jinja template's text or the path of its file"
+        ) from None
+
+
+def as_templates_say(role: str) -> str:
+    """A role in the words of the published templates, where `developer` is `system`."""
+    return "system" if role == "developer" else role
+
+
 class ChatTemplate:
     """How a conversation is written down; `text` is the Jinja template."""
 
@@ -61,7 +82,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, spec: str, tokenizer: Tokenizer) -> "ChatTemplate":
-        """`plain`, `chatml`, a Jinja template's text or the path of its file."""
+        """`plain`, `chatml`, a Jinja template's text or the path of its file (`template_text`)."""
         if spec == "chatml":
             missing = {"<|im_start|>", "<|im_end|>"} - tokenizer.special_tokens.keys()
             check(
@@ -69,15 +90,8 @@ class ChatTemplate:
                 f"chat_template=chatml needs the special tokens {sorted(missing)}, which this "
                 "tokenizer lacks; use plain or another tokenizer",
             )
-        if spec in _BUILT_IN or "{%" in spec or "{{" in spec:
-            return cls(_BUILT_IN.get(spec, spec), tokenizer)
-        try:
-            return cls(Path(spec).read_text(encoding="utf-8"), tokenizer)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"chat_template={spec} cannot be read ({type(error).__name__}); give `plain`, "
-                "`chatml`, a Jinja template's text or the path of its file"
-            ) from None
+        text = template_text(spec)
+        return cls(_BUILT_IN.get(text, text), tokenizer)
 
     def encode(
         self, conversations: Sequence[Messages], encoder: Encoder, *, open_turn: bool = False

@@ -54,6 +54,8 @@ def verify(folder: Folder | str | Path) -> Checkpoint:
         names = set(folder.files())
     _refuse_foreign(folder, names)
     attempt, recorded, score = committed(folder)
+    with _told(folder, folder.url):
+        names = set(folder.files())  # those before may lack what came just before the COMMIT
     data = folder / attempt
     text = _bytes(data, MANIFEST)
     where = data.path(MANIFEST)

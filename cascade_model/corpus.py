@@ -6,7 +6,6 @@ sources, g chooses the source and its own sample first (`mixing`). What a sample
 on (corpus, recipe, g) alone.
 """
 
-from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,7 +18,6 @@ from cascade_model.draws import Draws, draw_manifest_name
 from cascade_model.errors import CorpusMismatch, InputError
 from cascade_model.manifest import CURE, MANIFEST, TOKENIZER, Manifest
 from cascade_model.mixing import mixture_of
-from cascade_model.prefetch import ahead
 from cascade_model.provenance import DocumentTables, Seen
 from cascade_model.sequences import SequenceRows, Sequences
 from cascade_model.shard_cache import CacheConfig, ShardCache
@@ -144,35 +142,17 @@ class Corpus:
         """Sequences by id, in the order asked for; `IndexError` outside the split."""
         return self._sequences.rows(sequence_ids)
 
-    def batch(
-        self,
-        first_sample: int,
-        num_samples: int,
-        noise: NoiseConfig,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Batch:
-        """Rank `rank`'s contiguous slice of global samples first_sample..+num_samples."""
+    def batch(self, first_sample: int, num_samples: int, noise: NoiseConfig) -> Batch:
+        """Global samples first_sample..first_sample + num_samples - 1."""
         noise, recipe = _settings_of(noise)
         self._require_noise(noise)
-        low = first_sample + num_samples * rank // world_size
-        high = first_sample + num_samples * (rank + 1) // world_size
-        samples = np.arange(low, high, dtype=np.uint64)
+        samples = np.arange(first_sample, first_sample + num_samples, dtype=np.uint64)
         copies = np.uint64(2 if noise.complement else 1)
         ids, ranks, draws = self._places(samples // copies, recipe)
         is_second = samples % copies == 1
         is_recipe = recipe == self.manifest.noise and noise.padding != "eos"
         whole = self._masked(ids, ranks, draws, is_second, noise, is_recipe=is_recipe)
         return self._cut(whole, first_sample, num_samples, noise)
-
-    def batches(
-        self, spans: Iterable[tuple[int, int]], noise: NoiseConfig, depth: int = 2
-    ) -> Generator[Batch, None, None]:
-        """`batch(first_sample, num_samples, noise)` of each span, read ahead by a thread.
-
-        At most `depth` batches are ready at a time; close the iterator to end the thread.
-        """
-        return ahead((self.batch(first, count, noise) for first, count in spans), depth)
 
     def documents_of(
         self, first_sample: int, num_samples: int, noise: NoiseConfig | None = None

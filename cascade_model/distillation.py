@@ -13,8 +13,10 @@ of the text stand to the right of i in its block and m of them are masked: t whe
 what the student sees, falling to t / (1 + r) as they become visible. With w = t a masked row's KL
 has weight one, whatever its rate: a token counts with probability t in the KL, and once, in
 expectation, in the cross entropy. A document's first token has no teacher row; its cross entropy
-then has its full weight. Mask and padding are outcomes of neither. At a temperature T both sides
-are softmax(logits / T) and the KL is multiplied by T^2 (arXiv 1503.02531).
+then has its full weight. So has that of padding that a run learns as end-of-text
+(`noise.padding=eos`): a teacher says of it how it would begin another text. Mask and padding are
+outcomes of neither. At a temperature T both sides are softmax(logits / T) and the KL is multiplied
+by T^2 (arXiv 1503.02531).
 
 Where the teacher's word comes from is a `Reference`: a network that runs beside the student
 (`Online`), or what it said of this corpus before (`stored_teaching.Stored`).
@@ -28,13 +30,14 @@ import torch
 from torch import Tensor
 
 from cascade_model.batch import TrainBatch
-from cascade_model.config import AuxiliaryConfig, ModelConfig, Normaliser, TeacherWeight, Weight
+from cascade_model.config import ModelConfig, Normaliser, TeacherWeight, Weight
 from cascade_model.errors import CheckpointMismatch
 from cascade_model.loss import OfLogits, token_losses
 from cascade_model.model import never_emitted, vocabulary_logits
 from cascade_model.networks import Network
 from cascade_model.objective import LossParts, RowLosses, Term, by_one, loss_parts, weights_of
 from cascade_model.settings import shown
+from cascade_model.training_config import AuxiliaryConfig
 from cascade_model.training_input import config_for, read_places, source_rows, supervised
 
 
@@ -47,7 +50,7 @@ class Taught:
     divergence: OfLogits
     """The student's logits [r, v] and the rows of `given` -> KL(teacher || student), nats [r]."""
     has_teacher: Tensor
-    """bool [r]: False for a document's first token."""
+    """bool [r]: False for a document's first token and for padding that is stored as such."""
 
 
 class Reference(Protocol):
@@ -99,6 +102,7 @@ def distillation_loss(
     config = config_for(model.config, batch)
     sequences, places = supervised(config, batch).nonzero(as_tuple=True)
     taught = reference(batch, sequences, places)
+    has_teacher = taught.has_teacher & ~behind_the_end(config, batch, sequences, places)
     found = token_losses(
         model,
         batch,
@@ -111,14 +115,22 @@ def distillation_loss(
     rows, divergences = found.rows, found.extra
     assert divergences is not None
     weighted = weights_of(config, batch, rows, weight) * rows.losses
-    share = alpha * taught.has_teacher.to(weighted.dtype)
+    share = alpha * has_teacher.to(weighted.dtype)
     trust = TRUST[teacher_weight](config, batch, rows)
     # What was not taught holds any value, which times zero need not be zero.
-    divergences = divergences.where(taught.has_teacher, 0.0)
+    divergences = divergences.where(has_teacher, 0.0)
     values = (1 - share) * weighted + share * trust * divergences
-    told = divergences.detach()[taught.has_teacher]
-    terms = [*found.terms, Term("kl", 0.0, sequences[taught.has_teacher], told)]
+    told = divergences.detach()[has_teacher]
+    terms = [*found.terms, Term("kl", 0.0, sequences[has_teacher], told)]
     return loss_parts(values, batch, rows, normaliser, terms, weighted)
+
+
+def behind_the_end(
+    config: ModelConfig, batch: TrainBatch, sequences: Tensor, places: Tensor
+) -> Tensor:
+    """Which of the given tokens, int64 [r] each, are an end-of-text behind another: padding."""
+    is_end = batch.clean_tokens == config.eos_id
+    return is_end[sequences, places] & is_end[sequences, (places - 1).clamp(min=0)]
 
 
 def by_right_context(config: ModelConfig, batch: TrainBatch, rows: RowLosses) -> Tensor:
@@ -128,10 +140,10 @@ def by_right_context(config: ModelConfig, batch: TrainBatch, rows: RowLosses) ->
     """
     if config.is_autoregressive:
         return torch.ones_like(rows.losses)
-    is_padding = ~batch.is_maskable & (batch.clean_tokens == config.pad_id)
-    place = torch.arange(is_padding.shape[1], device=is_padding.device)
+    is_text = ~batch.is_padding(config)
+    place = torch.arange(is_text.shape[1], device=is_text.device)
     block = place // config.block_size if config.attention == "block_causal" else 0 * place
-    right = _to_the_right(~is_padding, block, batch.segments)[rows.sequences, rows.places]
+    right = _to_the_right(is_text, block, batch.segments)[rows.sequences, rows.places]
     masked = _to_the_right(batch.is_masked, block, batch.segments)[rows.sequences, rows.places]
     return ((1 + masked) / (1 + right)).to(rows.losses.dtype)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.errors import InputError
 from cascade_model.networks import Network
 from cascade_model.sampler import DecodedBlock, Plan, plan_completion, plan_infilling
@@ -96,9 +96,8 @@ class Engine:
             "it lacks; load the model in the process that uses it",
         )
         self.scheduler.check(plan)
-        ticket, worker = Ticket(self, deliver), self._worker
-        worker.start()
-        worker.orders.put(lambda: worker.begin(ticket, plan))
+        ticket = Ticket(self, deliver)
+        self._worker.take(ticket, plan)
         return ticket
 
     def forget(self, ticket: Ticket) -> None:
@@ -121,16 +120,18 @@ class _Worker:
         """What the thread is to do between two rounds; None: to end."""
         self._tickets: dict[int, Ticket] = {}
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
-        self._start = threading.Lock()
+        self._taking = threading.Lock()
+        """Held while a request is left, so that none is left behind the thread's last look."""
         self.is_closed = False
 
-    def start(self) -> None:
-        """Let the thread run; it may do so already."""
-        with self._start:
+    def take(self, ticket: Ticket, plan: Plan) -> None:
+        """From any thread: leave a request, and let the thread run."""
+        with self._taking:
             if self.is_closed:
                 raise RuntimeError("the engine is closed")
             if self._thread.ident is None:
                 self._thread.start()
+            self.orders.put(lambda: self.begin(ticket, plan))
 
     def begin(self, ticket: Ticket, plan: Plan) -> None:
         """In the thread: queue a request."""
@@ -174,7 +175,13 @@ class _Worker:
                     self._fail_all(error)
                     is_busy = False
         finally:  # whatever ended it: nobody may wait for ever
-            self.is_closed = True
+            with self._taking:
+                self.is_closed = True
+            while not self.orders.empty():  # what came in while it ended
+                action = self.orders.get()
+                if action is not None:
+                    with contextlib.suppress(Exception):
+                        action()
             self._fail_all(RuntimeError("the engine was closed"))
 
     def _obey(self, is_busy: bool) -> bool:

@@ -27,6 +27,10 @@ class InputError(Exception):
         return kinds.get(data["kind"], InputError)(data["message"])
 
 
+class DoesNotFit(InputError):
+    """A request whose keys and values the engine's `cache_bytes` can never hold."""
+
+
 class Unfinished(InputError):
     """An input that stops a job which can go on from what it has made; so that is kept."""
 

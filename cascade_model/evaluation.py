@@ -149,12 +149,11 @@ def sequential(
     config = model.config
 
     def sums(batch: TrainBatch) -> tuple[Tensor, Tensor]:
-        is_padding = ~batch.is_maskable & (batch.clean_tokens == config.pad_id)
         is_target = batch.is_maskable & (source_rows(config, batch) >= 0)
         nats = sequential_nats(
             model,
             batch,
-            batch.is_maskable | is_padding,
+            batch.is_maskable | batch.is_padding(config),
             is_target,
             outcomes=outcomes,
             rows_per_forward=sequences_per_forward,

@@ -5,29 +5,33 @@ length, so where the shares are multiples of a forward pass, every number of ran
 passes.
 """
 
-from collections.abc import Callable, Generator, Iterator
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from cascade_model import parallel
-from cascade_model.config import NoiseConfig, TrainerConfig
+from cascade_model.config import NoiseConfig
 from cascade_model.corpus import Batch, Corpus
-from cascade_model.errors import InputError
 from cascade_model.phases import noise_at
 from cascade_model.prefetch import ahead
+from cascade_model.settings import check
+from cascade_model.training_config import TrainerConfig
 
 
-def sequences_per_rank(config: TrainerConfig, world_size: int) -> int:
-    """Each rank's share of a step; `InputError` where it is not a whole number."""
-    if config.sequences_per_step % world_size:
-        raise InputError(
-            f"trainer.sequences_per_step={config.sequences_per_step} cannot be shared by "
-            f"num_workers={world_size}; use a multiple of {world_size}"
-        )
-    return config.sequences_per_step // world_size
+def require_shares(config: TrainerConfig, world_sizes: Sequence[int]) -> None:
+    """Raise `InputError` unless a step can be shared by each of these numbers of ranks."""
+    bad = [str(size) for size in world_sizes if config.sequences_per_step % size]
+    check(
+        not bad,
+        f"trainer.sequences_per_step={config.sequences_per_step} cannot be shared by num_workers="
+        f"{' or '.join(bad)}; use a multiple of {math.lcm(*world_sizes)}",
+    )
 
 
 def spans(step: int, config: TrainerConfig, rank: int, world_size: int) -> list[tuple[int, int]]:
-    """First sample and size of each of a rank's forward passes in a step, counted from 0."""
-    count, most = sequences_per_rank(config, world_size), config.sequences_per_forward
+    """First sample and size of each of a rank's forward passes in a step, counted from 0; raises
+    as `require_shares`."""
+    require_shares(config, [world_size])
+    count, most = config.sequences_per_step // world_size, config.sequences_per_forward
     first = step * config.sequences_per_step + rank * count
     return [(first + offset, min(most, count - offset)) for offset in range(0, count, most)]
 

@@ -79,9 +79,13 @@ class MixtureOfExperts(nn.Module):
         return chosen, (weights * config.weight_scale).to(rows.dtype)
 
     def scores(self, rows: Tensor) -> Tensor:
-        """The router's outputs, [r, hidden] -> [r, experts]."""
+        """The router's outputs, [r, hidden] -> [r, experts].
+
+        Not rounded under autocast: a step of bfloat16 is wider than many a gap between experts.
+        """
         wide = torch.promote_types(rows.dtype, torch.float32)
-        return F.linear(rows.to(wide), self.router.weight.to(wide))
+        with torch.autocast(rows.device.type, enabled=False):
+            return F.linear(rows.to(wide), self.router.weight.to(wide))
 
     def _routed(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Each expert on its rows: sorted by expert, so that every weight is read once."""

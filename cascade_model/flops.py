@@ -21,6 +21,7 @@ documents the attention's part is an upper bound.
 """
 
 import functools
+import re
 import time
 from dataclasses import dataclass
 
@@ -34,7 +35,11 @@ _TRIALS = 5
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Of NVIDIA's data sheets: dense products without sparsity, float32 without tensor cores."""
+    """Of NVIDIA's data sheets: dense products without sparsity, float32 without tensor cores.
+
+    A10G: "NVIDIA A10G for AWS", 02/2022; L40: "NVIDIA L40 and L40S"; GB200 and B200: "GB200 NVL72 |
+    HGX B200", per GPU.
+    """
 
     bfloat16: float
     """FLOP/s."""
@@ -45,16 +50,20 @@ class Gpu:
 
 
 GPUS = {
+    "GB200": Gpu(2500e12, 80e12, 186e9),
     "B200": Gpu(2250e12, 75e12, 180e9),
+    "GH200": Gpu(989.4e12, 66.9e12, 96e9),
     "H200": Gpu(989.4e12, 66.9e12, 141e9),
     "H100 PCIe": Gpu(756e12, 51.2e12, 80e9),
     "H100": Gpu(989.4e12, 66.9e12, 80e9),
     "A100": Gpu(312e12, 19.5e12, 40e9),
     "L40S": Gpu(362e12, 91.6e12, 48e9),
+    "L40": Gpu(181.05e12, 90.5e12, 48e9),
+    "A10G": Gpu(70e12, 35e12, 24e9),
     "A10": Gpu(125e12, 31.2e12, 24e9),
     "L4": Gpu(121e12, 30.3e12, 24e9),
 }
-"""The first name that the device's own contains counts, so the narrower ones come first."""
+"""The first name whose words are all in the device's own counts, so H100 PCIe is before H100."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,23 +144,29 @@ def is_last_trimmed(config: ModelConfig) -> bool:
 
 
 def device_peak(device: torch.device | str, precision: str) -> float | None:
-    """Operations per second that a device can reach at most; none for a GPU that is not known.
+    """Operations per second that a device can reach at most, by its maker's figure for dense
+    products; none for a GPU that is not known and for a CPU.
 
-    `precision` is float32 or bfloat16. Of a GPU the maker's figure for dense products, of a CPU
-    that of one product of 1024 x 1024 matrices with this process's threads, measured once.
+    `precision` is float32 or bfloat16. A CPU's speed is measured instead (`cpu_speed`), which is
+    no peak: what else runs at that moment lowers it, and a run would then use more than all of it.
     """
     device = torch.device(device)
-    if device.type == "cpu":
-        return _measured(precision, torch.get_num_threads())
     if device.type != "cuda":
         return None
     gpu = gpu_of(torch.cuda.get_device_name(device))
     return None if gpu is None else getattr(gpu, precision)
 
 
+def cpu_speed(precision: str) -> float:
+    """Operations per second of one product of 1024 x 1024 matrices with this process's threads, the
+    best of a few, measured once; `precision` as in `device_peak`."""
+    return _measured(precision, torch.get_num_threads())
+
+
 def gpu_of(name: str) -> Gpu | None:
     """The maker's figures for a GPU of this name; none if it is not known."""
-    return next((gpu for known, gpu in GPUS.items() if known in name), None)
+    words = set(re.findall(r"\w+", name))
+    return next((gpu for known, gpu in GPUS.items() if words.issuperset(known.split())), None)
 
 
 def _projections(config: ModelConfig) -> tuple[float, float]:

@@ -15,19 +15,27 @@ from dataclasses import dataclass
 
 import torch
 
-from cascade_model.config import ModelConfig, TrainerConfig
+from cascade_model.config import ModelConfig
 from cascade_model.flops import active_width, is_last_trimmed
 from cascade_model.loss import LOGITS_PER_CHUNK
 from cascade_model.networks import build_network
+from cascade_model.progress import NOTHING_BESIDE, Beside
+from cascade_model.training_config import TrainerConfig
 
 FLOAT32 = 4
 _GROUP_TOKENS = 64
 _ADAM_MOMENTS = 2
+# Tensors as large as the logits that the cross entropy has at a time: the logits, their logarithm
+# and the gradient of either. Then what each comparison of distributions adds to them.
+_OF_CROSS_ENTROPY = 3
+_OF_TEACHER = 7
+_OF_TARGETS = 3
+_OF_ENTROPY = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:
-    """Bytes on one rank at the peak of a step."""
+    """Bytes on one rank at the peak of a step, and those of the host beside it."""
 
     parameters: int
     gradients: int
@@ -38,15 +46,31 @@ class Footprint:
     activations: int
     """What the layers keep for the backward pass of one forward pass of the rank."""
     logits: int
-    """Logits of the masked rows, with their gradient, or of a chunk of them."""
+    """Logits of the supervised rows, or of a chunk of them, and what a loss makes of them."""
+    teacher: int
+    """A teacher beside the student: its weights, whole on every rank, and its pass."""
     staging: int
     """The copy in the host's memory that is saved while training goes on."""
+    export: int
+    """The whole model in the host's memory, on the first rank, when the run ends."""
 
     @property
     def on_device(self) -> int:
-        """All but the copy that is being saved."""
-        state = self.parameters + self.gradients + self.optimizer + self.gathered
-        return state + self.activations + self.logits
+        """Of a GPU: a step."""
+        return self._state + self._step
+
+    @property
+    def on_host(self) -> int:
+        """Of a rank that has no GPU: a step while a copy is saved, or the end of the run."""
+        return self._state + self.staging + max(self._step, self.export)
+
+    @property
+    def _state(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.teacher
+
+    @property
+    def _step(self) -> int:
+        return self.gathered + self.activations + self.logits
 
 
 def footprint(
@@ -56,25 +80,26 @@ def footprint(
     sequence_length: int,
     ranks: int = 1,
     mask_rate: float = 0.5,
+    beside: Beside = NOTHING_BESIDE,
 ) -> Footprint:
-    """The memory of one of `ranks` ranks."""
+    """The memory of one of `ranks` ranks; `beside` is what the loss computes besides."""
     shards = max(ranks // trainer.replicas, 1)
     sizes = tensors_of(config)
     own = sum(_share(shape, shards) for shape, _ in sizes.values())
     trained = sum(_share(shape, shards) for shape, moves in sizes.values() if moves)
     batch = min(trainer.sequences_per_forward, max(trainer.sequences_per_step // ranks, 1))
     tokens = batch * sequence_length
-    rate = 1.0 if config.is_autoregressive else mask_rate
-    # Logits, their logarithm and the gradient of either: three at a time.
-    logits = 3 * FLOAT32 * min(round(tokens * rate) * config.vocab_size, LOGITS_PER_CHUNK)
+    has_next = beside.has_next_tokens and not config.is_autoregressive
     return Footprint(
         parameters=FLOAT32 * own,
         gradients=FLOAT32 * trained,
         optimizer=_ADAM_MOMENTS * FLOAT32 * trained,
         gathered=_gathered(config, trainer, sizes, shards),
-        activations=batch * _activations(config, trainer, sequence_length),
-        logits=logits,
+        activations=batch * _activations(config, trainer, sequence_length, has_next),
+        logits=FLOAT32 * _logits(config, tokens, mask_rate, has_next, beside),
+        teacher=_teacher(beside.teacher, trainer, batch, sequence_length) if beside.teacher else 0,
         staging=FLOAT32 * (own + _ADAM_MOMENTS * trained),
+        export=FLOAT32 * parameter_count(config),
     )
 
 
@@ -109,27 +134,54 @@ def _gathered(
     sizes: dict[str, tuple[tuple[int, ...], bool]],
     shards: int,
 ) -> int:
-    """Sharded: the root's tensors, and two layers as one is fetched ahead. Alone in bfloat16:
-    autocast's copies of the weights."""
+    """Sharded: the root's tensors in float32, and the matrices of two layers as one is fetched
+    ahead. In bfloat16 beside that autocast's copies of what is not gathered so."""
     is_half = trainer.precision == "bfloat16"
     counts = {name: math.prod(shape) for name, (shape, _) in sizes.items()}
     layers = [0] * config.num_layers
     for name, count in counts.items():
-        if name.startswith("layers."):
+        if name.startswith("layers.") and len(sizes[name][0]) > 1:
             layers[int(name.split(".")[1])] += count
     width = 2 if is_half else FLOAT32
     if shards == 1:
         return width * sum(counts.values()) if is_half else 0
     root = sum(counts.values()) - sum(layers)
     # The gradients of what is gathered are whole too, until they are summed over ranks.
-    return (width + FLOAT32) * (root + sum(sorted(layers)[-2:]))
+    copies = width * root if is_half else 0
+    return 2 * FLOAT32 * root + copies + (width + FLOAT32) * sum(sorted(layers)[-2:])
 
 
-def _activations(config: ModelConfig, trainer: TrainerConfig, length: int) -> int:
+def _logits(
+    config: ModelConfig, tokens: int, mask_rate: float, has_next: bool, beside: Beside
+) -> int:
+    """Numbers as large as the vocabulary, of masked rows and of next tokens, each by chunks."""
+    masked = tokens if config.is_autoregressive else round(tokens * mask_rate)
+    at_once = _OF_CROSS_ENTROPY + (_OF_TEACHER if beside.teacher else 0)
+    at_once += _OF_TARGETS if beside.has_targets else 0
+    at_once += _OF_ENTROPY if beside.has_entropy else 0
+    following = tokens if has_next else 0
+    return at_once * min(masked * config.vocab_size, LOGITS_PER_CHUNK) + (
+        _OF_CROSS_ENTROPY * min(following * config.vocab_size, LOGITS_PER_CHUNK)
+    )
+
+
+def _teacher(config: ModelConfig, trainer: TrainerConfig, batch: int, length: int) -> int:
+    """Bytes of a teacher that keeps nothing for a backward pass: its weights in float32, the widest
+    of its layers with what goes in and out, and in bfloat16 the largest weight once more."""
+    layers = range(config.num_layers)
+    one = max(_layer(config, trainer, length, length, length, layer) for layer in layers)
+    around = 2 * FLOAT32 * length * config.hidden_size
+    cast = 0
+    if trainer.precision == "bfloat16":
+        cast = 2 * max(math.prod(shape) for shape, _ in tensors_of(config).values())
+    return FLOAT32 * parameter_count(config) + batch * (one + around) + cast
+
+
+def _activations(config: ModelConfig, trainer: TrainerConfig, length: int, has_next: bool) -> int:
     """Bytes that the layers keep of one sequence."""
     is_doubled = config.attention == "block_causal" and not config.is_autoregressive
     rows = 2 * length if is_doubled else length
-    kept = length if is_doubled and is_last_trimmed(config) else rows
+    kept = length if is_doubled and is_last_trimmed(config) and not has_next else rows
     last = config.num_layers - 1
     layers = [
         _layer(config, trainer, length, rows, kept if layer == last else rows, layer)

@@ -22,15 +22,19 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Self
 
 from cascade_model.commit import Folder
 from cascade_model.errors import InputError
+from cascade_model.stopping import sigterm_held_off
 
 HEARTBEAT = 5.0
 """Seconds between two signs of life."""
 SILENCE = 60.0
 """Seconds without one after which a run counts as dead."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Drawn by Linux each time that a machine starts."""
 _NAME = re.compile(r"lease-(\d{8,})\.json")
 
 
@@ -45,7 +49,8 @@ class Owner:
     id: str
     host: str
     namespace: str
-    """The host's numbering of processes that `pid` belongs to: containers have their own."""
+    """The numbering of processes that `pid` belongs to: each start of a machine has its own, and
+    each container."""
     pid: int
     since: str
 
@@ -88,16 +93,22 @@ def hold(folder: Folder) -> Iterator[Owner]:
     could not be freed then is as good as free `SILENCE` seconds later.
     """
     owner, ended = Owner.here(), threading.Event()
-    _draw(folder, owner, partial(_refuse_the_living, folder))
     beat = threading.Thread(target=_beat, args=(folder, owner, ended), daemon=True)
-    beat.start()
-    try:
-        yield owner
-    except Exception as error:
-        if told := _told_if_lost(folder, owner):
-            raise InputError(told) from error
-        raise
-    finally:
+    with contextlib.ExitStack() as held:
+        with sigterm_held_off():  # it would leave a lease that nobody lets go
+            _draw(folder, owner, partial(_refuse_the_living, folder))
+            beat.start()
+            held.callback(_let_go, folder, owner, beat, ended)
+        try:
+            yield owner
+        except Exception as error:
+            if told := _told_if_lost(folder, owner):
+                raise InputError(told) from error
+            raise
+
+
+def _let_go(folder: Folder, owner: Owner, beat: threading.Thread, ended: threading.Event) -> None:
+    with sigterm_held_off():
         ended.set()
         beat.join()
         with contextlib.suppress(Exception):
@@ -251,7 +262,12 @@ def _taken_over(folder: Folder, last: _Held | None) -> str:
 
 
 def _namespace() -> str:
+    """A start of a machine and a container on it.
+
+    Outside of containers every Linux has the same number for the latter, and two machines may share
+    a host name; no two starts share their `boot_id`.
+    """
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return BOOT_ID.read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""

@@ -15,8 +15,9 @@ from typing import Any, Self, cast
 
 import torch
 
-from cascade_model.config import EngineConfig, ModelConfig
+from cascade_model.config import ModelConfig
 from cascade_model.engine import Engine, Event, Ticket
+from cascade_model.engine_config import EngineConfig
 from cascade_model.errors import InputError
 from cascade_model.networks import Network
 from cascade_model.requests import Infilling, between
@@ -49,14 +50,24 @@ class LLM:
 
     @classmethod
     def load(cls, folder: str | Path, config: EngineConfig | None = None) -> Self:
-        """Load a model folder, of ours or published; `CheckpointMismatch` if it is damaged."""
+        """Load a model folder, of ours or published; `CheckpointMismatch` if it is damaged.
+
+        On one thread, as loading waits for memory anyway: OpenMP keeps the threads that helped a
+        thread, and with more of them than cores those of the engine sleep between two products
+        instead of being there for the next. Small models then decode at a third of their speed.
+        """
         config = config or EngineConfig()
         check(
             config.device == "cpu" or torch.cuda.is_available(),
             f"device={config.device} is not there; use cpu, or a machine with a GPU",
         )
-        model, tokenizer = load_model(folder, getattr(torch, config.precision), config.device)
-        return cls(model.eval(), require_text(tokenizer, folder), config)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            model, tokenizer = load_model(folder, getattr(torch, config.precision), config.device)
+            return cls(model.eval(), require_text(tokenizer, folder), config)
+        finally:
+            torch.set_num_threads(threads)
 
     def prompt_tokens(
         self, prompt: Prompt, suffix: Prompt | None = None, length: int = 0

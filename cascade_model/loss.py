@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cascade_model.batch import TrainBatch
-from cascade_model.config import AuxiliaryConfig, ModelConfig, Normaliser, Outcomes, Weight
+from cascade_model.config import ModelConfig, Normaliser, Outcomes, Weight
 from cascade_model.model import vocabulary_logits
 from cascade_model.networks import Network
 from cascade_model.objective import (
@@ -36,6 +36,7 @@ from cascade_model.objective import (
     weights_of,
 )
 from cascade_model.settings import check
+from cascade_model.training_config import AuxiliaryConfig
 from cascade_model.training_input import (
     config_for,
     left_neighbours,

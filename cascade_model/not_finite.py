@@ -7,10 +7,11 @@ does it again and again, and no patience helps.
 import json
 
 from cascade_model.commit import Folder
-from cascade_model.config import NoiseConfig, OptimizerConfig, TrainerConfig
+from cascade_model.config import NoiseConfig
 from cascade_model.corpus import Corpus
 from cascade_model.errors import InputError, shared
 from cascade_model.progress import Progress
+from cascade_model.training_config import OptimizerConfig, TrainerConfig
 
 
 def write_down(

@@ -108,8 +108,7 @@ def by_context(config: ModelConfig, batch: TrainBatch, rows: RowLosses) -> Tenso
 
     Padding is no context. A token amid visible ones has weight 1, one far from all weight 0.
     """
-    is_padding = ~batch.is_maskable & (batch.clean_tokens == config.pad_id)
-    is_visible = ~batch.is_masked & ~is_padding
+    is_visible = ~batch.is_masked & ~batch.is_padding(config)
     total = torch.zeros(is_visible.shape, dtype=rows.losses.dtype, device=is_visible.device)
     for distance in range(1, min(_CART_REACH, is_visible.shape[1] - 1) + 1):
         together = batch.segments[:, distance:] == batch.segments[:, :-distance]

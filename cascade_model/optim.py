@@ -3,7 +3,7 @@
 from torch import nn
 from torch.optim import AdamW
 
-from cascade_model.config import OptimizerConfig
+from cascade_model.training_config import OptimizerConfig
 
 
 def learning_rate(tokens: int, total_tokens: int, config: OptimizerConfig) -> float:

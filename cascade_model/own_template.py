@@ -8,7 +8,7 @@ its metadata.
 import json
 from pathlib import Path
 
-from cascade_model.chat_template import ChatTemplate
+from cascade_model.chat_template import ChatTemplate, template_text
 from cascade_model.commit import Folder
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.families import gguf_template
@@ -22,10 +22,16 @@ DEFAULT = "plain"
 def template_of(model: str | Path, tokenizer: Tokenizer, chosen: str | None = None) -> ChatTemplate:
     """The template to write chats with: the chosen one (`ChatTemplate.of`), else the model's own,
     else `plain`. Raises as `own_template`, and `InputError` for text that is no template."""
-    if chosen:
-        return ChatTemplate.of(chosen, tokenizer)
-    own = own_template(model)
-    return ChatTemplate.of(DEFAULT, tokenizer) if own is None else ChatTemplate(own, tokenizer)
+    own = None if chosen else own_template(model)
+    if own is not None:  # `of` would take one without any markup for a file's name
+        return ChatTemplate(own, tokenizer)
+    return ChatTemplate.of(chosen or DEFAULT, tokenizer)
+
+
+def text_of(model: str | Path, chosen: str | None = None) -> str:
+    """The same as a text that `ChatTemplate.of` takes on any machine. Raises as `template_text` and
+    `own_template`."""
+    return template_text(chosen) if chosen else own_template(model) or DEFAULT
 
 
 def own_template(model: str | Path) -> str | None:

@@ -6,11 +6,13 @@ from the settings alone, so that a resumed run and any number of ranks agree.
 """
 
 import dataclasses
+import math
 from bisect import bisect_right
 from itertools import accumulate
 
-from cascade_model.config import ModelConfig, NoiseConfig, TrainerConfig
+from cascade_model.config import ModelConfig, NoiseConfig, TrainingNoise
 from cascade_model.settings import check
+from cascade_model.training_config import TrainerConfig
 
 
 def phase_starts(config: TrainerConfig) -> list[list[int]]:
@@ -36,13 +38,18 @@ def noise_at(step: int, noise: NoiseConfig, config: TrainerConfig, length: int) 
     """The noise of a step, counted from 0: the run's, in the blocks of the step's phase.
 
     A block of the whole sequence, `length` tokens, has one mask rate, which is also what a sequence
-    cut short then has.
+    cut short then has. In other phases a cut falls between two blocks, be they larger than the
+    run's own.
     """
     size = block_size_at(step, config)
     if size is None or size == noise.block_size:
         return noise
-    whole = {"per": "sequence"} if size == length else {}
-    return dataclasses.replace(noise, block_size=size, **whole)
+    if size == length:
+        return dataclasses.replace(noise, block_size=size, per="sequence")
+    if isinstance(noise, TrainingNoise):
+        multiple = math.lcm(noise.short_multiple, size)
+        return dataclasses.replace(noise, block_size=size, short_multiple=multiple)
+    return dataclasses.replace(noise, block_size=size)
 
 
 def require_phases(

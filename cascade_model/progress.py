@@ -7,10 +7,11 @@ from typing import Any, Self
 import torch
 
 from cascade_model.batch import TrainBatch
-from cascade_model.config import ModelConfig, NoiseConfig, TrainerConfig
+from cascade_model.config import ModelConfig, NoiseConfig
 from cascade_model.flops import training_flops
 from cascade_model.objective import LossParts
 from cascade_model.phases import block_size_at
+from cascade_model.training_config import TrainerConfig
 from cascade_model.window import OTHER, Window
 
 
@@ -22,6 +23,10 @@ class Beside:
     """Whether the clean half predicts its next tokens (`AuxiliaryConfig.ar_weight`)."""
     teacher: ModelConfig | None = None
     """An autoregressive model that runs forward on the same tokens."""
+    has_targets: bool = False
+    """Whether a teacher's stored word is compared with the logits: memory, no matrix product."""
+    has_entropy: bool = False
+    """Whether the entropy of the logits is part of the loss (`AuxiliaryConfig.entropy_weight`)."""
 
 
 NOTHING_BESIDE = Beside()

@@ -143,12 +143,47 @@ def check_prompt(config: ModelConfig, prompt_tokens: Sequence[int], max_tokens: 
         len(prompt_tokens) > 0,
         f"prompt is empty; give some text, or begin with the end-of-text token {config.eos_id}",
     )
-    total, limit = len(prompt_tokens) + max_tokens, config.max_sequence_length
+    limit = config.max_sequence_length
+    check_room(len(prompt_tokens), max_tokens, limit, f"the context of {limit}")
+
+
+def check_room(
+    size: int,
+    max_tokens: int,
+    limit: int,
+    room: str,
+    *,
+    prompt: str = "prompt",
+    length: str = "max_tokens",
+    is_default: bool = False,
+) -> None:
+    """Refuse (`InputError`) a prompt of `size` tokens that leaves fewer than `max_tokens` of
+    `limit`, in words `room`; it tells to lower the length where that would do, or where
+    `is_default`, as nobody gave one, to give it. `prompt` and `length`: what the two are called."""
+    least = min(max_tokens, 1)
     check(
-        total <= limit,
-        f"prompt of {len(prompt_tokens)} tokens plus max_tokens={max_tokens} makes {total}, over "
-        f"the context of {limit}; shorten the prompt or lower max_tokens",
+        size + least <= limit,
+        f"{prompt} of {size} tokens{' plus an answer' if least else ''} is over {room}; shorten "
+        f"the {prompt} by {size + least - limit} tokens",
     )
+    over = size + max_tokens - limit
+    cure = f"lower {length} to {limit - size} or shorten the {prompt}"
+    if is_default:
+        cure = f"shorten the {prompt} by {over} tokens or give a {length} of at most {limit - size}"
+    check(
+        over <= 0,
+        f"{prompt} of {size} tokens plus {'the default ' if is_default else ''}{length}="
+        f"{max_tokens} makes {size + max_tokens}, over {room}; {cure}",
+    )
+
+
+def longest_text(config: ModelConfig) -> int:
+    """Tokens of prompt and completion together, at most: the context, or the whole blocks of it
+    where the last block is filled whole and positions are learned (`check_positions`)."""
+    limit = config.max_sequence_length
+    if config.network == "gpt2" and config.attention == "block_causal":
+        return limit // config.block_size * config.block_size
+    return limit
 
 
 def check_positions(config: ModelConfig, length: int) -> None:
@@ -195,8 +230,8 @@ def between(
         config.attention == "bidirectional" or total <= size,
         f"suffix of {len(suffix)} tokens behind a hole of max_tokens={length} ends beyond the "
         f"hole's block of block_size={size}, and a block-causal model sees no later block; make "
-        f"both shorter by {total - size} tokens, or use a bidirectional model or one that has "
-        f"infill=psm (this one has infill={config.infill})",
+        f"the two together shorter by {total - size} tokens, or use a bidirectional model or one "
+        f"that has infill=psm (this one has infill={config.infill})",
     )
     return [*prefix, *[config.mask_id] * length, *suffix]
 

@@ -5,11 +5,12 @@ from typing import Any
 
 from cascade_model.checkpoint import Checkpoint
 from cascade_model.commit import Folder
-from cascade_model.config import ModelConfig, NoiseConfig, TrainerConfig
+from cascade_model.config import ModelConfig, NoiseConfig
 from cascade_model.corpus import Corpus
 from cascade_model.metrics import speed
 from cascade_model.phases import phase_starts
 from cascade_model.settings import to_dict
+from cascade_model.training_config import TrainerConfig
 
 SUMMARY = "summary.json"
 MODEL = "model"

@@ -14,9 +14,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from cascade_model.config import EngineConfig
 from cascade_model.counters import Counters
-from cascade_model.errors import InputError
+from cascade_model.engine_config import EngineConfig, Room, room_of
+from cascade_model.errors import DoesNotFit, InputError
 from cascade_model.networks import Network
 from cascade_model.packed import pack
 from cascade_model.pages import PageArena, Run
@@ -25,7 +25,6 @@ from cascade_model.prefix_cache import Beginning, PrefixCache
 from cascade_model.ragged import Job, run_together
 from cascade_model.running import Running
 from cascade_model.sampler import DecodedBlock, Plan
-from cascade_model.settings import check
 
 
 def _raise(error: Exception) -> None:
@@ -45,6 +44,7 @@ class Scheduler:
         self.counters = self._sums = Counters()
         """As of the last round; never written to once it stands here, so any thread may read it."""
         self.arena = arena_of(model, self.config)
+        self.room = Room(page_tokens=self.arena.page_tokens, num_pages=self.arena.num_pages)
         known_pages = int(self.arena.num_pages * self.config.prefix_share)
         self.prefixes = PrefixCache(self.arena, known_pages)
         self.waiting: deque[Running] = deque()
@@ -53,15 +53,13 @@ class Scheduler:
         self._note()
 
     def check(self, plan: Plan) -> None:
-        """Refuse (`InputError`) a request that can never fit; safe from any thread."""
-        tokens, size = len(plan.canvas) * plan.num_streams, self.arena.page_tokens
-        needed = self.arena.pages_for(len(plan.canvas)) * plan.num_streams
-        check(
-            needed <= self.arena.num_pages,
-            f"the request needs keys and values of {tokens} tokens and cache_bytes="
-            f"{self.config.cache_bytes} holds {self.arena.num_pages * size}; shorten the request "
-            "or raise cache_bytes",
-        )
+        """Refuse (`DoesNotFit`) a request that can never fit; safe from any thread."""
+        if len(plan.canvas) > self.room.longest(plan.num_streams):
+            raise DoesNotFit(
+                f"the request needs keys and values of {len(plan.canvas) * plan.num_streams} "
+                f"tokens and cache_bytes={self.config.cache_bytes} holds {self.room.longest()}; "
+                "shorten the request or raise cache_bytes"
+            )
 
     def submit(
         self,
@@ -340,20 +338,15 @@ class Scheduler:
 
 def arena_of(model: Network, config: EngineConfig) -> PageArena:
     """The pages that `cache_bytes` buys, each of whole blocks."""
-    shape, weight = model.config, next(model.parameters())
-    size = shape.block_size if shape.attention == "block_causal" else 1
-    page = -(-config.page_tokens // size) * size
-    numbers = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * page
-    page_bytes = numbers * weight.element_size()
-    check(
-        config.cache_bytes >= page_bytes,
-        f"cache_bytes={config.cache_bytes} holds not one page of {page} tokens, which takes "
-        f"{page_bytes}; raise cache_bytes",
-    )
-    num_pages = config.cache_bytes // page_bytes
+    weight = next(model.parameters())
+    room = room_of(model.config, config, weight.element_size())
     try:
         return PageArena(
-            shape, num_pages=num_pages, page_tokens=page, dtype=weight.dtype, device=weight.device
+            model.config,
+            num_pages=room.num_pages,
+            page_tokens=room.page_tokens,
+            dtype=weight.dtype,
+            device=weight.device,
         )
     except RuntimeError:  # what torch raises where memory cannot be had, its GPU's error included
         raise InputError(

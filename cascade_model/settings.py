@@ -8,6 +8,7 @@ import numbers
 import re
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from cascade_model.errors import InputError
@@ -59,6 +60,15 @@ def _listed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _listed(item) for key, item in value.items()}
     return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their full names, such as `filters.min_words`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        full = f"{prefix}{name}"
+        found |= leaves(value, f"{full}.") if isinstance(value, Mapping) else {full: value}
+    return found
 
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")

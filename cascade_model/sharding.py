@@ -14,20 +14,21 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from cascade_model.config import TrainerConfig
+from cascade_model.feed_forward import MixtureOfExperts
 from cascade_model.flex import flex_training
 from cascade_model.networks import Network
-from cascade_model.parallel import world_size
+from cascade_model.parallel import rank, world_size
 from cascade_model.settings import check
+from cascade_model.training_config import TrainerConfig
 
 
 def prepare(model: Network, config: TrainerConfig, device: torch.device) -> None:
     """Put a network on its device as the settings say, in place.
 
-    Every rank must hold equal weights beforehand. Raises `InputError` for settings that this
-    device or number of ranks cannot have.
+    Every rank must hold equal weights beforehand. Of several ranks none ever has more of them on
+    its device than its shards and one unit. Raises `InputError` for settings that this device or
+    number of ranks cannot have.
     """
-    model.to(device)
     if config.attention == "flex":
         check(
             device.type == "cuda",
@@ -41,24 +42,39 @@ def prepare(model: Network, config: TrainerConfig, device: torch.device) -> None
 
 
 def shard(model: Network, config: TrainerConfig, device: torch.device) -> None:
-    """FSDP2: each layer is a unit, the rest (embedding, last norm, head) is the root's.
+    """FSDP2: the matrices of each layer are a unit, and all else is the root's: embedding, head,
+    and what every layer computes with in float32, its vectors (norms and biases) and its router.
 
-    With one rank the model stays as it is. In bfloat16 the ranks gather weights of that type while
-    each keeps its shard, gradients and their sums over ranks in float32.
+    One rank has the whole model on its device. In bfloat16 several ranks compute what it does:
+    autocast rounds what enters a matrix product and nothing else. So a layer's matrices are
+    gathered as bfloat16: half the bytes, and autocast would keep a rounded copy of every layer
+    until the backward pass. What is the root's is gathered in float32, in which norms, routing and
+    the stream of hidden states are computed. Shards, and sums of gradients over ranks, are float32.
     """
     require_replicas(config, world_size())
     if world_size() == 1:
+        model.to(device)
         return
-    is_half = config.precision == "bfloat16"
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if is_half else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # the angles of rotary positions stay float32
-    )
+    products = torch.bfloat16 if config.precision == "bfloat16" else None
     grid = mesh(config.replicas, device)
+    wide = [value for value in model.layers.parameters() if value.ndim == 1]
+    for part in model.layers.modules():
+        if isinstance(part, MixtureOfExperts):
+            wide += part.router.parameters()
     for layer in model.layers:
-        fully_shard(layer, mesh=grid, mp_policy=policy)
-    fully_shard(model, mesh=grid, mp_policy=policy)
+        fully_shard(layer, mesh=grid, mp_policy=_in(products), ignored_params=set(wide))
+    model.register_module("wide", nn.ParameterList(wide))  # where the root's call finds them
+    fully_shard(model, mesh=grid, mp_policy=_in(None))
+    del model.wide
+
+
+def _in(products: torch.dtype | None) -> MixedPrecisionPolicy:
+    """Weights gathered in this type, in their own if it is none."""
+    return MixedPrecisionPolicy(
+        param_dtype=products,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the stream and the angles of rotary positions stay float32
+    )
 
 
 def mesh(replicas: int, device: torch.device) -> DeviceMesh:
@@ -85,11 +101,16 @@ def reshard(model: nn.Module) -> None:
 
 
 def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights, whole and on the CPU, on every rank; each rank must call it."""
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
-        for name, value in model.state_dict().items()
-    }
+    """All weights, whole and on the first rank's CPU, a tied one once; none on the other ranks.
+
+    Each rank must call it. No rank has more than one whole tensor on its device at a time.
+    """
+    state = {}
+    for name, value in model.named_parameters():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if rank() == 0:
+            state[name] = whole.detach().cpu()
+    return state
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:

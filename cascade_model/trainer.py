@@ -19,13 +19,13 @@ from cascade_model import lease, not_finite, parallel, sharding
 from cascade_model.batch import TrainBatch
 from cascade_model.checkpoint import Checkpoint, Checkpoints, Keep, Saving, require_same
 from cascade_model.commit import Folder
-from cascade_model.config import NoiseConfig, OptimizerConfig, TrainerConfig
+from cascade_model.config import NoiseConfig
 from cascade_model.corpus import Batch, Corpus
 from cascade_model.errors import Stopped
 from cascade_model.feed import feed, nothing_else, spans
 from cascade_model.flops import device_peak
 from cascade_model.metrics import MetricsLog
-from cascade_model.networks import Network, build_network
+from cascade_model.networks import Network, network_with
 from cascade_model.objective import LossParts
 from cascade_model.optim import learning_rate, make_optimizer, set_learning_rate
 from cascade_model.phases import noise_at, require_phases
@@ -42,6 +42,7 @@ from cascade_model.run_record import MODEL, facts_of, finished_summary, write_su
 from cascade_model.settings import to_dict
 from cascade_model.status_line import tell
 from cascade_model.stopping import signals_noted
+from cascade_model.training_config import OptimizerConfig, TrainerConfig
 from cascade_model.weights import Published, save_model
 from cascade_model.window import HeldOut, Window, told_of
 
@@ -340,11 +341,10 @@ class Trainer:
         """Write the whole weights as a model folder, and the summary."""
         facts = {"steps": self._at.step, "samples": self._at.samples}
         facts |= {"tokens": self._at.samples * self._length, "world_size": parallel.world_size()}
-        network = build_network(self.model.config)
-        network.load_state_dict(state)
+        url = (self.folder / MODEL).url
         save_model(
-            (self.folder / MODEL).url,
-            network,
+            url,
+            network_with(self.model.config, state, url),
             self.corpus.tokenizer(),
             self.published,
             chat_template=self.chat_template,

@@ -137,7 +137,8 @@ def _training_input(
     clean, positions, segments = batch.clean_tokens, batch.positions, batch.segments
     if config.is_autoregressive:
         return clean, positions, grouped_clean(segments, 1, config.clean_half), None
-    noisy = torch.where(batch.is_masked | _padding(config, batch), config.mask_id, clean)
+    # Padding is shown as masks, as in decoding, so that nothing tells where the text ends.
+    noisy = torch.where(batch.is_masked | batch.is_padding(config), config.mask_id, clean)
     if config.attention == "bidirectional":
         return noisy, positions, whole_documents(segments), None
     _require_block_size(config, batch)
@@ -148,14 +149,6 @@ def _training_input(
     is_clean_read = is_doubled or (config.logits == "shifted" and config.first_place == "clean")
     keep = None if is_clean_read else Keep(slice(clean.shape[1]), attend)
     return torch.cat([noisy, clean], dim=1), torch.cat([positions] * 2, dim=1), attend, keep
-
-
-def _padding(config: ModelConfig, batch: TrainBatch) -> Tensor:
-    """Padding behind a text, bool [n, L]: shown as masks, as it is in decoding, so that nothing
-    tells a model where the text ends. Padding that is end-of-text too cannot be told from text."""
-    if config.pad_id in config.end_ids:
-        return torch.zeros_like(batch.is_maskable)
-    return ~batch.is_maskable & (batch.clean_tokens == config.pad_id)
 
 
 def whole_documents(segments: Tensor) -> Attend:

@@ -61,7 +61,8 @@ class Window:
     def means(self, peak: float | None = None) -> dict[str, Any]:
         """Loss, mean cross entropy of the masked rows by band, other losses by name, speeds.
 
-        A mean over nothing is None. `peak` is what all devices together could do, in FLOP/s.
+        A mean over nothing is None. `peak` is what all devices together can do at most, in FLOP/s;
+        without it the utilisation `mfu`, a share of it, is None.
         """
         seconds, learnt = max(self.seconds, 1e-9), self.steps - self.skipped
         bands = sum(name.startswith("band/") for name in self.sums) // 2

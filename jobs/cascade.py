@@ -2,6 +2,10 @@
 
 import importlib
 import sys
+from collections.abc import Sequence
+
+from cascade_model.nearest import cure
+from jobs.ending import ended_by_signals
 
 STAGES = {
     "tokenizer": "corpus -> tokenizer.json",
@@ -17,7 +21,7 @@ STAGES = {
     "evaluate": "checkpoint -> held-out bound per token and per byte",
     "generate": "prompts -> completions, exactly once (Ray Data)",
     "serve": "checkpoint -> OpenAI-compatible endpoint (Ray Serve)",
-    "validate": "Serve YAMLs read strictly, before they are deployed",
+    "validate": "Serve, KubeRay and launcher YAMLs read strictly, before they are used",
     "demo": "all of it on one small real corpus",
 }
 
@@ -28,14 +32,16 @@ def usage() -> str:
     return f"usage: cascade STAGE [--config FILE.yaml]... [flags]\n\n{rows}\n\ncascade STAGE --help"
 
 
-def main(argv: list[str] | None = None) -> int:
+@ended_by_signals
+def main(argv: Sequence[str] | None) -> int:
     """Hand the arguments to the stage's own `main`."""
-    words = sys.argv[1:] if argv is None else argv
+    words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
     if words[0] not in STAGES:
-        print(f"cascade: no stage {words[0]!r}\n{usage()}", file=sys.stderr)
+        known = cure(words[0], STAGES, cutoff=0.6)
+        print(f"cascade: no stage {words[0]!r}; {known}", file=sys.stderr)
         return 2
     return importlib.import_module(f"jobs.{words[0]}").main(words[1:])
 

@@ -7,7 +7,6 @@ traceback.
 """
 
 import dataclasses
-import difflib
 import os
 import signal
 import sys
@@ -15,13 +14,14 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
 from cascade_model.errors import InputError, of_store
-from jobs.yaml_keys import require_single_keys
+from cascade_model.nearest import cure
+from jobs.ending import ended_by_signals
+from jobs.yaml_text import document_in, text_of
 
 Config = TypeVar("Config")
 
@@ -31,7 +31,8 @@ def command(
 ) -> Callable[..., int]:
     """The `main` of a job: parse the arguments, run, turn a user's mistake into a box."""
 
-    def main(argv: Sequence[str] | None = None) -> int:
+    @ended_by_signals
+    def main(argv: Sequence[str] | None) -> int:
         try:
             stage = f"{stage_of(run)} {action}".rstrip()
             try:
@@ -41,12 +42,6 @@ def command(
         except InputError as error:
             show_error(error)
             return error.exit_code
-        except KeyboardInterrupt:
-            print(
-                "interrupted; what was committed stays, run the same command to go on",
-                file=sys.stderr,
-            )
-            return 130
         except BrokenPipeError:
             return _closed_output()
         except Exception as error:
@@ -74,13 +69,15 @@ def actions(stage: str, **mains: tuple[str, Callable[..., int]]) -> Callable[...
     rows = "\n".join(f"  {name:<13}{text}" for name, (text, _) in mains.items())
     usage = f"usage: cascade {stage} ACTION [flags]\n\n{rows}\n\ncascade {stage} ACTION --help"
 
-    def main(argv: Sequence[str] | None = None) -> int:
+    @ended_by_signals
+    def main(argv: Sequence[str] | None) -> int:
         words = list(sys.argv[1:] if argv is None else argv)
         if not words or words[0] in ("-h", "--help"):
             print(usage)
             return 0 if words else 2
         if words[0] not in mains:
-            print(f"cascade {stage}: no action {words[0]!r}\n{usage}", file=sys.stderr)
+            known = cure(words[0], mains, cutoff=0.6)
+            print(f"cascade {stage}: no action {words[0]!r}; {known}", file=sys.stderr)
             return 2
         return mains[words[0]][1](words[1:])
 
@@ -227,24 +224,12 @@ def _typed(value: Any, hint: Any) -> Any:
 def read_yaml(file: str) -> dict[str, Any]:
     """The mapping in a YAML file; a missing or broken file, or a key that stands twice, is an
     `InputError`."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-        require_single_keys(text, file)
-        mapping = yaml.safe_load(text)
-    except OSError as error:
-        raise InputError(
-            f"--config {file}: cannot be read ({error.strerror}); check the path"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise InputError(f"--config {file}: not valid YAML{line}; mend the file") from None
+    source = f"--config {file}"
+    mapping = document_in(text_of(file, source), source)
     if mapping is None:
         return {}
     if not isinstance(mapping, dict):
-        raise InputError(
-            f"--config {file}: holds no mapping of settings; write `name: value` lines"
-        )
+        raise InputError(f"{source}: holds no mapping of settings; write `name: value` lines")
     return mapping
 
 
@@ -256,9 +241,8 @@ def _check_mapping(
     names = {field.name for field in dataclasses.fields(config_class)}
     for key, value in mapping.items():
         if key not in names:
-            near = difflib.get_close_matches(str(key), sorted(names), n=1, cutoff=0.4)
-            cure = f"did you mean `{prefix}{near[0]}`?" if near else f"known are {sorted(names)}"
-            raise InputError(f"{source}: no setting `{prefix}{key}`; {cure}")
+            known = cure(str(key), sorted(names), prefix)
+            raise InputError(f"{source}: no setting `{prefix}{key}`; {known}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
@@ -326,7 +310,10 @@ def _finished(draft: Any, source: str, prefix: str = "") -> Any:
                 _finished(own, source, f"{prefix}{name}[{index}].")
                 for index, own in enumerate(value)
             )
-    return type(draft)(**values)
+    try:
+        return type(draft)(**values)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -5,20 +5,22 @@ The corpus is the source text of the Python standard library, which every machin
 measures them and prints the table.
 """
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cascade_model.errors import InputError
+from cascade_model.stopping import sigterm_held_off
 from jobs.cli import command
 
 RECIPES = Path(__file__).parent / "recipes" / "demo"
@@ -85,7 +87,7 @@ class Timer:
         words += [str(RECIPES / f"{recipe or stage}.yaml"), *map(str, flags)]
         key = " ".join(filter(None, (stage, recipe or name)))
         print(f"\n$ {' '.join(words[1:])}", flush=True)
-        code = self.measure(key, lambda: subprocess.run(words, check=False).returncode)
+        code = self.measure(key, lambda: _run(words))
         if code:
             raise InputError(
                 f"the stage `{stage}` ended with code {code}; its message stands above"
@@ -98,6 +100,26 @@ class Timer:
         return result
 
 
+def _run(words: list[str]) -> int:
+    """The exit code of a stage."""
+    with _started(words) as stage:
+        return stage.wait()
+
+
+@contextlib.contextmanager
+def _started(words: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A process that is asked to stop, and waited for, when the body does not wait for its end."""
+    process = None
+    try:
+        with sigterm_held_off():  # a process that nobody knew of would run on
+            process = subprocess.Popen(words, **options)
+        yield process
+    finally:
+        if process is not None:
+            process.terminate()
+            process.wait()
+
+
 def ask_endpoint(model: Path, prompt: str, folder: Path) -> dict[str, Any]:
     """Start `cascade serve` on a free loopback port, ask it once, end it."""
     with socket.socket() as probe:
@@ -108,17 +130,12 @@ def ask_endpoint(model: Path, prompt: str, folder: Path) -> dict[str, Any]:
     key = os.urandom(16).hex()
     print(f"\n$ {' '.join(words[1:])}", flush=True)
     with open(folder / "serve.log", "w") as log:
-        server = subprocess.Popen(
-            words, env={**os.environ, "CASCADE_API_KEYS": key}, stdout=log, stderr=log
-        )
-        try:
+        environment = {**os.environ, "CASCADE_API_KEYS": key}
+        with _started(words, env=environment, stdout=log, stderr=log) as server:
             body = {"model": "cascade", "prompt": prompt, "max_tokens": 48, **SAMPLING}
             url = f"http://127.0.0.1:{port}"
             wait_until_ready(url, server, folder / "serve.log")
             return call(f"{url}/v1/completions", key, body)
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(timeout=60)
 
 
 def wait_until_ready(url: str, server: subprocess.Popen, log: Path, seconds: float = 120) -> None:

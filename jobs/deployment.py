@@ -10,17 +10,28 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from cascade_model.errors import CheckpointMismatch, InputError
+from cascade_model.settings import check
 
 log = logging.getLogger("cascade.endpoint")
 
 
 @contextlib.contextmanager
 def deployed(document: dict[str, Any], stop: threading.Event | None = None) -> Iterator[None]:
-    """The applications of a Serve config, running on this process's Ray; ended on leaving."""
+    """The applications of a Serve config, running on this process's Ray; ended on leaving.
+
+    `InputError` where a Serve runs there already: this would replace its applications, and end them
+    with its own.
+    """
     from ray import serve
     from ray.serve._private.api import serve_start
     from ray.serve.schema import ServeDeploySchema
 
+    running = serve.status()
+    check(
+        not running.applications and not running.proxies,
+        f"Ray Serve runs on this cluster already (applications {sorted(running.applications)}); "
+        "change it by `serve deploy FILE`, or give `cascade serve` another Ray",
+    )
     schema = ServeDeploySchema.model_validate(document)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process alone
     try:
@@ -38,11 +49,17 @@ def deployed(document: dict[str, Any], stop: threading.Event | None = None) -> I
 def drain(application: str, seconds: float) -> None:
     """Let every ingress of an application end its streams; Serve's own end would cut them off."""
     from ray import serve
+    from ray.serve.exceptions import DeploymentUnavailableError
 
     try:
         ingress = serve.get_deployment_handle("ingress", application)
+    except KeyError:  # Serve never got to it
+        return
+    try:
         left = ingress.broadcast("drain", seconds).results(timeout_s=seconds + 10)
-    except Exception as error:  # it was not there yet, or has died: nothing is open
+    except DeploymentUnavailableError:  # no replica is there yet
+        return
+    except Exception as error:  # it has died: nothing is open
         log.warning("no ingress of %s could be drained: %s", application, error)
         return
     if any(left):

@@ -11,7 +11,8 @@ from cascade_model.settings import check
 from jobs.cli import command
 from jobs.objectives import LossConfig, auxiliary, auxiliary_objective, check_auxiliary
 from jobs.ranks import Started
-from jobs.training import fit, start, starting_config
+from jobs.starting import require_context, starting_config
+from jobs.training import fit, start
 
 if TYPE_CHECKING:
     from cascade_model.distillation import Reference
@@ -71,7 +72,9 @@ def check_teacher(config: DistilConfig) -> None:
     corpus = Corpus.open(config.corpus)
     shape = starting_config(config, corpus)
     if config.teacher is not None:
-        require_teacher(read_config(config.teacher), shape)
+        teacher = read_config(config.teacher)
+        require_teacher(teacher, shape)
+        require_context(f"teacher={config.teacher}", teacher, corpus, config.corpus)
     else:
         from cascade_model.stored_teaching import require_targets
         from cascade_model.teacher_targets import TeacherTargets

@@ -12,8 +12,16 @@ from typing import Any
 
 from cascade_model.chat_template import ChatTemplate
 from cascade_model.config import ModelConfig
+from cascade_model.engine_config import Room
 from cascade_model.errors import InputError
-from cascade_model.requests import between, check_infilling, check_prompt, check_request
+from cascade_model.requests import (
+    between,
+    check_infilling,
+    check_prompt,
+    check_request,
+    check_room,
+    longest_text,
+)
 from cascade_model.sampling import SamplingParams
 from cascade_model.settings import check
 from cascade_model.text_stream import TokenLogprob
@@ -34,14 +42,18 @@ class Endpoint:
 
     model_name: str
     config: ModelConfig
+    room: Room
+    """What the engine of a sampler holds."""
     tokenizer: Tokenizer
     template: ChatTemplate
     fingerprint: str
     """Short digest of the weights."""
     decode: Decode
     score: Score
+    require_open: Callable[[], None]
+    """Raises `ApiError` once the server is ending and takes no new requests."""
     ready: Callable[[], Awaitable[bool]]
-    """Whether a sampler answers."""
+    """Whether a sampler answers, or did lately; told without waiting for one that is busy."""
     metrics: Callable[[], Awaitable[bytes]]
     """Prometheus text."""
     keys: Keys | None
@@ -55,6 +67,11 @@ class Endpoint:
         """Single tokens as text."""
         return TokenSpelling(self.tokenizer)
 
+    def longest(self, guidance_scale: float | None = None) -> int:
+        """Tokens of prompt and answer together, at most: the context (`longest_text`), or what of
+        it a sampler's `cache_bytes` holds, which guidance needs twice."""
+        return min(longest_text(self.config), self.room.longest(2 if guidance_scale else 1))
+
     def model_card(self) -> dict[str, Any]:
         """The model object of `/v1/models`."""
         return {
@@ -62,7 +79,7 @@ class Endpoint:
             "object": "model",
             "created": self.created,
             "owned_by": "cascade",
-            "max_model_len": self.config.max_sequence_length,
+            "max_model_len": self.longest(),
             "block_size": self.config.block_size,
             "infill": self.config.infill,
         }
@@ -77,14 +94,32 @@ class Endpoint:
                 code="model_not_found",
             )
 
-    def require_prompt(self, tokens: Sequence[int], max_tokens: int, param: str) -> None:
-        """400 for a prompt that cannot be decoded."""
+    def require_prompt(
+        self, body: CompletionRequest | ChatRequest, tokens: Sequence[int], longest: int
+    ) -> None:
+        """400 for a prompt that cannot be decoded, or with the answer is too long; one without
+        tokens to decode takes no room."""
+        size, context = len(tokens), self.config.max_sequence_length
+        wanted = 1 if body.length is None else body.length
+        limit = longest if wanted else context
+        room = f"the context of {context}"
+        if limit < longest_text(self.config):
+            room = f"the {limit} that this server holds of one choice (engine.cache_bytes)"
+        elif limit < context:
+            room = f"the {limit} that whole blocks take of the context of {context}"
+        prompt, length = body.prompt_field, body.length_field
+        is_default = not body.gives_length
+        names = {"prompt": prompt, "length": length}
         try:
-            check_prompt(self.config, tokens, max_tokens)
+            check_room(size, wanted, limit, room, **names, is_default=is_default)
         except InputError as error:
-            too_long = len(tokens) + max_tokens > self.config.max_sequence_length
-            code = "context_length_exceeded" if too_long else "invalid_value"
+            param = prompt if is_default or size >= limit else length
+            code = "context_length_exceeded"
             raise ApiError(400, str(error), param=param, code=code) from None
+        try:
+            check_prompt(self.config, tokens, 0)
+        except InputError as error:
+            raise ApiError(400, str(error), param=prompt, code="invalid_value") from None
 
     def prompt_tokens(self, prompt: str | list[int], suffix: str | None, length: int) -> list[int]:
         """Token ids of a prompt, and of what follows the completion (`requests.between`); 400 for

@@ -180,7 +180,8 @@ class Gate:
         if self.keys is not None and not is_open and not self.keys.accepts(authorization):
             return ApiError(
                 401,
-                "No valid API key; send the header `Authorization: Bearer KEY`.",
+                "No valid API key; send the header `Authorization: Bearer KEY` with one of the "
+                f"server's keys, which its {KEYS_VARIABLE} or the file of its --api-keys holds.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cascade_model.errors import InputError, Unfinished
+from cascade_model.errors import InputError, Stopped, Unfinished
+from cascade_model.settings import check
+from cascade_model.stopping import sigterm_has_come
 from jobs.cli import command
 from jobs.generate_settings import GenerateConfig, job_identity
 from jobs.launch import absolute
@@ -19,25 +20,24 @@ if TYPE_CHECKING:
     from pipelines.generation import Work
     from pipelines.prompts import Part
 
-KEY_VARIABLE = "CASCADE_API_KEY"
-"""Holds the key of an endpoint; it stands in no file and no log."""
-
 
 def run(config: GenerateConfig) -> dict[str, Any]:
     """Answer what is not answered yet, then write the manifest; returns its counts."""
     from cascade_model.commit import Folder, require_writable
     from pipelines import completions
     from pipelines.prompt_input import input_urls
-    from pipelines.prompts import plan, require_columns
+    from pipelines.prompts import may_have_setting, plan, require_columns
 
     require_writable(config.output)
     urls = input_urls(config.input, config.split, config.subset)
     source, answerer = source_of(config)
     parts, input_sha256 = plan(urls, config.rows_per_shard)
     require_columns(urls, config.prompt_column, config.messages_column, config.setting_columns)
+    if not may_have_setting(urls, "max_tokens", config.params_column, config.setting_columns):
+        require_room(config, source)
     job = job_identity(config, answerer, input_sha256)
     folder = Folder(config.output)
-    was_there, is_new = folder.is_there(), completions.claim(folder, job)
+    was_there, is_new = folder.is_there(), completions.claim(folder, job, named(config))
     if folder.exists(completions.MANIFEST):
         manifest = json.loads(folder.read_bytes(completions.MANIFEST))
         counts = ", ".join(f"{value} {name}" for name, value in manifest["counts"].items())
@@ -47,29 +47,54 @@ def run(config: GenerateConfig) -> dict[str, Any]:
         records = answer_all(config, work_of(config, source), folder, parts)
     except Unfinished:
         raise
-    except InputError:
-        if is_new:
-            completions.take_back(folder, parts, config.format)
-            if not was_there:
-                folder.remove_if_empty()
+    except InputError as error:
+        is_gone = is_new and completions.take_back(folder, parts, config.format)
+        if is_gone and not was_there:
+            folder.remove_if_empty()
+        if isinstance(error, completions.TooManyDead):
+            raise error.told(config.output, stays=not is_gone) from None
+        if is_new and not is_gone:
+            raise _kept(error, config.output) from None
         raise
+    completions.require_claimed(folder)
     manifest = completions.manifest_of(job, parts, records)
     folder.publish(completions.MANIFEST, json.dumps(manifest, indent=1).encode())
     show_counts(manifest["counts"], config.output)
     return manifest["counts"]
 
 
+def _kept(error: InputError, output: str) -> Unfinished:
+    """A mistake that came late, when some rows were answered: they stay."""
+    told = Unfinished(f"{error}; what is answered stays in {output}")
+    told.exit_code = error.exit_code
+    return told
+
+
+def named(config: GenerateConfig) -> dict[str, str]:
+    """What a person gave, by the name of the digest that the job's identity has of it."""
+    answerer = f"endpoint={config.endpoint}" if config.endpoint else f"model={config.model}"
+    given = f"chat_template={config.chat_template}"
+    return {
+        "input_sha256": f"input={config.input}",
+        "weights_sha256": answerer,
+        "fingerprint": answerer,
+        "chat_template_sha256": given if config.chat_template else f"chat template of {answerer}",
+    }
+
+
 def source_of(config: GenerateConfig) -> "tuple[Source, dict[str, Any]]":
     """Who answers, and what of that belongs to the job's identity."""
     if config.endpoint:
         return _endpoint(config)
+    from cascade_model.own_template import text_of
     from cascade_model.weights import weights_digest
     from pipelines.model_answers import ModelSource
 
     weights = weights_digest(config.model)
-    template = _template_text(config)
+    template = text_of(config.model, config.chat_template)
     source = ModelSource(
         model=absolute(config.model),
+        weights_sha256=weights,
         chat_template=template,
         threads=config.threads_per_worker or max(1, cores() // config.num_workers),
         engine=config.engine,
@@ -81,8 +106,44 @@ def source_of(config: GenerateConfig) -> "tuple[Source, dict[str, Any]]":
     }
 
 
+def require_room(config: GenerateConfig, source: "Source") -> None:
+    """Refuse a max_tokens that no row could have, not even with a prompt of one token: one that
+    goes beyond the model's context, the cache of its engine, or what an endpoint allows."""
+    from pipelines.endpoint_answers import EndpointSource
+
+    params, length = config.sampling, f"sampling.max_tokens={config.sampling.max_tokens}"
+    if isinstance(source, EndpointSource):
+        check(
+            source.longest is None or params.max_tokens < source.longest,
+            f"{length} leaves a prompt no place in the {source.longest} tokens that "
+            f"endpoint={config.endpoint} gives a request (max_model_len); lower it to "
+            f"{(source.longest or 0) - 1} at most",
+        )
+        return
+    from cascade_model.engine_config import room_of
+    from cascade_model.requests import block_edges
+    from cascade_model.weights import read_config
+
+    shape = read_config(config.model)
+    context = shape.max_sequence_length
+    check(
+        params.max_tokens < context,
+        f"{length} leaves a prompt no place in the context of {context} that model={config.model} "
+        f"has; lower it to {context - 1} at most",
+    )
+    needed = block_edges(shape, 1, params)[-1]
+    held = room_of(shape, config.engine).longest(2 if params.guidance_scale else 1)
+    check(
+        needed <= held,
+        f"{length} takes keys and values of {needed} tokens with the shortest prompt, and "
+        f"engine.cache_bytes={config.engine.cache_bytes} holds those of {held}; lower max_tokens, "
+        "or raise engine.cache_bytes",
+    )
+
+
 def _endpoint(config: GenerateConfig) -> "tuple[Source, dict[str, Any]]":
     from pipelines.endpoint_answers import EndpointSource, found
+    from pipelines.endpoint_client import KEY_VARIABLE
 
     asked = EndpointSource(
         url=config.endpoint,
@@ -92,23 +153,8 @@ def _endpoint(config: GenerateConfig) -> "tuple[Source, dict[str, Any]]":
         patience_seconds=config.patience_seconds,
     )
     source = found(asked)
-    return source, {"model_name": source.model_name, "fingerprint": source.fingerprint}
-
-
-def _template_text(config: GenerateConfig) -> str:
-    """The template's text or the name of one that is built in; a file is read here, as a worker may
-    be elsewhere."""
-    from cascade_model.own_template import own_template
-
-    given = config.chat_template or own_template(config.model) or "plain"
-    if "{" in given or not Path(given).is_file():
-        return given
-    try:
-        return Path(given).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"chat_template={given} cannot be read ({type(error).__name__}); check the file"
-        ) from None
+    names = ("model_name", "fingerprint", "chat_template_sha256")
+    return source, {name: getattr(source, name) for name in names}
 
 
 def work_of(config: GenerateConfig, source: "Source") -> "Work":
@@ -145,7 +191,7 @@ def answer_all(
     found = [completions.read_record(folder, part, config.format) for part in parts]
     records = [record for record in found if record is not None]
     missing = [part for part, record in zip(parts, found, strict=True) if record is None]
-    completions.require_sound(records, parts, config.max_dead_rate, config.output)
+    completions.require_sound(records, parts, config.max_dead_rate)
     if not missing:
         return records
     workers = min(config.num_workers, len(missing))
@@ -166,7 +212,15 @@ def answer_all(
             records.append(record)
             progress.began(seconds)
             progress.add(record.num_tokens, size[record.index])
-            completions.require_sound(records, parts, config.max_dead_rate, config.output)
+            completions.require_sound(records, parts, config.max_dead_rate)
+    except KeyboardInterrupt:
+        if not sigterm_has_come():
+            raise
+        done = sum(size[record.index] for record in records)
+        raise Stopped(
+            f"stopped by SIGTERM when {done} of {sum(size.values())} rows were answered; they stay "
+            f"in {config.output}, run the same command again, which goes on from there"
+        ) from None
     finally:
         progress.close()
     return records

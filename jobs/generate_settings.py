@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.sampling import SamplingParams
 from cascade_model.settings import check, to_dict
 from pipelines.row_settings import NAMES

@@ -280,16 +280,31 @@ def _cause_of(error: Exception, placement: Placement, folder: Folder) -> InputEr
             f"{asks}: the cluster did not give that many machines in half an hour; use fewer "
             "ranks, or let the cluster grow larger"
         )
-    if ranks and all(_is_loss(failure) for failure in ranks.values()):
-        first = min(ranks, key=lambda rank: (_is_collateral(ranks[rank]), rank))
+    lost = _lost(error)
+    if lost is not None:
+        rank, failure = lost
         is_kept = has_committed(folder / CHECKPOINTS)
         end = "goes on from the newest checkpoint" if is_kept else "begins anew, as none was saved"
-        reason = str(ranks[first]).strip().splitlines()[0].rstrip(".:")
+        reason = str(failure).strip().splitlines()[0].rstrip(".:")
         return Unfinished(
-            f"rank {first} was lost ({reason}) after max_failures={placement.max_failures} "
+            f"{rank} was lost ({reason}) after max_failures={placement.max_failures} "
             f"restarts; look at its machine and run the same command again, which {end}"
         )
     return None
+
+
+def _lost(error: Exception) -> tuple[str, Exception] | None:
+    """The rank that was lost first, and how; none where it was something else that failed."""
+    from ray.exceptions import RayActorError
+
+    starting = getattr(error, "controller_failure", None)
+    if isinstance(starting, RayActorError):  # one that died before Ray Train watched over it
+        return "a rank", starting
+    ranks = getattr(error, "worker_failures", {})
+    if not ranks or not all(_is_loss(failure) for failure in ranks.values()):
+        return None
+    first = min(ranks, key=lambda rank: (_is_collateral(ranks[rank]), rank))
+    return f"rank {first}", ranks[first]
 
 
 def _is_loss(failure: Exception) -> bool:
@@ -309,12 +324,15 @@ def with_absolute_paths(config: Any) -> Any:
     names = {field.name for field in dataclasses.fields(config)} & set(_PATHS)
     values = {name: getattr(config, name) for name in names}
     paths = {name: absolute(value) for name, value in values.items() if value}
+    if config.cache.folder:
+        folder = absolute(config.cache.folder)
+        paths["cache"] = dataclasses.replace(config.cache, folder=folder)
     return dataclasses.replace(config, **paths)
 
 
 def absolute(place: str) -> str:
-    """A local path that holds in any folder; a URL stays as it is."""
-    return place if "://" in place else str(Path(place).absolute())
+    """A local path that holds in any folder, `~` as `Folder` reads it; a URL stays as it is."""
+    return place if "://" in place else str(Path(os.path.expanduser(place)).absolute())
 
 
 def _require_gpu(use_gpu: bool) -> None:

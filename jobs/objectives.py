@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cascade_model.config import AuxiliaryConfig
-from jobs.training import TrainingConfig, starting_config
+from cascade_model.training_config import AuxiliaryConfig
+from jobs.starting import starting_config
+from jobs.training import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -181,7 +181,10 @@ class ModelCard(_Shape):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["cascade"] = "cascade"
-    max_model_len: int = Field(description="Tokens of prompt and answer together.")
+    max_model_len: int = Field(
+        description="Tokens of prompt and answer together, at most: the context, or what of it the "
+        "server's memory holds, which guidance needs twice."
+    )
     block_size: int = Field(description="Tokens that are denoised together.")
     infill: Literal["none", "psm"] = Field(description="psm: `suffix` is honoured.")
 

@@ -1,8 +1,11 @@
 """What every answer of the OpenAI protocol keeps to: its limits, and errors of four fields."""
 
+from collections.abc import Collection
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from cascade_model.nearest import cure
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 64
@@ -51,20 +54,6 @@ def overloaded() -> ApiError:
     )
 
 
-def validation_error(error: RequestValidationError) -> ApiError:
-    """A 400 that names the first wrong field (FastAPI's own answer would be a 422)."""
-    first = error.errors()[0]
-    place = [part for part in first["loc"] if part != "body"]
-    if first["type"] == "value_error":
-        cause = first["ctx"]["error"]
-        param = getattr(cause, "param", None)
-        return ApiError(400, str(cause), param=param, code=getattr(cause, "code", "invalid_value"))
-    name = str(place[0]) if place else None
-    code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
-    message = f"`{name}`: {first['msg']}." if name else f"The body: {first['msg']}."
-    return ApiError(400, message, param=name, code=code)
-
-
 class FieldError(ValueError):
     """A field that is refused by name; carried through pydantic."""
 
@@ -72,6 +61,41 @@ class FieldError(ValueError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class UnknownField(FieldError):
+    """A field that there is not, with the name that may have been meant, or all that there are."""
+
+    def __init__(self, name: str, known: Collection[str], place: str = "") -> None:
+        """`place`: of the object around it, such as `messages[0]`; none: the body itself."""
+        self.name, self.known, prefix = name[:64], known, f"{place}." if place else ""
+        told = cure(self.name, known, prefix, cutoff=0.6)
+        super().__init__(
+            f"`{prefix}{self.name}` is not known; {told}", self.name, "unknown_parameter"
+        )
+
+    def at(self, place: str) -> "UnknownField":
+        """The same, told with its place, which the object that has it does not know."""
+        return UnknownField(self.name, self.known, place)
+
+
+def require_known(kind: type[BaseModel], body: Any) -> None:
+    """Refuse (`UnknownField`) an object with a field that its kind does not have."""
+    for name in body if isinstance(body, dict) else ():
+        if name not in kind.model_fields:
+            raise UnknownField(name, kind.model_fields)
+
+
+class StrictBody(BaseModel):
+    """An object in which every field is known, of its type, and refused by name where it is not."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_known(cls, body: Any) -> Any:
+        require_known(cls, body)
+        return body
 
 
 def require_total(values: list[Any], limit: int, param: str, unit: str) -> None:

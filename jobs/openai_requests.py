@@ -4,11 +4,19 @@ Nothing is silently dropped: every field is honoured, or told to have no effect,
 The limits stand in the schema, so that they hold before anything is allocated.
 """
 
-import difflib
-from typing import Annotated, Any, Literal, Self
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    model_validator,
+)
 
+from cascade_model.chat_template import as_templates_say
 from cascade_model.sampling import SamplingParams
 from jobs.diffusion_fields import DiffusionFields
 from jobs.openai_protocol import (
@@ -20,12 +28,15 @@ from jobs.openai_protocol import (
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
     FieldError,
+    StrictBody,
+    UnknownField,
+    require_known,
     require_total,
 )
 
 INT64 = 2**63
 INT31 = 2**31
-DEFAULT_MAX_TOKENS = 16  # OpenAI's for completions; a chat gets what the context leaves
+DEFAULT_MAX_TOKENS = 16  # OpenAI's for completions; a chat gets what `max_model_len` leaves
 
 # OpenAI's fields that change the answer and that we do not honour, with their neutral values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -70,10 +81,9 @@ def _with_neutral(schema: dict[str, Any]) -> None:
         schema["properties"].setdefault(name, described)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(StrictBody):
     """`stream_options`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = Field(False, description="End the stream with an event of usage.")
 
 
@@ -81,6 +91,8 @@ class Request(DiffusionFields):
     """What completions and chat share, with the diffusion fields of this server."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_with_neutral)
+    prompt_field: ClassVar[str]
+    """The field of what is answered."""
     model: str = Field(description="The served model's name.")
     stream: bool | None = Field(False, description="Answer by events, one a block.")
     stream_options: StreamOptions | None = Field(
@@ -135,9 +147,7 @@ class Request(DiffusionFields):
                         "unsupported_parameter",
                     )
                 continue
-            near = difflib.get_close_matches(name[:64], list(cls.model_fields), n=1)
-            cure = f" Did you mean `{near[0]}`?" if near else " Leave it out."
-            raise FieldError(f"`{name[:64]}` is not known.{cure}", name[:64], "unknown_parameter")
+            raise UnknownField(name, cls.model_fields)
         return {name: body[name] for name in body if name in cls.model_fields}
 
     @model_validator(mode="after")
@@ -165,9 +175,22 @@ class Request(DiffusionFields):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    @abstractmethod
+    def length_field(self) -> str:
+        """The field that the length is given by."""
+
+    @property
+    def gives_length(self) -> bool:
+        """Whether the client itself gave a length: null is none."""
+        return any(
+            name in self.model_fields_set and getattr(self, name) is not None
+            for name in ("max_tokens", "max_completion_tokens")
+        )
+
+    @property
+    @abstractmethod
     def logprob_count(self) -> int | None:
         """How many likeliest tokens to tell of each place besides its own; none: no logprobs."""
-        raise NotImplementedError
 
     def sampling(self, max_tokens: int, seed: int) -> SamplingParams:
         """The engine's settings; a field that is null takes its default."""
@@ -184,6 +207,7 @@ class Request(DiffusionFields):
 class CompletionRequest(Request):
     """Body of `POST /v1/completions`."""
 
+    prompt_field: ClassVar[str] = "prompt"
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
@@ -240,6 +264,11 @@ class CompletionRequest(Request):
         return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
+    def length_field(self) -> str:
+        """See `Request`."""
+        return "max_tokens"
+
+    @property
     def logprob_count(self) -> int | None:
         """See `Request`."""
         return self.logprobs
@@ -254,10 +283,23 @@ class CompletionRequest(Request):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TextPart(BaseModel):
+class _Part(BaseModel):
+    """An object of a conversation. What it is comes first, and a field that there is not last: an
+    image is to be refused as one, and not by the fields of an image."""
+
+    model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _require_known_last(cls, given: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
+        part = read(given)
+        require_known(cls, given)
+        return part
+
+
+class TextPart(_Part):
     """One text part of a message; images and sound are refused by the type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
     text: Text
 
@@ -269,8 +311,8 @@ def _without_nulls(message: Any) -> Any:
     return {name: value for name, value in message.items() if value is not None}
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, title="Message")
+class _Message(_Part):
+    model_config = ConfigDict(title="Message")
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
 
@@ -282,7 +324,7 @@ class _Message(BaseModel):
 
     def plain(self) -> dict[str, str]:
         """Role and text, as chat templates want them."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        return {"role": as_templates_say(self.role), "content": self.text}
 
 
 Message = Annotated[_Message, BeforeValidator(_without_nulls)]
@@ -292,12 +334,13 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=1024)]
 class ChatRequest(Request):
     """Body of `POST /v1/chat/completions`."""
 
+    prompt_field: ClassVar[str] = "messages"
     messages: Messages = Field(
         description="The conversation; written by the model's chat template. A text cannot write a "
         "special token. `developer` is `system`."
     )
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT31)] | None = Field(
-        None, description="Tokens of a choice at most. Default: what the context leaves."
+        None, description="Tokens of a choice at most. Default: what `max_model_len` leaves."
     )
     max_tokens: Annotated[int, Field(ge=1, lt=INT31)] | None = Field(
         None, description="The older name of `max_completion_tokens`."
@@ -328,8 +371,13 @@ class ChatRequest(Request):
 
     @property
     def length(self) -> int | None:
-        """Tokens to generate at most; None: what the context leaves."""
+        """Tokens to generate at most; None: what `max_model_len` leaves."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def length_field(self) -> str:
+        """See `Request`."""
+        return "max_completion_tokens" if self.max_tokens is None else "max_tokens"
 
     @property
     def logprob_count(self) -> int | None:

@@ -60,10 +60,12 @@ def run(stage: str, config: Any) -> dict[str, Any]:
     """Check, reckon, print, and return the numbers: bytes, FLOPs, seconds."""
     from cascade_model.corpus import Corpus
     from cascade_model.metrics import tell
-    from jobs.training import check_start, noise_of, placement_of, starting_config
+    from jobs.starting import starting_config
+    from jobs.training import check_start, noise_of, placement_of
 
     module = importlib.import_module(f"jobs.{stage}")
     module.check_settings(config)
+    _require_device(config)
     earlier = check_start(config, module.objective(config), tell)
     corpus = Corpus.open(config.corpus)
     shape = starting_config(config, corpus)
@@ -86,29 +88,42 @@ def run(stage: str, config: Any) -> dict[str, Any]:
     return report
 
 
+def _require_device(config: Any) -> None:
+    """Raise `InputError` for a plan of a GPU that is neither here nor named."""
+    import torch
+
+    check(
+        not config.use_gpu or config.plan.device is not None or torch.cuda.is_available(),
+        "use_gpu=True and this machine has no CUDA device to plan for; name the GPU with "
+        "--plan.device (H100)",
+    )
+
+
 def _memory(
     config: Any, shape: "ModelConfig", corpus: "Corpus", noise: "NoiseConfig"
 ) -> dict[str, Any]:
     """Bytes per rank, as trained and with the other choice of `recompute`."""
-    from cascade_model.footprint import FLOAT32, footprint, parameter_count
-    from jobs.training import teacher_config
+    from cascade_model.footprint import footprint, parameter_count
+    from jobs.training import beside_of
 
     trainer, rate = config.trainer, (noise.min_rate + noise.max_rate) / 2
     other = dataclasses.replace(trainer, recompute=not trainer.recompute)
 
     def of(settings: Any, ranks: int) -> Any:
-        length = corpus.sequence_length
-        return footprint(shape, settings, sequence_length=length, ranks=ranks, mask_rate=rate)
+        length, beside = corpus.sequence_length, beside_of(config)
+        return footprint(
+            shape, settings, sequence_length=length, ranks=ranks, mask_rate=rate, beside=beside
+        )
 
-    ranks = max(config.num_workers, 1)
-    found = of(trainer, config.min_workers or ranks)
-    teacher = teacher_config(config)
-    beside = FLOAT32 * parameter_count(teacher) if teacher else 0
+    has_gpu = config.use_gpu or config.plan.device is not None
+    ranks = config.min_workers or max(config.num_workers, 1)
+    found, otherwise = of(trainer, ranks), of(other, ranks)
     return {
         "parameters": parameter_count(shape),
-        "memory": dataclasses.asdict(found) | {"teacher": beside},
-        "memory_on_device": found.on_device + beside,
-        "memory_with_other_recompute": of(other, config.min_workers or ranks).on_device + beside,
+        "has_gpu": has_gpu,
+        "memory": dataclasses.asdict(found),
+        "memory_at_most": found.on_device if has_gpu else found.on_host,
+        "memory_with_other_recompute": otherwise.on_device if has_gpu else otherwise.on_host,
         "recompute": trainer.recompute,
         "memory_there": _memory_there(config),
     }
@@ -133,10 +148,13 @@ def _work(
         _, flops = work_of(model_at(first, shape, trainer), recipe, length, beside)
         total += (end - first) * per_step * flops
     tokens = trainer.num_steps * per_step
+    # Of sequences, as of a conversation's tokens only the answers count as the corpus's; a
+    # complementary pair is one sequence shown twice.
+    shown = trainer.num_steps * trainer.sequences_per_step / (2 if config.noise.complement else 1)
     return {
         "steps": trainer.num_steps,
         "tokens": tokens,
-        "epochs": tokens / max(corpus.num_tokens, 1),
+        "epochs": shown / corpus.num_sequences,
         "flops": total,
         "flops_per_step": total / trainer.num_steps,
         "flops_per_token": total / tokens,
@@ -212,14 +230,14 @@ def _peak(config: Any) -> tuple[float | None, str]:
     """FLOP/s of the device, and its name; the cores of one machine together are one device."""
     import torch
 
-    from cascade_model.flops import device_peak
+    from cascade_model.flops import cpu_speed, device_peak
 
     name, precision = config.plan.device, config.trainer.precision
     if name is not None:
         return getattr(_gpu(name), precision), name
-    device = "cuda" if config.use_gpu else "cpu"
-    called = torch.cuda.get_device_name() if config.use_gpu else "this machine's cores"
-    return device_peak(device, precision), called
+    if not config.use_gpu:
+        return cpu_speed(precision), "this machine's cores"
+    return device_peak("cuda", precision), torch.cuda.get_device_name()
 
 
 def _gpu(name: str) -> Any:
@@ -250,7 +268,7 @@ def _probe(config: Any, module: Any, corpus: "Corpus", noise: "NoiseConfig") -> 
     from cascade_model import sharding
     from cascade_model.batch import TrainBatch
     from cascade_model.optim import make_optimizer
-    from jobs.training import starting_model
+    from jobs.starting import starting_model
 
     trainer, device = config.trainer, "cuda" if config.use_gpu else "cpu"
     model = starting_model(config, corpus)

@@ -40,14 +40,16 @@ def _head(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _memory(report: dict[str, Any]) -> list[tuple[str, str]]:
     parts = report["memory"]
-    rows = [("memory of a rank, at most", size(report["memory_on_device"]))]
+    rows = [("memory of a rank, at most", size(report["memory_at_most"]))]
     rows += [(f"  {told}", size(parts[name])) for name, told in _PARTS.items() if parts[name]]
     other = "without" if report["recompute"] else "with"
     rows.append((f"  {other} trainer.recompute", size(report["memory_with_other_recompute"])))
-    rows.append(("  copy being saved (host)", size(parts["staging"])))
+    where = " (host)" if report["has_gpu"] else ""
+    rows.append((f"  copy being saved{where}", size(parts["staging"])))
+    rows.append((f"  or at the end the whole model{where}", size(parts["export"])))
     there = report["memory_there"]
     if there is not None:
-        fits = report["memory_on_device"] <= there
+        fits = report["memory_at_most"] <= there
         cure = "" if fits else ": DOES NOT FIT; lower trainer.sequences_per_forward, or recompute"
         rows.append(("  there is", f"{size(there)}{cure}"))
     return rows

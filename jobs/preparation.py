@@ -55,11 +55,11 @@ def _job(
     seed = secrets.randbits(63) if body.seed is None else body.seed
     has_holes = not is_chat and bool(body.suffix) and endpoint.config.infill != "psm"
     choices: list[Choice] = []
+    longest = endpoint.longest(body.guidance_scale)
     given = [_given(endpoint, tokens) if has_holes else tokens for tokens in prompts]
     for number, tokens in enumerate(prompts):
-        left = max(endpoint.config.max_sequence_length - len(tokens), 1)
-        length = left if max_tokens is None else max_tokens
-        endpoint.require_prompt(given[number], length, "messages" if is_chat else "prompt")
+        endpoint.require_prompt(body, given[number], longest)
+        length = longest - len(tokens) if max_tokens is None else max_tokens
         params = endpoint.settings(body, tokens, length, seed, has_holes) if length else None
         if params is not None and ends and params.stop_at_eos:
             params = dataclasses.replace(params, stop_ids=(*params.stop_ids, *ends))

@@ -29,10 +29,11 @@ from ray.llm._internal.batch.processor import ProcessorBuilder
 from ray.llm._internal.batch.stages import StatefulStage
 from ray.llm._internal.batch.stages.base import StatefulStageUDF
 
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.errors import InputError
-from cascade_model.own_template import own_template
+from cascade_model.own_template import text_of
 from cascade_model.sampling import SamplingParams
+from cascade_model.weights import weights_digest
 from jobs.cli import build
 from jobs.launch import absolute
 from pipelines.answers import Result
@@ -177,7 +178,8 @@ def build_cascade_processor(
     )
     source = ModelSource(
         model=absolute(config.model),
-        chat_template=config.chat_template or own_template(config.model) or "plain",
+        weights_sha256=weights_digest(config.model),
+        chat_template=text_of(config.model, config.chat_template),
         threads=config.threads,
         engine=engine,
     )

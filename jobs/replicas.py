@@ -6,14 +6,16 @@ import dataclasses
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.requests import masks_left
 from cascade_model.sampling import SamplingParams
 from cascade_model.settings import check
 from cascade_model.text_stream import TokenLogprob
 from jobs.autoscaling import Load
+from jobs.broadcast import answers_of_all
 from jobs.choices import STEP
 
 if TYPE_CHECKING:
@@ -46,22 +48,30 @@ class Sampler:
         """That a replica answers at all."""
         return True
 
-    async def score(self, tokens: list[int], count: int) -> list[TokenLogprob | None]:
-        """Log-probability of each token given what is before it, none of the first, with the
-        `count` likeliest of its place (`scoring`); a cancelled call ends after a forward pass."""
+    async def score(self, tokens: list[int], count: int, weights: str) -> "Blocks":
+        """First the digest of the weights, as a greeting. Then, if `weights` is that digest, as
+        `scores` the log-probability of each token given what is before it, none of the first, with
+        the `count` likeliest of its place (`scoring`). A cancelled call ends after a forward
+        pass."""
         from cascade_model.scoring import scored
 
+        yield {"weights": self._weights}
+        if weights != self._weights:
+            return
         told: list[TokenLogprob | None] = [None] * len(tokens)
+        loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1)
         self._texts_to_score += 1
         try:
             async with self._turn:
                 passes = scored(self._llm.model, tokens, count)
-                while (part := await asyncio.to_thread(next, passes, None)) is not None:
+                while (part := await loop.run_in_executor(thread, next, passes, None)) is not None:
                     for place, logprob in part:
                         told[place] = logprob
         finally:
             self._texts_to_score -= 1
-        return told
+            # It ends with its text, and OpenMP's threads that helped it too (see `LLM.load`).
+            thread.shutdown(wait=False)
+        yield {"scores": told}
 
     async def blocks(
         self,
@@ -131,11 +141,13 @@ class Ingress:
     """The HTTP tier: builds its FastAPI application when the replica starts."""
 
     def __init__(self, config: "ServeConfig", sampler: Any) -> None:
+        from jobs.readiness import Readiness
         from jobs.resuming import Patience, Pulse
 
         self._config = config
         self._sampler = sampler
         self._pulse = Pulse()
+        self._readiness = Readiness(self._any_answers, lambda: self._pulse.last)
         self._is_draining = False
         self._patience = Patience(
             seconds=config.sampler_wait_seconds,
@@ -148,6 +160,7 @@ class Ingress:
         from ray.serve import get_replica_context
 
         from cascade_model.commit import Folder
+        from cascade_model.engine_config import room_of
         from cascade_model.own_template import template_of
         from cascade_model.tokenizer import Tokenizer
         from cascade_model.weights import TOKENIZER, read_config, weights_digest
@@ -163,15 +176,18 @@ class Ingress:
         tokenizer = Tokenizer(Folder(model).read_bytes(TOKENIZER), f"{model}/{TOKENIZER}")
         self._weights = weights_digest(model)
         self._metrics = ServeMetrics(get_replica_context().replica_id.unique_id)
+        shape = read_config(model)
         endpoint = Endpoint(
             model_name=config.name,
-            config=read_config(model),
+            config=shape,
+            room=room_of(shape, config.engine),
             tokenizer=tokenizer,
             template=template_of(model, tokenizer, config.chat_template),
             fingerprint=f"cascade-{self._weights[:12]}",
             decode=self._decode,
             score=self._score,
-            ready=self._ready,
+            require_open=self._require_open,
+            ready=self._readiness.is_ready,
             metrics=self._scrape,
             keys=None if config.no_auth else RotatingKeys(config.api_keys),
             max_choices_in_flight=config.max_in_flight,
@@ -193,37 +209,39 @@ class Ingress:
         await asyncio.sleep(0.5)  # until the proxy has passed the last events on
         return left
 
-    async def _scrape(self) -> bytes:
-        """The metrics of this ingress and of all samplers that answer in time."""
-        states = await self._asked("state", seconds=5)
-        return self._metrics.text([state for state in states if isinstance(state, dict)])
-
-    async def _ready(self) -> bool:
-        """Whether a sampler answers within a second; none is woken for it."""
-        return True in await self._asked("ready", seconds=1)
-
-    async def _asked(self, method: str, seconds: float) -> list[Any]:
-        """What all samplers answer to a call without arguments, errors among it."""
-        try:
-            asked = self._sampler.broadcast(method)
-            return await asked.results_async(timeout_s=seconds, return_exceptions=True)
-        except Exception:  # no sampler at all
-            return []
-
-    async def _decode(
-        self, prompt_tokens: list[int], params: SamplingParams, choice: int, *, watch: bool = False
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Blocks of one choice, and with `watch` their steps, from as many samplers as it takes."""
+    def _require_open(self) -> None:
         from jobs.openai_protocol import ApiError
-        from jobs.resuming import resuming
 
         if self._is_draining:
             message = "The server is ending; send the request to another."
             raise ApiError(503, message, type="server_error", code="server_ending")
 
+    async def _scrape(self) -> bytes:
+        """The metrics of this ingress and of all samplers that answer in time."""
+        states: list[dict[str, Any]] = []
+        with contextlib.suppress(TimeoutError):
+            async for state in answers_of_all(self._sampler, "state", seconds=5):
+                states.append(state)
+        return self._metrics.text(states)
+
+    async def _any_answers(self) -> bool:
+        """Whether a sampler answers; none is woken for it. `TimeoutError` where none does and one
+        is silent for ten seconds: by then others may have come, who were not asked."""
+        answers = answers_of_all(self._sampler, "ready", seconds=10)
+        async with contextlib.aclosing(answers):
+            async for _ in answers:
+                return True
+        return False
+
+    async def _decode(
+        self, prompt_tokens: list[int], params: SamplingParams, choice: int, *, watch: bool = False
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Blocks of one choice, and with `watch` their steps, from as many samplers as it takes."""
+        from jobs.resuming import resuming
+
         def source(params: SamplingParams, committed: list[int], steps_made: int) -> "Blocks":
             request = (prompt_tokens, dataclasses.asdict(params), choice, self._weights)
-            return spoken(self._sampler, *request, committed, steps_made, watch)
+            return spoken(self._sampler, "blocks", *request, committed, steps_made, watch)
 
         blocks = resuming(
             source,
@@ -242,25 +260,24 @@ class Ingress:
 
     async def _score(self, tokens: list[int], count: int) -> list[TokenLogprob | None]:
         """Scores of a text, from another sampler where one dies over it."""
-        from jobs.openai_protocol import ApiError, overloaded
-        from jobs.resuming import NoRoom, SamplerLost
+        from jobs.resuming import told_whole
 
-        for _ in range(1 + self._patience.losses):
-            try:
-                return await answered(self._sampler.score.remote(tokens, count))
-            except NoRoom:
-                raise overloaded() from None
-            except SamplerLost:
-                self._metrics.sampler_lost()
-        message = "The samplers that scored this request are gone; send the request again."
-        raise ApiError(503, message, type="server_error", code="sampler_lost")
+        told = await told_whole(
+            lambda: spoken(self._sampler, "score", tokens, count, self._weights),
+            weights=self._weights,
+            pulse=self._pulse,
+            patience=self._patience,
+            on_loss=self._metrics.sampler_lost,
+        )
+        return told["scores"]
 
 
-async def spoken(sampler: Any, *request: Any) -> "Blocks":
-    """What some sampler replica says to a request; leaving early ends its decoding. By gRPC, which
+async def spoken(sampler: Any, method: str, *request: Any) -> "Blocks":
+    """What some sampler replica says to a request; leaving early ends its work. By gRPC, which
     costs half the processor time of an object reference a block (`make bench-serve`)."""
-    response = sampler.options(stream=True, _by_reference=False).blocks.remote(*request)
-    with told_as_losses():
+    by_value = sampler.options(method_name=method, stream=True, _by_reference=False)
+    response = by_value.remote(*request)
+    with as_told():
         try:
             async for item in response:
                 yield item
@@ -268,18 +285,10 @@ async def spoken(sampler: Any, *request: Any) -> "Blocks":
             response.cancel()
 
 
-async def answered(response: Any) -> Any:
-    """What some sampler replica answers; leaving early cancels the call."""
-    with told_as_losses():
-        try:
-            return await response
-        finally:
-            response.cancel()
-
-
 @contextlib.contextmanager
-def told_as_losses() -> Iterator[None]:
-    """What Ray raises where no sampler can answer, in `resuming`'s words."""
+def as_told() -> Iterator[None]:
+    """What Ray raises where no sampler can answer, in `resuming`'s words; what a sampler refuses,
+    which the ingress should have, as a 400."""
     from grpc.aio import AioRpcError
     from ray.exceptions import ObjectLostError, RayActorError
     from ray.serve.exceptions import (
@@ -288,10 +297,15 @@ def told_as_losses() -> Iterator[None]:
         ReplicaUnavailableError,
     )
 
+    from cascade_model.errors import InputError
+    from jobs.openai_protocol import ApiError
     from jobs.resuming import NoRoom, SamplerLost
 
     try:
         yield
+    except InputError as error:  # wrapped: its own text would be the sampler's traceback
+        cause = getattr(error, "cause", error)
+        raise ApiError(400, str(cause), code="invalid_value") from None
     except BackPressureError:
         raise NoRoom from None
     except (

@@ -9,7 +9,6 @@ a pause. Nothing here knows Ray: a `Source` is anything that greets and then dec
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
 import time
@@ -23,7 +22,8 @@ from jobs.openai_protocol import ApiError, overloaded
 
 Block = dict[str, Any]
 """A greeting `{"weights": digest}`, which comes first, the fields of a `DecodedBlock`, or `{STEP:
-...}`, a step of the block to come: told again by another sampler, or not at all."""
+...}`, a step of the block to come: told again by another sampler, or not at all. Of a text that is
+scored, one item behind the greeting."""
 Blocks = AsyncGenerator[Block, None]
 Source = Callable[[SamplingParams, list[int], int], Blocks]
 """(params, committed tokens, steps made) -> what some sampler says. Raises `SamplerLost`, `NoRoom`,
@@ -97,13 +97,17 @@ async def resuming(
     blocks that came. A block's `passes` are those of the sampler that finished it: a block that was
     lost unfinished counts once. Raises `ApiError`: 429 where no sampler had room at first, 503
     `sampler_lost` where none is left for too long or too many died over it, 503 `model_changed`
-    where those that are left hold other weights; and what the source itself raises.
+    where those that are left hold other weights; and what the source itself raises. A deadline
+    counts from when the first sampler had it; each one is told what is left when it is asked.
     """
-    began, committed, steps_made, losses, is_first = time.monotonic(), [], 0, 0, True
+    began, committed, steps_made, losses = None, [], 0, 0
+
+    def rest() -> Blocks:
+        return source(_in_time(params, began), list(committed), steps_made)
+
     while True:
-        rest = functools.partial(source, _in_time(params, began), list(committed), steps_made)
-        own = await _taken(rest, weights, pulse, patience, is_first)
-        is_first = False
+        own = await _taken(rest, weights, pulse, patience, is_first=began is None)
+        began = time.monotonic() if began is None else began
         try:
             async with contextlib.aclosing(
                 _read_ahead(own, patience.blocks_ahead, pulse)
@@ -129,6 +133,28 @@ async def resuming(
             log.warning("a sampler was lost behind %d tokens of a choice", len(committed))
 
 
+async def told_whole(
+    source: Callable[[], Blocks],
+    *,
+    weights: str,
+    pulse: Pulse,
+    patience: Patience,
+    on_loss: Callable[[], None] = lambda: None,
+) -> Block:
+    """The one item that a sampler with these `weights` says behind its greeting, from another one
+    where it dies over it; raises as `resuming` does."""
+    for loss in range(1 + patience.losses):
+        own = await _taken(source, weights, pulse, patience, is_first=loss == 0)
+        try:
+            async with contextlib.aclosing(_read_ahead(own, 1, pulse)) as said:
+                told = await anext(said)
+                pulse.beat()
+                return told
+        except SamplerLost:
+            on_loss()
+    raise _gone("The samplers that had this request died over it.")
+
+
 async def _taken(
     rest: Callable[[], Blocks], weights: str, pulse: Pulse, patience: Patience, is_first: bool
 ) -> Blocks:
@@ -137,6 +163,8 @@ async def _taken(
     since = time.monotonic()
     refusal = nobody = _gone("No sampler can decode this request now.")
     for attempt in itertools.count():
+        if pulse.error is not None:
+            raise pulse.error
         own = rest()
         try:
             greeting = await _within(anext(own), pulse, patience.seconds, since)
@@ -212,9 +240,9 @@ async def _read_ahead(source: Blocks, limit: int, pulse: Pulse) -> Blocks:
         await asyncio.wait({task})
 
 
-def _in_time(params: SamplingParams, began: float) -> SamplingParams:
-    """The settings with what is left of the deadline."""
-    if params.deadline_seconds is None:
+def _in_time(params: SamplingParams, began: float | None) -> SamplingParams:
+    """The settings with what is left of the deadline; all of it where no sampler had it yet."""
+    if params.deadline_seconds is None or began is None:
         return params
     left = params.deadline_seconds - (time.monotonic() - began)
     return dataclasses.replace(params, deadline_seconds=max(left, 1e-3))

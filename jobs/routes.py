@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from jobs.choices import Admission
 from jobs.endpoint import Endpoint
+from jobs.field_errors import validation_error
 from jobs.gate import OPEN_PATH, Gate, error_response, http_error
 from jobs.openai_answers import (
     DECODES,
@@ -25,7 +26,7 @@ from jobs.openai_answers import (
     Status,
     answers,
 )
-from jobs.openai_protocol import ApiError, validation_error
+from jobs.openai_protocol import ApiError
 from jobs.openai_requests import ChatRequest, CompletionRequest
 from jobs.page_routes import add_page
 from jobs.preparation import chat_job, completion_job
@@ -63,10 +64,11 @@ def _add_operators_routes(api: FastAPI, endpoint: Endpoint) -> None:
 
     @api.get("/ready", responses=answers(Status, *READS, 503))
     async def ready() -> Response:
+        endpoint.require_open()
         if not await endpoint.ready():
             raise ApiError(
                 503,
-                "No sampler answers yet.",
+                "No sampler answers: it is starting, or has died and is replaced; ask again.",
                 type="server_error",
                 code="not_ready",
                 headers={"Retry-After": "1"},
@@ -95,12 +97,14 @@ def _add_openai_routes(api: FastAPI, endpoint: Endpoint) -> None:
     @api.post("/v1/completions", responses=answers(CompletionAnswer, *DECODES, stream=True))
     async def completions(body: CompletionRequest) -> Response:
         endpoint.require_model(body.model)
+        endpoint.require_open()
         job = await asyncio.to_thread(completion_job, endpoint, body)
         return await reply(endpoint, job, admission, bool(body.stream))
 
     @api.post("/v1/chat/completions", responses=answers(ChatAnswer, *DECODES, stream=True))
     async def chat(body: ChatRequest) -> Response:
         endpoint.require_model(body.model)
+        endpoint.require_open()
         job = await asyncio.to_thread(chat_job, endpoint, body)
         return await reply(endpoint, job, admission, bool(body.stream))
 

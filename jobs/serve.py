@@ -6,6 +6,7 @@ config that names `jobs.serve:build_app`.
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -131,16 +132,29 @@ def require_keys(config: ServeConfig) -> None:
         )
 
 
+def require_template(config: ServeConfig) -> None:
+    """Refuse a chat template that no ingress could use (`own_template.template_of`)."""
+    from cascade_model.commit import Folder
+    from cascade_model.own_template import template_of
+    from cascade_model.tokenizer import Tokenizer
+    from cascade_model.weights import TOKENIZER
+
+    data = Folder(config.model).read_bytes(TOKENIZER)
+    tokenizer = Tokenizer(data, f"{config.model}/{TOKENIZER}")
+    template_of(config.model, tokenizer, config.chat_template)
+
+
 def serve_document(config: ServeConfig) -> dict[str, Any]:
-    """The Serve config that the flags mean: what a Serve YAML would hold."""
+    """The Serve config that the flags mean: what a Serve YAML would hold. `InputError` for a chat
+    template that cannot be read."""
+    from cascade_model.chat_template import template_text
+
     args = {
         key: value for key, value in dataclasses.asdict(config).items() if key != "serve_config"
     }
     args["model"] = absolute(config.model)
     args["api_keys"] = config.api_keys and absolute(config.api_keys)
-    if config.chat_template and "{" not in config.chat_template:
-        file = Path(config.chat_template)
-        args["chat_template"] = file.read_text("utf-8") if file.is_file() else str(file)
+    args["chat_template"] = config.chat_template and template_text(config.chat_template)
     application = {"name": APP, "route_prefix": "/", "import_path": BUILDER, "args": args}
     return {
         "proxy_location": "HeadOnly",
@@ -149,18 +163,32 @@ def serve_document(config: ServeConfig) -> dict[str, Any]:
     }
 
 
-def validate_serve_config(path: str | Path, text: str | None = None) -> dict[str, Any]:
-    """Read a Serve YAML, or such a text out of the file at `path`, strictly, the `args` of our own
-    application included."""
-    document = read_serve_yaml(path, text)
-    check_serve_document(document, str(path))
-    host = document.get("http_options", {}).get("host", "127.0.0.1")
+def validate_serve_config(path: str | Path) -> dict[str, Any]:
+    """Read a Serve YAML strictly, the `args` of our own application included."""
+    document = read_serve_yaml(path)
+    check_serve_config(document, str(path))
+    return document
+
+
+def check_serve_config(document: dict[str, Any], source: str) -> None:
+    """Refuse a Serve config that is wrong, the `args` of our own application included; `source`
+    begins every sentence."""
+    check_serve_document(document, source)
+    http = {"host": "127.0.0.1", "port": 8000, **document.get("http_options", {})}
     for index, application in enumerate(document["applications"]):
         if not is_ours(application):
             continue
-        place = f"{path}: applications[{index}]"
+        place = f"{source}: applications[{index}]"
         config = settings_of(application, f"{place}.args")
-        dataclasses.replace(config, host=host)  # no_auth is judged by the address listened on
+        given = application.get("args") or {}
+        # no_auth is judged by the address listened on.
+        settings_of({**application, "args": {**given, "host": http["host"]}}, f"{place}.args")
+        for name in http.keys() & given.keys():
+            check(
+                given[name] == http[name],
+                f"{place}.args: {name}={given[name]} has no effect, http_options has "
+                f"{name}={http[name]}; write it there alone",
+            )
         for deployment in application.get("deployments", []):
             name = deployment["name"]
             check(
@@ -168,7 +196,27 @@ def validate_serve_config(path: str | Path, text: str | None = None) -> dict[str
                 f"{place}.deployments: no deployment `{name}`; known are {list(DEPLOYMENTS)}",
             )
             _check_policy(deployment, f"{place}.deployments: {name}")
-    return document
+            if name == "sampler":
+                _check_override(deployment, given, config, place)
+
+
+def _check_override(
+    sampler: dict[str, Any], given: dict[str, Any], config: ServeConfig, place: str
+) -> None:
+    """Refuse settings of ours that the same file's Serve options for the sampler undo."""
+    places = sampler.get("max_ongoing_requests", config.streams_per_replica)
+    check(
+        places == config.streams_per_replica,
+        f"{place}: sampler.max_ongoing_requests={places} is not args.streams_per_replica="
+        f"{config.streams_per_replica}; make them equal, or leave the first one out",
+    )
+    counts = next((o for o in ("autoscaling_config", "num_replicas") if o in sampler), None)
+    undone = [n for n in ("min_replicas", "max_replicas", "scaling") if counts and n in given]
+    check(
+        not undone,
+        f"{place}: args.{undone and undone[0]} has no effect beside deployments: "
+        f"sampler.{counts}; keep one of them",
+    )
 
 
 def _check_policy(deployment: dict[str, Any], place: str) -> None:
@@ -179,17 +227,37 @@ def _check_policy(deployment: dict[str, Any], place: str) -> None:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Refuse a port in use, before Ray starts (Serve would wait for it in its own log)."""
+    """Refuse an address that is not this machine's and a port that cannot be had, before Ray starts
+    (Serve would wait for them in its own log)."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
+        except OverflowError:
             raise InputError(
-                f"port={port} on host={host} cannot be used ({error.strerror}); "
-                "end its owner or give another --port"
+                f"port={port} is no port; give --port one of 1024..65535, such as 8000"
             ) from None
+        except (TypeError, UnicodeError):  # before the system is asked
+            raise InputError(_no_address(host, "no host is spelt so")) from None
+        except OSError as error:
+            where = f"port={port} on host={host} cannot be used ({error.strerror})"
+            # A link-local address without its network interface is an invalid argument.
+            wrong_hosts = (errno.EADDRNOTAVAIL, errno.EINVAL)
+            if isinstance(error, socket.gaierror) or error.errno in wrong_hosts:
+                told = _no_address(host, error.strerror)
+            elif error.errno == errno.EACCES:
+                told = f"{where}; give a --port of 1024 or above"
+            else:
+                told = f"{where}; end its owner or give another --port"
+            raise InputError(told) from None
+
+
+def _no_address(host: str, reason: str | None) -> str:
+    return (
+        f"host={host} is no address of this machine ({reason}); give --host 127.0.0.1 (this "
+        "machine alone), 0.0.0.0 (every address that it has) or one that `hostname -I` shows"
+    )
 
 
 def run(config: ServeConfig) -> dict[str, Any]:
@@ -205,6 +273,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
         own = settings_of(application)
         require_keys(own)
         read_config(own.model)
+        require_template(own)
     require_free_port(http["host"], http["port"])
     start_ray_for(document)
     import ray
@@ -245,20 +314,34 @@ def start_ray_for(document: dict[str, Any]) -> None:
 
 def announce(document: dict[str, Any], url: str) -> None:
     """Say that it is up, with a line to try it."""
+    from pipelines.endpoint_client import KEY_VARIABLE
+
     for application in document["applications"]:
         if not is_ours(application):
             place = f"{url}{application.get('route_prefix', '/')}"
             print(f"serving {application.get('name', 'default')} at {place}", flush=True)
             continue
         config = settings_of(application)
-        key = "" if config.no_auth else ' -H "Authorization: Bearer $KEY"'
+        key = "" if config.no_auth else f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
         body = json.dumps({"model": config.name, "prompt": "def main():", "max_tokens": 32})
         print(
             f"serving {config.name} at {url}/v1 (Ctrl-C or SIGTERM ends it)\n"
             f"page: {url}/\n"
+            f"{key_line(config)}"
             f"try: curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
             flush=True,
         )
+
+
+def key_line(config: ServeConfig) -> str:
+    """Where the key of a request comes from; nothing where none is asked for."""
+    from pipelines.endpoint_client import KEY_VARIABLE
+
+    if config.no_auth:
+        return ""
+    file = f" or in {config.api_keys}" if config.api_keys else ""
+    places = f"in the server's variable {KEYS_VARIABLE}{file}"
+    return f"key: one of those {places}; first: export {KEY_VARIABLE}=KEY\n"
 
 
 main = command(ServeConfig, run)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.settings import check
 from jobs.autoscaling import QueuedBlocks
 from jobs.slow_readers import DEFAULT_SECONDS
@@ -37,7 +37,8 @@ class ServeConfig:
     model: str = ""
     """Model folder (weights, config, tokenizer, manifest)."""
     model_name: str = ""
-    """Name that clients give; none: the folder's name."""
+    """Name that clients give; none: the model folder's name, or that of the folder around it where
+    the model folder is called `model` (`run/model` is served as `run`)."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
@@ -118,7 +119,8 @@ class ServeConfig:
     def name(self) -> str:
         """The model's name for clients; a folder called `model` takes its run's name."""
         folder = Path(self.model)
-        return self.model_name or (folder.parent.name if folder.name == "model" else folder.name)
+        run = folder.parent.name if folder.name == "model" else ""
+        return self.model_name or run or folder.name
 
 
 def _default(setting: dataclasses.Field) -> Any:

@@ -1,13 +1,14 @@
 """A strict reading of Serve config YAMLs: Serve itself accepts any misspelt key in silence."""
 
-import difflib
+import copy
 import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cascade_model.errors import InputError
+from cascade_model.nearest import cure
+from cascade_model.settings import check
+from jobs.yaml_text import document_in, text_of
 
 # Fields that Serve types as a plain mapping, with the model that the mapping must fit.
 _HIDDEN_MODELS = {
@@ -16,37 +17,67 @@ _HIDDEN_MODELS = {
     "request_router_config": "RequestRouterConfig",
 }
 
+_LAST_PORT = 65535
+
 
 def read_serve_yaml(path: str | Path, text: str | None = None) -> dict[str, Any]:
-    """The mapping of a Serve config YAML, or of such a text out of the file at `path`;
-    `InputError` for one that is none."""
-    try:
-        document = yaml.safe_load(Path(path).read_text("utf-8") if text is None else text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"serve_config={path} cannot be read ({error}); check the path") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise InputError(f"serve_config={path} is not valid YAML{line}; mend the file") from None
+    """The mapping of a Serve config YAML, or of such a text, whose place `path` then is.
+
+    `InputError` for one that is none, holds more than one, or where a key stands twice.
+    """
+    source = f"serve_config={path}" if text is None else str(path)
+    document = document_in(text_of(path, source) if text is None else text, source)
     if not isinstance(document, dict):
-        raise InputError(f"serve_config={path} holds no mapping; start it with `applications:`")
+        raise InputError(f"{source}: holds no mapping; start it with `applications:`")
     return document
 
 
 def check_serve_document(document: dict[str, Any], source: str) -> None:
     """Refuse unknown keys (with the nearest right name), wrong values and crossed bounds."""
-    from pydantic import ValidationError
+    from ray.serve.config import AutoscalingConfig
     from ray.serve.schema import ServeDeploySchema
 
+    _check_lists(document, source)
     _check_keys(ServeDeploySchema, document, source, "")
+    document = copy.deepcopy(document)
     for place, deployment in _deployments(document):
-        _check_bounds(deployment.get("autoscaling_config"), source, place)
+        autoscaling = deployment.get("autoscaling_config")
+        _check_bounds(autoscaling, source, place)
+        if isinstance(autoscaling, dict):
+            policy = autoscaling.pop("policy", {})
+            _check_policy(policy, source, f"{place}.autoscaling_config.policy.")
+            # The deployment's own model takes any values.
+            _fitted(AutoscalingConfig, autoscaling, source, f"{place}.autoscaling_config.")
+    config = _fitted(ServeDeploySchema, document, source, "")
+    ports = {"http_options": config.http_options.port, "grpc_options": config.grpc_options.port}
+    for options, port in ports.items():
+        check(
+            0 <= port <= _LAST_PORT,
+            f"{source}: `{options}.port` is {port}; give one in 0..{_LAST_PORT}",
+        )
+
+
+def _check_policy(policy: Any, source: str, prefix: str) -> None:
+    """A policy, whose function Serve's models would import; it may be where they serve alone."""
+    from ray.serve.config import AutoscalingPolicy
+
+    if isinstance(policy, dict):
+        policy = {key: value for key, value in policy.items() if key != "policy_function"}
+    _fitted(AutoscalingPolicy, policy, source, prefix)
+
+
+def _fitted(model: Any, values: dict[str, Any], source: str, prefix: str) -> Any:
+    """The values as one of Serve's models."""
+    from pydantic import ValidationError
+
     try:
-        ServeDeploySchema.model_validate(document)
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = (prefix + ".".join(str(part) for part in first["loc"])).removesuffix(".")
         raise InputError(f"{source}: `{place}`: {first['msg']}; mend that line") from None
+    except TypeError as error:  # Ray's own, for a runtime environment
+        raise InputError(f"{source}: {str(error).strip(' .')}; mend that line") from None
 
 
 def amounts_of(deployment: dict[str, Any], resource: str) -> tuple[float, float]:
@@ -63,13 +94,27 @@ def amounts_of(deployment: dict[str, Any], resource: str) -> tuple[float, float]
     return each * start, each * max(start, scaling.get("max_replicas", 1))
 
 
+def _check_lists(document: dict[str, Any], source: str) -> None:
+    """Refuse `applications` and `deployments` that are no lists of mappings."""
+    applications = document.get("applications", [])
+    _check_rows(applications, "applications", source)
+    for index, application in enumerate(applications):
+        place = f"applications[{index}].deployments"
+        _check_rows(application.get("deployments", []), place, source)
+
+
+def _check_rows(rows: Any, place: str, source: str) -> None:
+    check(
+        isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
+        f"{source}: `{place}` must be a list of mappings; begin each with `- name:`",
+    )
+
+
 def _check_keys(model: Any, mapping: dict[str, Any], source: str, prefix: str) -> None:
     for key, value in mapping.items():
         if key not in model.model_fields:
-            known = sorted(model.model_fields)
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
-            cure = f"did you mean `{prefix}{near[0]}`?" if near else f"known are {known}"
-            raise InputError(f"{source}: no setting `{prefix}{key}`; {cure}")
+            known = cure(str(key), model.model_fields, prefix)
+            raise InputError(f"{source}: no setting `{prefix}{key}`; {known}")
         inner = _model_of(key, model.model_fields[key].annotation)
         if inner is None:
             continue
@@ -97,10 +142,8 @@ def _deployments(document: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Each deployment's override with its place in the file."""
     return [
         (f"applications[{i}].deployments[{j}]", deployment)
-        for i, application in enumerate(document.get("applications") or [])
-        if isinstance(application, dict)
-        for j, deployment in enumerate(application.get("deployments") or [])
-        if isinstance(deployment, dict)
+        for i, application in enumerate(document.get("applications", []))
+        for j, deployment in enumerate(application.get("deployments", []))
     ]
 
 

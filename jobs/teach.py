@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cascade_model.settings import check
 from jobs.cli import command
 from jobs.launch import absolute
+from jobs.starting import require_context
 from pipelines.cluster import cores, require_resources, start_ray
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def run(config: TeachConfig) -> dict[str, Any]:
     require_writable(config.output)
     corpus = Corpus.open(config.corpus, targets.SPLIT)
     wanted, folder = manifest_of(config, corpus), Folder(config.output)
-    found = targets.claim(folder, wanted)
+    named = {"corpus": f"corpus={config.corpus}", "teacher": f"teacher={config.teacher}"}
+    found = targets.claim(folder, wanted, named)
     if found is None:
         missing = targets.missing_shards(folder, corpus)
         if missing:
@@ -89,6 +91,7 @@ def manifest_of(config: TeachConfig, corpus: "Corpus") -> "TargetsManifest":
 
     teacher = read_config(config.teacher)
     require_autoregressive(teacher)
+    require_context(f"teacher={config.teacher}", teacher, corpus, config.corpus)
     corpus.require_tokenizer(teacher.tokenizer_sha256, f"teacher={config.teacher}")
     banned = sorted({*never_emitted(teacher), *marks_of(corpus)})
     outcomes = teacher.vocab_size - len(banned)

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from cascade_model.tokenizer import Tokenizer
 from jobs.endpoint import Endpoint
@@ -17,16 +17,15 @@ from jobs.openai_answers import (
     TokenizerInfo,
     answers,
 )
-from jobs.openai_protocol import MAX_PROMPT_CHARACTERS, ApiError, FieldError
+from jobs.openai_protocol import MAX_PROMPT_CHARACTERS, ApiError, FieldError, StrictBody
 from jobs.openai_requests import INT31, Messages, Text
 from jobs.preparation import chat_tokens
 from jobs.strict_json import StrictRoute
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(StrictBody):
     """Body of `POST /tokenize`: a text or a chat."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     model: str | None = Field(None, description="The served model's name, if given.")
     prompt: Text | None = Field(
         None,
@@ -55,10 +54,9 @@ class TokenizeRequest(BaseModel):
         return self
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(StrictBody):
     """Body of `POST /detokenize`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     model: str | None = Field(None, description="The served model's name, if given.")
     tokens: Annotated[
         list[Annotated[int, Field(ge=0, lt=INT31)]], Field(max_length=MAX_PROMPT_CHARACTERS)
@@ -76,7 +74,7 @@ def text_routes(endpoint: Endpoint) -> APIRouter:
         strings = None
         if body.return_token_strs:
             strings = [endpoint.spelling.text_of(token) for token in tokens]
-        told = {"count": len(tokens), "max_model_len": endpoint.config.max_sequence_length}
+        told = {"count": len(tokens), "max_model_len": endpoint.longest()}
         return JSONResponse({**told, "tokens": tokens, "token_strs": strings})
 
     @routes.post("/detokenize", responses=answers(Detokenized, *WRITES))
@@ -97,7 +95,7 @@ def text_routes(endpoint: Endpoint) -> APIRouter:
             "tokenizer_class": "tokenizers",
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
-            "model_max_length": endpoint.config.max_sequence_length,
+            "model_max_length": endpoint.longest(),
             "bos_token": endpoint.template.bos,
             "eos_token": tokenizer.name_of("eos"),
             "pad_token": tokenizer.name_of("pad"),

@@ -6,21 +6,20 @@ and the loss itself.
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cascade_model.commit import Folder
 from cascade_model.config import ModelConfig, NoiseConfig, TrainingNoise, Weight
-from cascade_model.errors import CheckpointMismatch
-from cascade_model.settings import check, shown, to_dict
+from cascade_model.settings import check, to_dict
 from jobs import torchrun
 from jobs.cli import dump
 from jobs.earlier import Earlier, newest_checkpoint
 from jobs.launch import Placement, launch, require_room, with_absolute_paths
 from jobs.ranks import Started
 from jobs.run_folder import run_folder
+from jobs.starting import initial_weights_of, require_length, starting_config, starting_model
 from jobs.training_settings import HeldOutChoices, ModelShape, NoiseChoices, TrainingConfig
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "check_start",
     "fit",
     "start",
-    "starting_config",
 ]
 
 if TYPE_CHECKING:
@@ -166,17 +164,11 @@ def check_start(
 
 def require_shares(config: TrainingConfig) -> None:
     """Raise `InputError` unless a step can be shared by every number of ranks the run may have."""
-    from cascade_model import parallel
+    from cascade_model import feed, parallel
     from cascade_model.sharding import require_replicas
 
     sizes = placement_of(config).sizes if config.num_workers else [parallel.world_size()]
-    together = config.trainer.sequences_per_step
-    bad = [str(size) for size in sizes if together % size]
-    check(
-        not bad,
-        f"trainer.sequences_per_step={together} cannot be shared by num_workers="
-        f"{' or '.join(bad)}; use a multiple of {math.lcm(*sizes)}",
-    )
+    feed.require_shares(config.trainer, sizes)
     for size in sizes:
         require_replicas(config.trainer, size)
 
@@ -241,7 +233,10 @@ def beside_of(config: TrainingConfig) -> "Beside":
     from cascade_model.progress import Beside
 
     return Beside(
-        has_next_tokens=getattr(config, "ar_weight", 0.0) > 0, teacher=teacher_config(config)
+        has_next_tokens=getattr(config, "ar_weight", 0.0) > 0,
+        teacher=teacher_config(config),
+        has_targets=getattr(config, "targets", None) is not None,
+        has_entropy=getattr(config, "entropy_weight", 0.0) > 0,
     )
 
 
@@ -262,7 +257,7 @@ def held_out_of(config: TrainingConfig) -> "Callable[[Network], HeldOut] | None"
 
     return partial(
         held_out,
-        corpus=Corpus.open(config.corpus, split="held_out"),
+        corpus=Corpus.open(config.corpus, split="held_out", cache=config.cache),
         draws=config.held_out.draws,
         max_sequences=config.held_out.sequences,
         sequences_per_forward=config.trainer.sequences_per_forward,
@@ -278,76 +273,6 @@ def check_weight(weight: Weight, noise: NoiseConfig) -> None:
         f"noise.complement=True with weight=elbo weighs 1 / (1 - t), and noise.max_rate="
         f"{noise.max_rate} comes too near 1; use weight=unit, or noise.max_rate=0.999",
     )
-
-
-def starting_config(config: TrainingConfig, corpus: "Corpus") -> ModelConfig:
-    """The model's configuration: of `initial_model`, or of `model` and the corpus."""
-    manifest = corpus.manifest
-    if config.initial_model is not None:
-        from cascade_model.weights import read_config
-
-        shape = read_config(config.initial_model)
-        if shape.tokenizer_sha256 != manifest.tokenizer_sha256:
-            raise CheckpointMismatch(
-                f"initial_model={config.initial_model} was made with the tokenizer "
-                f"{shown(shape.tokenizer_sha256)} and the corpus {config.corpus} with "
-                f"{shown(manifest.tokenizer_sha256)}; prepare the corpus with the model's tokenizer"
-            )
-        return dataclasses.replace(shape, **infilling_of(corpus))
-    values = dataclasses.asdict(config.model)
-    values["block_size"] = config.model.block_size or corpus.block_size
-    return ModelConfig(
-        vocab_size=manifest.vocab_size,
-        mask_id=manifest.mask_id,
-        pad_id=manifest.pad_id,
-        eos_id=manifest.eos_id,
-        tokenizer_sha256=manifest.tokenizer_sha256,
-        **infilling_of(corpus),
-        **values,
-    )
-
-
-def require_length(config: TrainingConfig, shape: ModelConfig, corpus: "Corpus") -> None:
-    """Refuse a corpus whose sequences are longer than what the model will be asked for."""
-    most, length = shape.max_sequence_length, corpus.sequence_length
-    whose, cure = "model.", f"use model.max_sequence_length={length}"
-    if config.initial_model is not None:
-        whose = f"initial_model={config.initial_model} has "
-        cure = f"prepare the corpus with --sequence-length {most}, or a shorter one"
-    check(
-        length <= most,
-        f"{whose}max_sequence_length={most} and corpus={config.corpus} has sequences of {length} "
-        f"tokens; {cure}",
-    )
-
-
-def infilling_of(corpus: "Corpus") -> dict[str, Any]:
-    """What a model learns of filling holes from a corpus, as settings of its configuration: nothing
-    where no document is rearranged, and then a model that could do it before keeps its word."""
-    entry = corpus.manifest.infill
-    return {} if entry is None else {"infill": entry.mode, "infill_ids": entry.ids}
-
-
-def starting_model(config: TrainingConfig, corpus: "Corpus") -> "Network":
-    """The initial weights, equal on every rank: loaded, or drawn from `trainer.seed`."""
-    from cascade_model.networks import build_network
-    from cascade_model.weights import load_model
-
-    shape = starting_config(config, corpus)
-    if config.initial_model is not None:
-        model = load_model(config.initial_model)[0]
-        model.config = shape
-        return model
-    model = build_network(shape)
-    model.init_weights(config.trainer.seed)
-    return model
-
-
-def initial_weights_of(config: TrainingConfig) -> str | None:
-    """The digest of the model that a run starts from; none if it draws its own."""
-    from cascade_model.weights import weights_digest
-
-    return None if config.initial_model is None else weights_digest(config.initial_model)
 
 
 def noise_of(

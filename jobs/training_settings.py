@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cascade_model.config import Normaliser, OptimizerConfig, TrainerConfig, Weight
+from cascade_model.config import Normaliser, Weight
 from cascade_model.settings import check
 from cascade_model.shard_cache import CacheConfig
+from cascade_model.training_config import OptimizerConfig, TrainerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +87,7 @@ class TrainingConfig:
     A run that is there goes on from its newest complete checkpoint; one in use is refused."""
     model: ModelShape = field(default_factory=ModelShape)
     initial_model: str | None = None
-    """Model folder to start from; its shape then replaces `model`."""
+    """Model folder to start from, whose shape is kept: `model` is then left out."""
     noise: NoiseChoices = field(default_factory=NoiseChoices)
     weight: Weight = "elbo"
     """Weight of a masked token: elbo is 1 / mask rate, unit is 1, cart grows with the visible

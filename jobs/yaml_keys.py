@@ -9,12 +9,12 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 def require_single_keys(text: str, source: str) -> None:
-    """Raise `InputError` naming the first key that stands twice in one mapping, and both lines.
+    """Raise `InputError` naming the first key that stands twice in one mapping, and both lines; in
+    any document of the text.
 
     `yaml.YAMLError` for a text that is no YAML.
     """
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    if root is not None:
+    for root in yaml.compose_all(text, Loader=yaml.SafeLoader):
         _look_into(root, source, "", set())
 
 

@@ -34,6 +34,10 @@ class Answerer(Protocol):
         ends the job."""
         ...
 
+    def close(self) -> None:
+        """End what runs for it: no more is asked."""
+        ...
+
 
 class Source(Protocol):
     """Where answers come from, in a form that travels to a worker."""

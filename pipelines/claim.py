@@ -15,6 +15,7 @@ from cascade_model.corpus import read_manifest
 from cascade_model.errors import CorpusMismatch, InputError
 from cascade_model.manifest import CURE, MANIFEST, TOKENIZER, Manifest
 from cascade_model.schema import SPLITS, documents_name
+from cascade_model.settings import leaves
 from pipelines.parts import JOB, dead_letter_name, shard_name
 from pipelines.report import REPORT_HTML, REPORT_JSON
 from pipelines.sources import Plan
@@ -95,18 +96,9 @@ def _size_of(folder: Folder, name: str) -> int | None:
         return None
 
 
-def _leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their full names, such as `filters.min_words`."""
-    found = {}
-    for name, value in settings.items():
-        own = {f"{prefix}{name}": value}
-        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else own
-    return found
-
-
 def _require_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Folder) -> None:
     """Name the first setting in which two jobs differ."""
-    old, new = _leaves(theirs["prepare"]), _leaves(ours["prepare"])
+    old, new = leaves(theirs["prepare"]), leaves(ours["prepare"])
     for name in [*new, *(name for name in old if name not in new)]:
         if name not in old or name not in new or old[name] != new[name]:
             made = f"with {name}={old[name]!r}" if name in old else f"without {name}"

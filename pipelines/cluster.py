@@ -13,6 +13,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from cascade_model.errors import InputError
+from cascade_model.stopping import sigterm_held_off
+from pipelines.ray_signals import sigterm_waits
 
 _LOCAL = ("", "local")
 # A label of every node that Ray's launcher or KubeRay made: such a cluster may grow on demand.
@@ -23,15 +25,15 @@ def start_ray(num_cpus: int = 1) -> None:
     """Join the Ray of this process, of `RAY_ADDRESS` or of the submitted job, or start a local one.
 
     The local one gets at least `num_cpus` logical CPUs. `InputError` if there is no cluster at
-    `RAY_ADDRESS` or its token is another.
+    `RAY_ADDRESS` or its token is another. A SIGTERM to a command waits until Ray is there.
     """
     was_imported = "ray" in sys.modules
     if was_imported and sys.modules["ray"].is_initialized():
         return
     settle_authentication(os.environ)
-    import ray
-    from ray.exceptions import AuthenticationError
-
+    with sigterm_held_off():
+        import ray
+        from ray.exceptions import AuthenticationError
     if was_imported:
         from ray._raylet import Config  # type: ignore[attr-defined]
 
@@ -39,17 +41,19 @@ def start_ray(num_cpus: int = 1) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address in _LOCAL:
         # Without "local" Ray would join whatever cluster it finds on this machine.
-        ray.init(
-            "local",
-            num_cpus=max(num_cpus, cores()),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        with sigterm_waits():
+            ray.init(
+                "local",
+                num_cpus=max(num_cpus, cores()),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
         return
     try:
         _require_listener(address)
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        with sigterm_waits():
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, AuthenticationError) as error:
         reason = str(error).partition(". ")[0].partition("\n")[0]
         raise InputError(

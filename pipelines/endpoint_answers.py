@@ -15,7 +15,7 @@ from typing import Any
 
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.sampling import SamplingParams
-from cascade_model.settings import check
+from cascade_model.settings import check, digest
 from pipelines.answers import REFUSED, Answered, Result, longest_first
 from pipelines.endpoint_client import EndpointClient, Refused
 from pipelines.prompt_rows import DeadRow, Prompt
@@ -36,6 +36,10 @@ class EndpointSource:
     fingerprint: str | None = None
     """What every answer's `system_fingerprint` must be: CASCADE's names the weights. None: it is
     another server's, which may change for any reason."""
+    chat_template_sha256: str | None = None
+    """Of the template that it writes chats with; None where it does not tell."""
+    longest: int | None = None
+    """Tokens of prompt and answer together, at most; None where it does not tell."""
     key: str | None = field(default=None, repr=False)
     in_flight: int = 32
     patience_seconds: float = 120.0
@@ -70,7 +74,8 @@ class EndpointSource:
 
 
 def found(source: EndpointSource) -> EndpointSource:
-    """The source with the model that the endpoint serves and the fingerprint of its weights.
+    """The source with the model that the endpoint serves, the fingerprint of its weights, the
+    digest of its chat template and the tokens that it has room for.
 
     `InputError` where it does not serve `model_name`, or several where none is named;
     `Unavailable` where it does not answer.
@@ -82,22 +87,26 @@ async def _found(source: EndpointSource) -> EndpointSource:
     client = source.client()
     try:
         listed = await client.get("/v1/models")
-        names = [str(each["id"]) for each in listed["data"]]
+        cards = {str(each["id"]): each for each in listed["data"]}
+        names = list(cards)
         name = source.model_name or (names[0] if len(names) == 1 else "")
         check(
             name in names,
             f"model_name={source.model_name or None} and endpoint={client.url} serves "
             f"{', '.join(names)}; name one of these",
         )
-        try:
-            body = {"model": name, "prompt": "a", "max_tokens": 1, "temperature": 0}
-            answer = await client.post("/v1/completions", body)
-        except Refused:  # it has chats only
-            answer = {}
+        body = {"model": name, "prompt": "a", "max_tokens": 1, "temperature": 0}
+        answer = await client.probe("/v1/completions", body) or {}  # it may have chats only
         told = str(answer.get("system_fingerprint"))
-        names_weights = told.startswith(_NAMES_WEIGHTS)
+        # Others' gateways may guard what they do not know; ours has one key for all routes.
+        known = await client.probe("/tokenizer_info", absent=(401, 403, 404)) or {}
+        template, longest = known.get("chat_template"), cards[name].get("max_model_len")
         return dataclasses.replace(
-            source, model_name=name, fingerprint=told if names_weights else None
+            source,
+            model_name=name,
+            fingerprint=told if told.startswith(_NAMES_WEIGHTS) else None,
+            chat_template_sha256=digest(template) if template else None,
+            longest=longest if isinstance(longest, int) else None,
         )
     except Refused as error:
         raise InputError(

@@ -2,22 +2,26 @@
 
 429, 408, 409, 5xx and broken connections pass with time: they are tried again, after what
 `Retry-After` says or else a time that doubles up to a cap. Any other 4xx is an answer: this request
-is wrong, and no other. 401, 403 and 404 would meet every request alike, so they end the job.
+is wrong, and no other. 401, 403 and 404 would meet every request alike, so they end the job; but
+where a probe asks for a route that an endpoint need not have, 404 is its answer.
 """
 
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
 
 from cascade_model.errors import InputError, Unavailable, Unfinished
+from cascade_model.settings import check
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-_MET_BY_ALL = {401: "the API key", 403: "the API key's rights", 404: "endpoint and model_name"}
+KEY_VARIABLE = "CASCADE_API_KEY"
+"""Holds the key of an endpoint; it stands in no file and no log."""
+_MET_BY_ALL = (401, 403, 404)
 _BUSY = (408, 409, 429)
 _ANSWER_SECONDS = 600.0
 """A request without an answer for this long counts as a broken connection."""
@@ -46,6 +50,12 @@ class EndpointClient:
         self._patience, self._clock = patience_seconds, clock
         self._places = asyncio.Semaphore(in_flight)
         self._answered = clock()
+        check(
+            not key or (key.isascii() and key.isprintable() and " " not in key),
+            f"{KEY_VARIABLE} has white space or letters that no HTTP header takes; set it to the "
+            "key alone",
+        )
+        self._has_key = bool(key)
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight),
@@ -61,11 +71,28 @@ class EndpointClient:
         """The answer to a body; `Refused` where it is wrong, `Unavailable` where nobody answers."""
         return await self._ask("POST", route, body)
 
+    async def probe(
+        self, route: str, body: Mapping[str, Any] | None = None, absent: Collection[int] = (404,)
+    ) -> dict[str, Any] | None:
+        """The answer of a route that an endpoint need not have (a GET, or a POST of `body`); None
+        where it has none, which it says by a status of `absent`, or by no JSON object."""
+        response = await self._response("GET" if body is None else "POST", route, body)
+        status = response.status_code
+        if status in _MET_BY_ALL and status not in absent:
+            return self._taken(response)
+        return _object_in(response) if status == 200 else None
+
     async def close(self) -> None:
         """Give the connections up."""
         await self._http.aclose()
 
     async def _ask(self, method: str, route: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        return self._taken(await self._response(method, route, body))
+
+    async def _response(
+        self, method: str, route: str, body: Mapping[str, Any] | None
+    ) -> httpx.Response:
+        """The first response that is no passing failure."""
         failures, failing_since = 0, None
         while True:
             try:
@@ -77,7 +104,7 @@ class EndpointClient:
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
             if response is not None and not passes_with_time(status):
                 self._answered = self._clock()
-                return self._taken(response)
+                return response
             now = self._clock()
             failing_since = now if failing_since is None else failing_since
             # Who is told to wait has an endpoint that lives: it may be busy with the others.
@@ -96,22 +123,32 @@ class EndpointClient:
     def _taken(self, response: httpx.Response) -> dict[str, Any]:
         status = response.status_code
         if status in _MET_BY_ALL:
+            told = _message(response)[:200]
             raise Unfinished(
-                f"endpoint={self.url} answers {status} ({_message(response)[:200]}); check "
-                f"{_MET_BY_ALL[status]} and run the same command again"
+                f"endpoint={self.url} answers {status} ({told}){self._cure(status)} and run the "
+                "same command again"
             )
         if 400 <= status < 500:
             raise Refused(_message(response))
-        try:
-            answer = response.json()
-            if status == 200 and isinstance(answer, dict):
-                return answer
-        except ValueError:
-            pass  # told with all others below
+        answer = _object_in(response)
+        if status == 200 and answer is not None:
+            return answer
         raise Unfinished(
             f"endpoint={self.url} answers {status} without a JSON object, which is no "
             "OpenAI-compatible answer; check the URL"
         )
+
+    def _cure(self, status: int) -> str:
+        """Of an answer that every request would meet."""
+        if status == 404:
+            return "; check endpoint and model_name"
+        if not self._has_key:
+            return (
+                f" and {KEY_VARIABLE} is not set in this process; set it to a key of the endpoint"
+            )
+        if status == 401:
+            return f" to the key in {KEY_VARIABLE}; set it to one that the endpoint knows"
+        return f" to the key in {KEY_VARIABLE}; give it the rights, or set another"
 
 
 def base_url(url: str) -> str:
@@ -125,7 +162,7 @@ def base_url(url: str) -> str:
     if parsed.userinfo or parsed.query:
         raise InputError(
             f"endpoint of {parsed.host} holds a password or a query, which would be shown; set "
-            "CASCADE_API_KEY instead"
+            f"{KEY_VARIABLE} instead"
         )
     return url.rstrip("/").removesuffix("/v1")
 
@@ -157,6 +194,15 @@ def wait_seconds(failures: int, told: float | None) -> float:
         return told + random.uniform(0.0, 0.1 * told + 0.05)
     longest = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (min(failures, 16) - 1))
     return random.uniform(longest / 2, longest)
+
+
+def _object_in(response: httpx.Response) -> dict[str, Any] | None:
+    """The JSON object of a response, if it holds one."""
+    try:
+        answer = response.json()
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 def _message(response: httpx.Response | None) -> str:

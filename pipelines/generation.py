@@ -2,7 +2,8 @@
 
 A part is a run of rows of one input file, and the unit of retry: its output is a pure function of
 (weights, settings, rows), committed under a fixed name, so a part that is done twice gives the same
-bytes and a part that is done is never done again. A worker has several parts at hand, so that while
+bytes and a part that is done is never done again: who is asked for it tells its record, since what
+an endpoint answers need not be the same twice. A worker has several parts at hand, so that while
 the last rows of one are finished the next fills the free places. A row that cannot be answered goes
 to a dead-letter shard with its reason: rows in = rows out + dead rows.
 """
@@ -11,18 +12,33 @@ import asyncio
 import dataclasses
 import json
 import time
+import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cascade_model.commit import Folder
-from cascade_model.errors import InputError
+from cascade_model.errors import InputError, Unfinished
 from pipelines.answers import Answerer, Source
 from pipelines.cluster import quiet_ray_data
-from pipelines.completions import Format, PartRecord, commit_part, completion_row
+from pipelines.completions import (
+    Format,
+    PartRecord,
+    commit_part,
+    completion_row,
+    read_record,
+)
 from pipelines.prompt_rows import Columns, DeadRow, read_part
 from pipelines.prompts import Part
 from pipelines.row_settings import Decoding
+
+MAX_TASK_RETRIES = 3
+"""So many actors more may die over a part: it is then likelier to kill them than to be unlucky."""
+MAX_RESTARTS = 8
+"""So often an actor begins anew: more than the retries, so that a part is what ends the job. At any
+number but 0 Ray warns that Ray Data's arguments of an actor lie in the object store; the plan holds
+them as long as it runs, so a new actor finds them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +68,7 @@ class PartWorker:
         self._answerer: Answerer | None = None
         try:
             self._answerer = work.source.open()
+            weakref.finalize(self, self._answerer.close)
         except InputError as error:
             # Raised by the first call: a constructor's error reaches nobody as it was.
             self._refusal = error
@@ -74,10 +91,13 @@ class PartWorker:
         return {"record": written, "refusal": [""] * count, "seconds": seconds}
 
     def answer(self, part: Part) -> PartRecord:
-        """Answer a part and commit its files, the record last."""
+        """Answer a part and commit it, or tell the record of one that is committed already."""
+        work = self._work
+        earlier = read_record(self._folder, part, work.format)
+        if earlier is not None:  # by an actor that died before it could tell, or by another run
+            return earlier
         if self._answerer is None:
             raise self._refusal or InputError("the worker has no answerer")
-        work = self._work
         items = list(read_part(part, work.columns, work.common))
         prompts = [item for item in items if not isinstance(item, DeadRow)]
         answers = dict(zip((p.row for p in prompts), self._answerer.answer(prompts), strict=True))
@@ -89,8 +109,6 @@ class PartWorker:
                 dead.append(result)  # type: ignore[arg-type]
             else:
                 done.append(completion_row(item, result))
-        if len(done) + len(dead) != part.num_rows:
-            raise InputError(f"input={part.url} changed while the job ran; start a new output")
         return commit_part(self._folder, part, work.format, done, dead)
 
 
@@ -98,25 +116,47 @@ def run_on_ray(
     parts: Sequence[Part], work: Work, num_workers: int
 ) -> Iterator[tuple[PartRecord, float]]:
     """The Ray Data plan: parts -> pool of workers -> records, as they come, each with the seconds
-    since its worker was ready."""
+    since its worker was ready.
+
+    `Unfinished` where workers die over and over.
+    """
     quiet_ray_data()
     import ray.data
+    from ray.exceptions import OutOfMemoryError, RayActorError
+    from ray.util.annotations import RayDeprecationWarning
 
     rows = [{"part": json.dumps(dataclasses.asdict(part))} for part in parts]
     size, at_once = min(num_workers, len(parts)), work.parts_at_once
-    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        PartWorker,
-        fn_constructor_kwargs={"work": work},
-        batch_size=1,
-        num_cpus=work.source.num_cpus,
-        num_gpus=work.source.num_gpus,
-        compute=ray.data.ActorPoolStrategy(
-            size=size,
-            max_tasks_in_flight_per_actor=at_once,
-            max_concurrent_calls_per_actor=at_once,
-        ),
-    )
-    for row in data.iter_rows():
-        if row["refusal"]:
-            raise InputError.from_data(json.loads(row["refusal"]))
-        yield PartRecord(**json.loads(row["record"])), row["seconds"]
+    left = {part.index: part for part in parts}
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    with warnings.catch_warnings():
+        # Ray warns of free arguments, and has no others for the last two.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        data = data.map_batches(
+            PartWorker,
+            fn_constructor_kwargs={"work": work},
+            batch_size=1,
+            num_cpus=work.source.num_cpus,
+            num_gpus=work.source.num_gpus,
+            compute=ray.data.ActorPoolStrategy(
+                size=size,
+                max_tasks_in_flight_per_actor=at_once,
+                max_concurrent_calls_per_actor=at_once,
+            ),
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_TASK_RETRIES,
+        )
+    try:
+        for row in data.iter_rows():
+            if row["refusal"]:
+                raise InputError.from_data(json.loads(row["refusal"]))
+            record = PartRecord(**json.loads(row["record"]))
+            del left[record.index]
+            yield record, row["seconds"]
+    except (RayActorError, OutOfMemoryError):
+        first = left[min(left)]
+        raise Unfinished(
+            f"workers died over and over; the first rows without an answer are {first.first_row} "
+            f"to {first.first_row + first.num_rows - 1}, in {first.url}: mend those or give a "
+            "worker more memory, then run the same command again, which goes on from here"
+        ) from None

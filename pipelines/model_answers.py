@@ -1,18 +1,21 @@
 """Answers of a model in the worker's own process, many rows at once in one engine."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from cascade_model.chat_template import ChatTemplate
-from cascade_model.config import EngineConfig
-from cascade_model.errors import InputError
+from cascade_model.chat_template import ChatTemplate, as_templates_say
+from cascade_model.engine_config import EngineConfig
+from cascade_model.errors import DoesNotFit, InputError, Unfinished
+from cascade_model.settings import shown
 from pipelines.answers import REFUSED, Answered, Result, longest_first
 from pipelines.prompt_rows import DeadRow, Prompt
 from pipelines.row_settings import Decoding
 
 if TYPE_CHECKING:
     from cascade_model.llm import LLM
+    from cascade_model.text_stream import Completion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +23,8 @@ class ModelSource:
     """A model folder and how it is run."""
 
     model: str
+    weights_sha256: str | None = None
+    """The job's weights (`weights_digest`); none: whatever the folder holds."""
     chat_template: str = "plain"
     """`plain`, `chatml`, or a Jinja template's text."""
     threads: int = 1
@@ -42,13 +47,30 @@ class ModelSource:
         return self.engine.max_sequences
 
     def open(self) -> "ModelAnswers":
-        """Load the model; `InputError` where it or its template cannot be used."""
+        """Load the model; `InputError` where it or its template cannot be used, `Unfinished` where
+        its weights are not the job's."""
         import torch
 
         from cascade_model.llm import LLM
 
         torch.set_num_threads(self.threads)
-        return ModelAnswers(LLM.load(self.model, self.engine), self.chat_template)
+        self._require_same_weights()
+        llm = LLM.load(self.model, self.engine)
+        self._require_same_weights()  # they may have been replaced meanwhile
+        return ModelAnswers(llm, self.chat_template)
+
+    def _require_same_weights(self) -> None:
+        from cascade_model.weights import weights_digest
+
+        if self.weights_sha256 is None:
+            return
+        found = weights_digest(self.model)
+        if found != self.weights_sha256:
+            raise Unfinished(
+                f"model={self.model} has the weights {shown(found)} and this job began with "
+                f"{shown(self.weights_sha256)}; put those back and run the same command again, or "
+                "give another output"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +90,8 @@ class ModelAnswers:
         self._chat = ChatTemplate.of(chat_template, llm.tokenizer)
 
     def answer(self, prompts: Sequence[Prompt]) -> list[Result]:
-        """See `Answerer`."""
+        """See `Answerer`. `Unfinished` for a row that the engine's cache cannot hold: that is no
+        fault of the row, whose answer depends on no setting of the cache."""
         results: dict[int, Result] = {}
         places: list[int] = []
         requests: list[_Request] = []
@@ -78,23 +101,16 @@ class ModelAnswers:
                 places.append(place)
             except InputError as error:
                 results[place] = _dead(prompts[place], "chat_template_fails", error)
-        for answer in self._llm.answers(
+        answers = self._llm.answers(
             [request.tokens for request in requests],
             [request.decoding.params for request in requests],
             [request.decoding.stop for request in requests],
             suffix=[prompts[place].suffix for place in places],
-        ):
-            place, result = places[answer.index], answer.result
-            if isinstance(result, InputError):
-                results[place] = _dead(prompts[place], REFUSED, result)
-                continue
-            results[place] = Answered(
-                prompt=requests[answer.index].text,
-                completion=result.text,
-                num_tokens=len(result.token_ids),
-                passes=result.passes,
-                finish_reason=result.finish_reason,
-            )
+        )
+        with contextlib.closing(answers):  # whatever is still decoded then ends
+            for answer in answers:
+                place = places[answer.index]
+                results[place] = _result(prompts[place], requests[answer.index], answer.result)
         return [results[place] for place in range(len(prompts))]
 
     def close(self) -> None:
@@ -106,10 +122,7 @@ class ModelAnswers:
         the template's turns ends the answer, as it does at the endpoint."""
         if prompt.messages is None:
             return _Request(prompt.text, prompt.text, prompt.decoding)
-        turns = [
-            {**turn, "role": "system" if turn["role"] == "developer" else turn["role"]}
-            for turn in prompt.messages
-        ]
+        turns = [{**turn, "role": as_templates_say(turn["role"])} for turn in prompt.messages]
         chat, params = self._chat, prompt.decoding.params
         tokens = chat.encode([turns], self._llm.tokenizer, open_turn=True).encoded.tokens
         end = chat.turn_end_id
@@ -120,6 +133,23 @@ class ModelAnswers:
         )
 
 
+def _result(prompt: Prompt, request: _Request, result: "Completion | InputError") -> Result:
+    if isinstance(result, DoesNotFit):
+        raise Unfinished(
+            f"engine.cache_bytes is too small for row {prompt.row}: {result} and run the same "
+            "command again, which goes on from here"
+        )
+    if isinstance(result, InputError):
+        return _dead(prompt, REFUSED, result)
+    return Answered(
+        prompt=request.text,
+        completion=result.text,
+        num_tokens=len(result.token_ids),
+        passes=result.passes,
+        finish_reason=result.finish_reason,
+    )
+
+
 def _dead(prompt: Prompt, reason: str, error: InputError) -> DeadRow:
-    shown = prompt.text if prompt.messages is None else repr(list(prompt.messages))
-    return DeadRow(row=prompt.row, reason=reason, input=shown[:200], detail=str(error))
+    text = prompt.text if prompt.messages is None else repr(list(prompt.messages))
+    return DeadRow(row=prompt.row, reason=reason, input=text[:200], detail=str(error))

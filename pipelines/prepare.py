@@ -14,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-from cascade_model.chat_template import ChatTemplate
+from cascade_model.chat_template import ChatTemplate, template_text
 from cascade_model.commit import RECORD_SUFFIX, Folder, Record, require_writable
 from cascade_model.errors import InputError, Unfinished
 from cascade_model.fast_tokenizer import REFERENCE
@@ -231,18 +230,7 @@ def _job(config: PrepareConfig, folder: Folder, plan: Plan, tokenizer: Tokenizer
 
 def _template(config: PrepareConfig) -> str | None:
     """The chat template by its name or its text, none where there are no conversations."""
-    if not config.has_chats:
-        return None
-    file = Path(config.chat_template)
-    if len(config.chat_template) >= 256 or not file.is_file():
-        return config.chat_template
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"chat_template={file} cannot be read ({type(error).__name__}); give a Jinja template "
-            "in UTF-8"
-        ) from None
+    return template_text(config.chat_template) if config.has_chats else None
 
 
 def _cleaning(config: PrepareConfig) -> Cleaning:

@@ -7,7 +7,7 @@ from typing import Any
 from cascade_model.errors import InputError
 from pipelines.documents import json_object
 from pipelines.pieces import EXCERPT, Dead, is_sound
-from pipelines.prompts import Part, raw_rows
+from pipelines.prompts import LinesHash, Part, raw_rows
 from pipelines.row_settings import Decoding, decoding_of, settings_in
 
 Message = dict[str, Any]
@@ -74,15 +74,21 @@ class DeadRowError(ValueError):
 def read_part(part: Part, columns: Columns, common: Decoding) -> Iterator[Prompt | DeadRow]:
     """The part's rows in order, each with its settings; a broken one comes as a `DeadRow`.
 
-    `InputError` when the file is no longer what was planned.
+    `InputError` at the end where the file is no longer what was planned: by the bytes of its lines,
+    or in a table, which is not hashed by parts, by the number of its rows.
     """
-    for offset, raw in enumerate(raw_rows(part, columns.all)):
-        row = part.first_row + offset
+    lines, count = LinesHash(), 0
+    for row, raw in enumerate(raw_rows(part, columns.all), part.first_row):
+        count += 1
+        if isinstance(raw, bytes):
+            lines.add(raw)
         try:
             yield prompt_of(row, raw, columns, common)
         except DeadRowError as error:
             shown = _shown(raw)
             yield DeadRow(row=row, reason=error.reason, input=shown, detail=error.detail)
+    if count != part.num_rows or (part.sha256 and lines.hexdigest() != part.sha256):
+        raise InputError(f"input={part.url} changed while the job ran; start a new output")
 
 
 def prompt_of(row: int, raw: bytes | dict[str, Any], columns: Columns, common: Decoding) -> Prompt:

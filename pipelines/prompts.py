@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from cascade_model.errors import InputError
 from pipelines.documents import BYTE_ORDER_MARK, json_object
 from pipelines.pieces import Piece, compression_of, open_arrow, open_source, whole
+from pipelines.row_groups import row_group
 from pipelines.tables import arrow_kind, cells, table_rows
 
 ARROW = (".arrow", ".arrows", ".ipc", ".feather")
@@ -38,15 +39,29 @@ class Part:
     batch with its first row begins, a number in a file, a byte in a stream."""
     skip: int = 0
     """Arrow: rows of that batch before the first one."""
+    sha256: str = ""
+    """JSONL: of its rows as `raw_rows` gives them, a line feed behind each; empty for tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Where a part of a file begins; the names are those of `Part`."""
+
+    start: int
+    skip: int = 0
+    sha256: str = ""
 
 
 def plan(urls: Sequence[str], rows_per_part: int) -> tuple[list[Part], str]:
-    """Cut the input into parts; also the SHA-256 of its bytes. Reads each file once."""
+    """Cut the input into parts; also a digest of its files' bytes and of where they end, as no part
+    crosses a file (SHA-256 over the SHA-256 of each). Reads each file once."""
     parts: list[Part] = []
     seen, row = hashlib.sha256(), 0
     for url in urls:
-        starts, count = _scan(url, rows_per_part, seen)
-        for number, (start, skip) in enumerate(starts):
+        own = hashlib.sha256()
+        cuts, count = _scan(url, rows_per_part, own)
+        seen.update(own.digest())
+        for number, cut in enumerate(cuts):
             size = min(rows_per_part, count - number * rows_per_part)
             parts.append(
                 Part(
@@ -54,14 +69,32 @@ def plan(urls: Sequence[str], rows_per_part: int) -> tuple[list[Part], str]:
                     url=url,
                     first_row=row,
                     num_rows=size,
-                    start=start,
-                    skip=skip,
+                    start=cut.start,
+                    skip=cut.skip,
+                    sha256=cut.sha256,
                 )
             )
             row += size
     if not parts:
         raise InputError(f"input={', '.join(urls)} holds no rows; give a file with prompts")
     return parts, seen.hexdigest()
+
+
+class LinesHash:
+    """SHA-256 of rows of JSONL, a line feed behind each."""
+
+    def __init__(self) -> None:
+        self._hash, self.count = hashlib.sha256(), 0
+
+    def add(self, row: bytes) -> None:
+        """The next row."""
+        self._hash.update(row)
+        self._hash.update(b"\n")
+        self.count += 1
+
+    def hexdigest(self) -> str:
+        """Of all rows so far."""
+        return self._hash.hexdigest()
 
 
 def is_parquet(url: str) -> bool:
@@ -74,9 +107,8 @@ def is_arrow(url: str) -> bool:
     return url.endswith(ARROW)
 
 
-def _scan(url: str, rows_per_part: int, seen: Any) -> tuple[list[tuple[int, int]], int]:
-    """Where each part of a file begins (`Part.start`, `skip`), and the file's number of rows; its
-    bytes go to `seen`."""
+def _scan(url: str, rows_per_part: int, seen: Any) -> tuple[list[_Cut], int]:
+    """Where each part of a file begins, and the file's number of rows; its bytes go to `seen`."""
     if compression_of(url):
         raise InputError(f"input={url} is compressed; unpack it, so that it can be cut into parts")
     if is_parquet(url) or is_arrow(url):
@@ -84,34 +116,40 @@ def _scan(url: str, rows_per_part: int, seen: Any) -> tuple[list[tuple[int, int]
             while piece := file.read(1 << 20):
                 seen.update(piece)
         return (_cut_parquet if is_parquet(url) else _cut_arrow)(url, rows_per_part)
-    starts, count, place = [], 0, 0
+    cuts, count, place = [], 0, 0
+    start, rows = 0, LinesHash()
     with open_source(url) as file:
         for line in file:
             seen.update(line)
-            if _content(line, place):
-                if count % rows_per_part == 0:
-                    starts.append((place, 0))
+            if content := _content(line, place):
+                if rows.count == rows_per_part:
+                    cuts.append(_Cut(start, sha256=rows.hexdigest()))
+                    rows = LinesHash()
+                start = start if rows.count else place
+                rows.add(content)
                 count += 1
             place += len(line)
-    return starts, count
+    if rows.count:
+        cuts.append(_Cut(start, sha256=rows.hexdigest()))
+    return cuts, count
 
 
-def _cut_parquet(url: str, rows_per_part: int) -> tuple[list[tuple[int, int]], int]:
+def _cut_parquet(url: str, rows_per_part: int) -> tuple[list[_Cut], int]:
     with open_source(url) as file, whole(url, "Parquet file"):
         count = pq.ParquetFile(file).metadata.num_rows
-    return [(start, 0) for start in range(0, count, rows_per_part)], count
+    return [_Cut(start) for start in range(0, count, rows_per_part)], count
 
 
-def _cut_arrow(url: str, rows_per_part: int) -> tuple[list[tuple[int, int]], int]:
+def _cut_arrow(url: str, rows_per_part: int) -> tuple[list[_Cut], int]:
     batches = [(start, rows) for start, rows in _arrow_batches(url) if rows]
     ends = list(itertools.accumulate(rows for _, rows in batches))
     count = ends[-1] if ends else 0
-    starts = []
+    cuts = []
     for row in range(0, count, rows_per_part):
         place = bisect_right(ends, row)
         start, rows = batches[place]
-        starts.append((start, row - (ends[place] - rows)))
-    return starts, count
+        cuts.append(_Cut(start, skip=row - (ends[place] - rows)))
+    return cuts, count
 
 
 def _arrow_batches(url: str) -> list[tuple[int, int]]:
@@ -152,6 +190,12 @@ def require_columns(
                 f"setting_columns has {missing[0]}, which is not in {url} with {names}; leave it "
                 "out"
             )
+
+
+def may_have_setting(urls: Sequence[str], name: str, params: str, settings: Sequence[str]) -> bool:
+    """Whether rows may have a value of their own for a setting, in the column of params or in one
+    of their own; for lines of JSON as far as the first tell."""
+    return name in settings or any(params in _column_names(url) for url in urls)
 
 
 def _column_names(url: str) -> list[str]:
@@ -198,14 +242,14 @@ def _content(line: bytes, place: int) -> bytes:
 
 
 def _parquet_rows(file: Any, part: Part, columns: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Only the columns and the row groups that hold them are read."""
+    """Only the columns and the row groups that hold the part are read."""
     parquet, place = pq.ParquetFile(file), 0
     names = [name for name in parquet.schema_arrow.names if name in columns]
     for group in range(parquet.num_row_groups):
         size = parquet.metadata.row_group(group).num_rows
         low, high = max(part.start - place, 0), min(part.start + part.num_rows - place, size)
         if low < high:
-            table = parquet.read_row_group(group, columns=names).slice(low, high - low)
+            table = row_group(part.url, parquet, group, names).slice(low, high - low)
             values = {name: cells(table.column(name)) for name in names}
             for _ in range(low, high):
                 yield {name: next(each) for name, each in values.items()}

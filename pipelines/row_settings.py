@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import json
 import typing
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cascade_model.errors import InputError
+from cascade_model.nearest import cure
 from cascade_model.sampling import SamplingParams
 from cascade_model.settings import check
 
@@ -48,9 +48,7 @@ def decoding_of(row: int, given: Mapping[str, Any], common: Decoding) -> Decodin
     own = {name: value for name, value in given.items() if value is not None}
     for name in own:
         if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=1)
-            cure = f"did you mean {near[0]}?" if near else "leave it out"
-            raise InputError(f"{name[:80]} is no setting of a row; {cure}")
+            raise InputError(f"{name[:80]} is no setting of a row; {cure(name, NAMES)}")
     stop = _stops(own.pop(STOP)) if STOP in own else common.stop
     values = {name: _as_declared(name, value) for name, value in own.items()}
     seed = {"seed": row_seed(common.params.seed, row)}

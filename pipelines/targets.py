@@ -7,7 +7,7 @@ gives the same bytes, and one that is done is never done again. The manifest com
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ import numpy as np
 from cascade_model.commit import Folder, Record
 from cascade_model.corpus import Corpus
 from cascade_model.errors import InputError
+from cascade_model.settings import check
 from cascade_model.teacher_targets import (
     TARGETS,
     TargetRows,
@@ -29,6 +30,7 @@ from cascade_model.teacher_targets import (
     write_targets,
 )
 from pipelines.cluster import quiet_ray_data
+from pipelines.differences import differences
 
 if TYPE_CHECKING:
     from cascade_model.networks import Network
@@ -126,20 +128,22 @@ def _loaded(asking: Asking) -> "Network":
     return teacher.to(asking.device).eval().requires_grad_(False)
 
 
-def claim(folder: Folder, manifest: TargetsManifest) -> TargetsManifest | None:
+def claim(
+    folder: Folder, manifest: TargetsManifest, named: Mapping[str, str]
+) -> TargetsManifest | None:
     """Bind the output folder to this job; the manifest if it is finished already.
 
-    `InputError` names the first setting in which an earlier job in this folder differs.
+    `InputError` names the settings in which an earlier job in this folder differs (`differences`,
+    which reads `named`).
     """
     job = _identity(manifest)
     if folder.exists(JOB):
-        earlier = json.loads(folder.read_bytes(JOB))
-        for key in sorted({*earlier, *job}):
-            if earlier.get(key) != job.get(key):
-                raise InputError(
-                    f"output={folder.url} holds targets with {key}={earlier.get(key)!r}, this job "
-                    f"has {key}={job.get(key)!r}; give another output folder"
-                )
+        told = differences(json.loads(folder.read_bytes(JOB)), job, named)
+        check(
+            not told,
+            f"output={folder.url} holds other targets: {'; '.join(told)}; give another output "
+            "folder",
+        )
         return read_targets(folder.url) if folder.exists(TARGETS) else None
     names = folder.list()
     if names:

@@ -14,6 +14,7 @@ SOURCES = sorted(
 )
 TORCH_FREE = [
     "cascade_model.errors", "cascade_model.settings", "cascade_model.config",
+    "cascade_model.training_config", "cascade_model.engine_config",
     "cascade_model.phases", "cascade_model.window", "cascade_model.stopping",
     "cascade_model.schema", "cascade_model.columns", "cascade_model.manifest",
     "cascade_model.noise",
@@ -29,7 +30,8 @@ TORCH_FREE = [
     "cascade_model.fast_tokenizer", "cascade_model.jinja_chat", "cascade_model.chat_template",
     "cascade_model.shards", "cascade_model.corpus",
     "cascade_model.sampling", "cascade_model.requests", "cascade_model.text_stream",
-    "pipelines.config", "pipelines.cluster", "pipelines.sources", "pipelines.documents",
+    "pipelines.config", "pipelines.cluster", "pipelines.ray_signals",
+    "pipelines.sources", "pipelines.documents",
     "pipelines.packing", "pipelines.parts", "pipelines.runner", "pipelines.prepare",
     "pipelines.prompts", "pipelines.prompt_input", "pipelines.prompt_rows",
     "pipelines.row_settings", "pipelines.answers", "pipelines.completions",

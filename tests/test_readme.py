@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 
 from cascade_model.config import ModelConfig
-from cascade_model.model import Transformer
 from cascade_model.phases import require_phases
-from cascade_model.tokenizer import byte_tokenizer
-from cascade_model.weights import save_model
 from jobs.cli import parse
 from jobs.pretrain import PretrainConfig
-from tests.tiny_models import text_config
+from tests.tiny_models import saved_text_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,10 +74,7 @@ def test_the_schedule_of_block_sizes_in_the_jobs_readme_parses(tmp_path):
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    tokenizer = byte_tokenizer()
-    network = Transformer(text_config(tokenizer))
-    network.init_weights(0)
-    save_model(tmp_path / "run/model", network, tokenizer)
+    saved_text_model(tmp_path / "run/model")
     monkeypatch.chdir(tmp_path)
     [block] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(compile(block, "README.md", "exec"), {})

@@ -1,11 +1,14 @@
 """Small models and hand-built batches for the laws of model, loss and sampler."""
 
+from pathlib import Path
+
 import torch
 
 from cascade_model.batch import TrainBatch
 from cascade_model.config import ModelConfig
 from cascade_model.model import Transformer
-from cascade_model.tokenizer import Tokenizer
+from cascade_model.tokenizer import Tokenizer, byte_tokenizer
+from cascade_model.weights import save_model
 
 MASK, PAD, EOS = 15, 14, 13
 
@@ -46,6 +49,15 @@ def text_config(tokenizer: Tokenizer, **changes) -> ModelConfig:
         "tokenizer_sha256": tokenizer.sha256,
     }
     return ModelConfig(**(values | changes))
+
+
+def saved_text_model(folder: Path, tokenizer: Tokenizer | None = None, seed: int = 0) -> str:
+    """The folder of a tiny model with random weights, for bytes without another tokenizer."""
+    tokenizer = tokenizer or byte_tokenizer()
+    network = Transformer(text_config(tokenizer))
+    network.init_weights(seed)
+    save_model(folder, network, tokenizer)
+    return str(folder)
 
 
 def lively_model(seed: int = 0, **changes) -> Transformer:

@@ -363,7 +363,7 @@ function showCurl() {
   const body = request(Number($("seed").value || 0));
   if ($("seed").value === "") delete body.seed;
   const url = new URL("v1/completions", location.href);
-  const lines = [`curl ${url}`, ` -H "Authorization: Bearer $KEY"`, ` -H 'Content-Type: application/json'`];
+  const lines = [`curl ${url}`, ` -H "Authorization: Bearer $CASCADE_API_KEY"`, ` -H 'Content-Type: application/json'`];
   if (key === null) lines.splice(1, 1);
   say("curl", `${lines.join(" \\\n ")} \\\n  -d ${quoted(JSON.stringify(body))}`);
 }

@@ -131,7 +131,9 @@ def main() -> int:
         for name, arm in arms.items()
         if (arm.folder(name) / "summary.json").is_file()
     }
-    return report(finished, PARENT, RUNS / "corpus", better=options.better)
+    stages = {*finished} - {*STARTS}  # a start and the arm from it bear one name
+    after = {name: arms[name].start for name in finished if arms[name].start in stages}
+    return report(finished, after, PARENT, RUNS / "corpus", better=options.better)
 
 
 if __name__ == "__main__":

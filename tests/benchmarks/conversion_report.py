@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus
 from cascade_model.evaluation import bound
 from cascade_model.metrics import read_metrics
@@ -22,18 +23,20 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 64
 OUTPUT = Path("build/bench")
 
 
-def report(arms: dict[str, Path], parent: Path, corpus: Path, **config: object) -> int:
+def report(
+    arms: dict[str, Path], after: dict[str, str], parent: Path, corpus: Path, **config: object
+) -> int:
     """Measure what the arms made, print it and write build/bench/conversion*.{json,png}.
 
-    `arms` maps names to finished run folders. An arm's figures are kept in its folder: delete
-    `measured.json` to measure it again.
+    `arms` maps names to finished run folders, `after` a second stage to its first. An arm's
+    figures are kept in its folder: delete `measured.json` to measure it again.
     """
     split = Corpus.open(str(corpus), split="held_out")
     pieces = held_out(str(corpus), PROMPTS, PROMPT_TOKENS + NEW_TOKENS)
     cells = {"parent, untouched": _measured(parent, parent, split, pieces, Path(corpus).parent)}
     for name, folder in arms.items():
         cells[name] = _measured(folder / "model", parent, split, pieces, folder)
-    draw_curves(arms, cells["parent, untouched"]["bound"], OUTPUT / "conversion.png")
+    draw_curves(arms, after, cells["parent, untouched"]["bound"], OUTPUT / "conversion.png")
     for name, found in cells.items():
         print(f"--- {name}\n{found['sample']}")
     rows = [
@@ -93,22 +96,27 @@ def write_text(
     }
 
 
-def draw_curves(arms: dict[str, Path], parent: float, target: Path) -> None:
-    """Held-out nats against tokens seen, a line an arm, the parent's likelihood beside them."""
+def draw_curves(arms: dict[str, Path], after: dict[str, str], parent: float, target: Path) -> None:
+    """Held-out nats against tokens seen, a line an arm, the parent's likelihood beside them. A
+    second stage (`after`) begins where its first one ends."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name, folder in arms.items():
-        lines = [
-            line for line in read_metrics(folder / "metrics.jsonl") if line.get("held_out_loss")
-        ]
-        tokens = [line["tokens"] / 1000 for line in lines]
+    curves = {name: _curve(folder) for name, folder in arms.items()}
+    for name, lines in curves.items():
+        seen = curves[after[name]][-1]["tokens"] if name in after else 0
+        tokens = [(seen + line["tokens"]) / 1000 for line in lines]
         values = [line["held_out_loss"] for line in lines]
         errors = [line["held_out_standard_error"] for line in lines]
         axes.errorbar(tokens, values, yerr=errors, label=name, capsize=2)
     axes.axhline(parent, color="grey", linestyle="--", label="parent, untouched (exact)")
     axes.set(xlabel="thousand tokens seen", ylabel="held-out nats per token")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
+
+
+def _curve(run: Path) -> list[dict]:
+    """The lines of a run's metrics that have a held-out value."""
+    return [line for line in read_metrics(Folder(str(run))) if line.get("held_out_loss")]

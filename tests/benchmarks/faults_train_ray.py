@@ -19,8 +19,9 @@ import psutil
 from tests.benchmarks.fault_points import GO, PAUSED
 from tests.benchmarks.fault_runs import ROOT, environment
 from tests.benchmarks.rank_points import name_of
-from tests.benchmarks.rank_runs import Result, flags, result_of, until
+from tests.benchmarks.rank_runs import Result, flags, result_of
 from tests.benchmarks.report import Row
+from tests.benchmarks.waiting import until
 
 POINTS = (("manifest written", 0, 3), ("forward", 1, 7), ("data half written", 1, 4))
 """Phase, rank and number, in turn."""

@@ -99,7 +99,7 @@ def decoded(arm: str, model: Path, prompts: Path, threads: int) -> dict[str, Any
     """One of the arms that decode here; reading and loading are not counted, nor is the text."""
     import torch
 
-    from cascade_model.config import EngineConfig
+    from cascade_model.engine_config import EngineConfig
     from cascade_model.llm import LLM
     from cascade_model.sampler import plan_completion, sample
     from cascade_model.scheduler import Scheduler

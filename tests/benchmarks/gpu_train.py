@@ -62,6 +62,8 @@ class Limits:
     """Of the best square product in bfloat16, FLOP/s."""
     bandwidth: float
     """Bytes read and written by the best copy, per second."""
+    peak: float | None = None
+    """What the maker tells, in bfloat16, FLOP/s; none for a device whose figure is not known."""
 
 
 FAST = {"attention": "flex", "precision": "bfloat16", "compile": True}
@@ -93,7 +95,8 @@ def limits_of(device: str, sizes: tuple[int, ...], copied: int) -> Limits:
         flops = max(flops, 2.0 * size**3 / seconds)
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Limits(flops, 2 * copied / best_time(lambda: target.copy_(source), device))
+    bandwidth = 2 * copied / best_time(lambda: target.copy_(source), device)
+    return Limits(flops, bandwidth, device_peak(device, "bfloat16"))
 
 
 def bound(model: Transformer, tokens: int, length: int, limits: Limits) -> float:
@@ -129,10 +132,9 @@ def rows_of(case: Case, folder: Path, device: str, limits: Limits, steps: int) -
     yield Row(f"{case.name}: step", 1e3 * seconds, "ms")
     yield Row(f"{case.name}: speed", tokens / seconds, "data tokens/s")
     yield Row(f"{case.name}: useful operations per data token", work / tokens / 1e9, "GFLOP")
-    peak = device_peak(device, "bfloat16")
-    if peak is not None:
-        yield Row(f"{case.name}: MFU", 100 * work / seconds / peak, "%", AIM)
-        yield Row(f"{case.name}: MFU on the roofline", 100 * work / least / peak, "%")
+    if limits.peak is not None:
+        yield Row(f"{case.name}: MFU", 100 * work / seconds / limits.peak, "%", AIM)
+        yield Row(f"{case.name}: MFU on the roofline", 100 * work / least / limits.peak, "%")
     yield Row(f"{case.name}: step / roofline", seconds / least, "x")
     if device == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cascade_model.attention import dense
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.kv_cache import KVCache
 from cascade_model.model import Transformer
 from cascade_model.sampler import plan_completion

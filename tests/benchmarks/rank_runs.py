@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from cascade_model.commit import Folder
 from tests.benchmarks.fault_points import GO, PAUSED
 from tests.benchmarks.fault_runs import ROOT, environment
 from tests.benchmarks.rank_points import NOWHERE
+from tests.benchmarks.waiting import until
 
 PATIENCE = 90.0
 STEPS = 12
@@ -206,13 +206,3 @@ class Launcher:
         if not ranks.wait():
             ranks.kill_all()
         return ranks.exits
-
-
-def until(is_so: Callable[[], bool], seconds: float) -> bool:
-    """Wait for something to become so."""
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True

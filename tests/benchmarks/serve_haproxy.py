@@ -22,8 +22,9 @@ from jobs.serve import serve_document, start_ray_for
 from tests.benchmarks.faults_serve import STREAMS, during, kill_one, two_ready
 from tests.benchmarks.report import Row, publish
 from tests.benchmarks.serve_client import Told, client, streams
-from tests.benchmarks.serve_runs import busy_slots, config_of, requests, serving, wait_until
+from tests.benchmarks.serve_runs import busy_slots, config_of, requests, serving
 from tests.benchmarks.serve_runs import write_model as written
+from tests.benchmarks.waiting import wait_until
 
 ALONE = ("unshare", "--user", "--map-root-user", "--net")
 INSIDE = "CASCADE_IN_NAMESPACE"

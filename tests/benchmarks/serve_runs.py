@@ -5,8 +5,7 @@ import contextlib
 import os
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from jobs.deployment import deployed
 from jobs.serve import APP, serve_document
 from jobs.serve_config import ScalingConfig, ServeConfig
 from tests.benchmarks.serve_client import KEY
+from tests.benchmarks.waiting import wait_until
 
 
 def write_model(folder: Path, seed: int = 0, **changes: Any) -> str:
@@ -139,12 +139,3 @@ def serve_processes() -> list[psutil.Process]:
     """Proxy, ingress and samplers of the Ray that this process started."""
     mine = psutil.Process().children(recursive=True)
     return [each for each in mine if "Replica" in each.name() or "Proxy" in each.name()]
-
-
-def wait_until(is_so: Callable[[], Any], seconds: float = 60) -> None:
-    """Raises `TimeoutError` where it does not become so."""
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not so after {seconds} s")
-        time.sleep(0.02)

@@ -24,9 +24,9 @@ from tests.benchmarks.serve_runs import (
     requests,
     running,
     serving,
-    wait_until,
     write_model,
 )
+from tests.benchmarks.waiting import wait_until
 
 MOST = 3
 

@@ -8,8 +8,9 @@ from cascade_model.commit import Folder
 from tests.benchmarks import faults_disk
 from tests.benchmarks.fault_points import BEFORE_MANIFEST, IN_COMMIT, PHASES, counts_of
 from tests.benchmarks.fault_runs import contents, finished, flags, left_half_written, write_texts
-from tests.benchmarks.faults_data import VICTIMS, control_round, points_of, sequences
+from tests.benchmarks.faults_data import VICTIMS, job_of, points_of, sequences
 from tests.benchmarks.faults_poison import poison_rows
+from tests.benchmarks.kill_rounds import control_round
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_what_is_lost_doubled_or_left_is_counted(undisturbed, tmp_path):
 
 
 def test_without_the_protocol_a_kill_is_found_out(source, undisturbed, tmp_path):
-    assert control_round(tmp_path, source, undisturbed)
+    assert control_round(job_of(source), tmp_path, undisturbed)
 
 
 @pytest.mark.slow

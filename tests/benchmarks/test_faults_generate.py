@@ -42,7 +42,7 @@ def test_enough_points_lie_in_a_commit(count):
 def answer_here(model, source, output, rows_per_part: int) -> list:
     """The job without Ray: all its parts, committed."""
     parts, _ = plan([str(source)], rows_per_part)
-    claim(Folder(output), {})
+    claim(Folder(output), {}, {})
     work = Work(
         source=ModelSource(model=str(model)),
         output=str(output),

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from cascade_model.config import EngineConfig
 from cascade_model.contexts import BlockCausal
+from cascade_model.engine_config import EngineConfig
 from cascade_model.families import export
 from cascade_model.networks import Network
 from cascade_model.sampler import plan_completion

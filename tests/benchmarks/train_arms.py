@@ -17,11 +17,12 @@ import torch
 
 from cascade_model.batch import TrainBatch
 from cascade_model.commit import Folder
-from cascade_model.config import ModelConfig, NoiseConfig, OptimizerConfig, TrainerConfig
+from cascade_model.config import ModelConfig, NoiseConfig
 from cascade_model.corpus import Corpus
 from cascade_model.loss import LossParts, diffusion_loss
 from cascade_model.model import Transformer
 from cascade_model.trainer import Trainer
+from cascade_model.training_config import OptimizerConfig, TrainerConfig
 from tests.cascade_model.corpus_making import make_corpus
 
 Loss = Callable[[Any, TrainBatch], LossParts]

@@ -20,8 +20,8 @@ from cascade_model import metrics
 from cascade_model.checkpoint import Saving
 from cascade_model.checkpoint_state import state_of
 from cascade_model.commit import Folder
-from cascade_model.config import OptimizerConfig, TrainerConfig
 from cascade_model.trainer import Trainer
+from cascade_model.training_config import OptimizerConfig, TrainerConfig
 from tests.benchmarks.report import Row
 from tests.benchmarks.train_arms import SMALL, SMOLLM2, corpus_of, elbo, model_of
 

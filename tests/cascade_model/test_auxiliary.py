@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from cascade_model import loss as loss_module
-from cascade_model.config import AuxiliaryConfig
 from cascade_model.errors import InputError
 from cascade_model.loss import diffusion_loss, entropy
 from cascade_model.model import vocabulary_logits
 from cascade_model.objective import NORMALISERS
+from cascade_model.training_config import AuxiliaryConfig
 from cascade_model.training_input import read_places
 from tests.cascade_model.test_training_input import noisy_batch
 from tests.tiny_models import MASK, PAD, lively_model

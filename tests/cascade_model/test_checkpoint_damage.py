@@ -7,6 +7,7 @@ recomputed every hash. They are numbers; nothing that is read can run code.
 import random
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,31 @@ def damaged(sound, folder, kind, damage, number):
 def test_the_copy_itself_is_whole(sound):
     found, told = told_newest(sound)
     assert (found.step, len(found.files), told) == (2, 2, [])
+
+
+class Overtaken(Folder):
+    """A step's folder whose writer commits behind the reader's first listing."""
+
+    def files(self):
+        before = list(super().files())
+        for name, text in self.late.items():
+            target = Path(self.path(name))
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(text)
+        self.late.clear()
+        return iter(before)
+
+
+def test_a_reader_who_looks_while_a_save_is_committed_sees_it_whole(sound, tmp_path):
+    step = tmp_path / "step_00000002"
+    shutil.copytree(sound / step.name, step)
+    files = [path for path in step.rglob("*") if path.is_file()]
+    folder = Overtaken(str(step))
+    folder.late = {str(path.relative_to(step)): path.read_bytes() for path in files}
+    for path in files[1:]:
+        path.unlink()
+    assert checkpoint_reading.verify(folder).step == 2
+    assert folder.late == {}
 
 
 def test_each_of_200_damages_is_found_and_the_run_falls_back(sound, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import shutil
 
 import numpy as np
@@ -11,7 +12,9 @@ from cascade_model import noise as mask_noise
 from cascade_model.config import TrainingNoise
 from cascade_model.corpus import Batch, Corpus
 from cascade_model.errors import CorpusMismatch, InputError
+from cascade_model.feed import feed, spans
 from cascade_model.shard_cache import CacheConfig
+from cascade_model.training_config import TrainerConfig
 from tests.cascade_model.corpus_making import NOISE, make_corpus
 
 
@@ -59,13 +62,20 @@ def test_every_draw_shows_every_sequence_once_and_in_its_own_order(corpus):
     assert not np.array_equal(first.is_masked, second.is_masked)
 
 
+def by_ranks(corpus, noise, step, sequences_per_step, world_size) -> Batch:
+    """The global batch of a step, joined from the forward passes of all ranks in turn."""
+    config = TrainerConfig(sequences_per_step=sequences_per_step, sequences_per_forward=4)
+    mine = [spans(step, config, rank, world_size) for rank in range(world_size)]
+    return joined([corpus.batch(*span, noise) for span in itertools.chain.from_iterable(mine)])
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_ranks_together_see_the_global_batch(corpus, world_size):
     noise = corpus.manifest.noise
-    first = corpus.num_sequences - 7  # the batch crosses into the next draw
-    whole = corpus.batch(first, 16, noise)
-    parts = [corpus.batch(first, 16, noise, rank, world_size) for rank in range(world_size)]
-    assert same(whole, joined(parts))
+    step = corpus.num_sequences // 30
+    assert corpus.num_sequences % 30  # the batch crosses into the next draw
+    whole = corpus.batch(30 * step, 30, noise)
+    assert same(whole, by_ranks(corpus, noise, step, 30, world_size))
 
 
 def test_the_stored_draw_equals_the_recomputed_one(corpus, monkeypatch):
@@ -210,14 +220,13 @@ def test_the_complement_of_stored_bits_equals_that_of_recomputed_ones(corpus, mo
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_together_see_the_global_batch_of_pairs(corpus, world_size):
-    noise = training_noise(corpus, complement=True, sequences_per_batch=16)
-    first = 2 * corpus.num_sequences - 8  # the batch crosses into the next draw
-    whole = corpus.batch(first, 16, noise)
-    parts = [corpus.batch(first, 16, noise, rank, world_size) for rank in range(world_size)]
-    assert same(whole, joined(parts))
-    assert np.array_equal(
-        whole.is_masked[8::2], corpus.batch(corpus.num_sequences, 4, noise.recipe).is_masked
-    )
+    noise = training_noise(corpus, complement=True, sequences_per_batch=30)
+    step, before = divmod(2 * corpus.num_sequences, 30)
+    assert before  # the batch crosses into the next draw
+    whole = corpus.batch(30 * step, 30, noise)
+    assert same(whole, by_ranks(corpus, noise, step, 30, world_size))
+    behind = corpus.batch(corpus.num_sequences, (30 - before) // 2, noise.recipe)
+    assert np.array_equal(whole.is_masked[before::2], behind.is_masked)
 
 
 def test_padding_as_eos_is_masked_and_counted_like_text(corpus):
@@ -342,21 +351,12 @@ def test_stored_bits_are_the_recomputed_ones_however_thresholds_are_kept(
     assert same(stored, corpus.batch(0, 900, recipe))
 
 
-def test_a_rank_without_a_sample_gets_an_empty_batch(mixed):
-    noise = mixed.manifest.noise
-    empty, whole = (mixed.batch(7, 1, noise, rank, 2) for rank in range(2))
-    assert [len(empty), len(whole)] == [0, 1]
-    assert [a.shape[1:] for a in fields_of(empty)] == [a.shape[1:] for a in fields_of(whole)]
-    assert [a.dtype for a in fields_of(empty)] == [a.dtype for a in fields_of(whole)]
-
-
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_ranks_together_see_the_global_batch_of_a_mixture(mixed, world_size):
     noise = training_noise(mixed, complement=True, sequences_per_batch=42)
-    for first in (0, 420, 42 * 10**6):
-        whole = mixed.batch(first, 42, noise)
-        parts = [mixed.batch(first, 42, noise, rank, world_size) for rank in range(world_size)]
-        assert same(whole, joined(parts))
+    for step in (0, 10, 10**6):
+        whole = mixed.batch(42 * step, 42, noise)
+        assert same(whole, by_ranks(mixed, noise, step, 42, world_size))
         one, two = slice(0, None, 2), slice(1, None, 2)
         assert np.array_equal(whole.sequence_ids[one], whole.sequence_ids[two])
         assert np.array_equal(whole.is_masked[one] ^ whole.is_masked[two], whole.is_maskable[one])
@@ -379,9 +379,7 @@ def test_no_sequence_is_lost_or_doubled_when_the_world_changes_within_a_draw(kin
     for part, world_size in enumerate((1, 2, 3, 1)):
         until = total * (part + 1) // 4
         while step < until:
-            first = step * batch_size
-            ranks = range(world_size)
-            seen += [corpus.batch(first, batch_size, noise, r, world_size) for r in ranks]
+            seen.append(by_ranks(corpus, noise, step, batch_size, world_size))
             step += 1
     alone = corpus.batch(0, total * batch_size, noise)
     assert same(alone, joined(seen))
@@ -418,15 +416,6 @@ def test_documents_follow_the_order_of_the_run(mixed):
     assert list(dict.fromkeys(found)) == list(dict.fromkeys(batch.sequence_ids.tolist()))
 
 
-def test_batches_are_those_of_batch_in_order(mixed):
-    noise = mixed.manifest.noise
-    spans = [(3, 4), (7, 4), (0, 2), (2000, 5)]
-    ahead = mixed.batches(iter(spans), noise)
-    assert all(
-        same(batch, mixed.batch(*span, noise)) for batch, span in zip(ahead, spans, strict=True)
-    )
-
-
 def test_a_local_corpus_goes_through_a_cache_that_is_named(mixed, tmp_path):
     folder = tmp_path / "cache"
     url = mixed._folder.url
@@ -441,6 +430,6 @@ def test_a_fault_while_reading_ahead_comes_at_its_turn(tmp_path):
     corpus = Corpus.open(copy)
     noise = corpus.manifest.noise
     (tmp_path / "shard-train-00000.arrow").unlink()
-    batches = corpus.batches(iter([(0, 1), (1, 1)]), noise)
+    batches = feed(corpus, noise, TrainerConfig(), 0)
     with pytest.raises(CorpusMismatch, match=r"shard-train-00000\.arrow cannot be read"):
         next(batches)

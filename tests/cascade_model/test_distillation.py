@@ -216,6 +216,23 @@ def test_trust_is_its_formula_and_falls_as_what_is_right_becomes_visible(changes
     assert (TRUST["rate"](config, batch, rows) == 1).all()
 
 
+def test_padding_that_ends_texts_too_is_trusted_as_any_other_visible_token():
+    plain = batch_of()
+    is_maskable = plain.is_maskable.clone()
+    is_maskable[:, [3, 7]] = False
+    plain = dataclasses.replace(
+        plain, is_maskable=is_maskable, is_masked=plain.is_masked & is_maskable
+    )
+    padded = dataclasses.replace(
+        plain, clean_tokens=plain.clean_tokens.where(is_maskable, STUDENT.pad_id)
+    )
+    rows = row_losses(fresh(STUDENT), plain)
+    ends = dataclasses.replace(STUDENT, stop_ids=(STUDENT.pad_id,))
+    expected = TRUST["right_context"](ends, plain, rows)
+    assert torch.equal(TRUST["right_context"](ends, padded, rows), expected)
+    assert not torch.equal(TRUST["right_context"](STUDENT, padded, rows), expected)
+
+
 AS_TEACHER = dataclasses.replace(TEACHER, block_size=4)
 
 

@@ -1,12 +1,12 @@
 """The engine: many askers and one thread, and the same tokens for each."""
 
 import asyncio
+import queue
 import threading
 import time
 from dataclasses import asdict, replace
 
 import pytest
-import torch
 
 from cascade_model.errors import InputError
 from cascade_model.llm import LLM
@@ -19,15 +19,6 @@ from tests.tiny_models import text_config
 
 TOKENIZER = byte_tokenizer()
 CONFIG = text_config(TOKENIZER, num_layers=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads only wait for each other on matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +202,29 @@ def test_a_closed_engine_tells_those_who_wait():
     with pytest.raises(RuntimeError, match="the engine is closed"):
         own.generate(["x"], params)
     own.close()
+
+
+class LateOrders:
+    """The engine's orders, where the thread is told to end just before an order arrives."""
+
+    def __init__(self) -> None:
+        self._orders = queue.SimpleQueue()
+        self.get, self.empty = self._orders.get, self._orders.empty
+
+    def put(self, order) -> None:
+        self._orders.put(None)
+        time.sleep(0.2)  # the thread ends, or waits for this order
+        self._orders.put(order)
+
+
+def test_a_request_that_comes_while_the_thread_ends_is_told_once():
+    own = LLM(tiny_model(), TOKENIZER)
+    own.engine._worker.orders = LateOrders()
+    told = []
+    own.engine.submit([1, 2, 3], SamplingParams(max_tokens=4), 0, told.append)
+    until(lambda: told)
+    own.close()
+    assert [str(error) for error in told] == ["the engine was closed"]
 
 
 def test_bytes_that_are_not_yet_a_character_are_held_back():

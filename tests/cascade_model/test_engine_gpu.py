@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.sampler import plan_completion
 from cascade_model.sampling import SamplingParams
 from cascade_model.scheduler import Scheduler

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from cascade_model.batch import TrainBatch
 from cascade_model.config import ModelConfig
 from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch
@@ -19,8 +20,10 @@ from cascade_model.evaluation import (
     untrained,
 )
 from cascade_model.likelihood import sequential as sequential_answer
+from cascade_model.likelihood import sequential_nats
 from cascade_model.model import Transformer
 from cascade_model.noise import thresholds
+from tests.cascade_model.corpus_making import make_corpus
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +171,28 @@ def test_sequential_measures_each_document_as_an_answer(held_out, shape):
     assert measured.is_exact
     assert measured.num_tokens == count
     assert measured.nats_per_token == pytest.approx(total / count, rel=1e-5)
+
+
+def test_sequential_gives_padding_that_ends_texts_too_as_training_shows_it(tmp_path):
+    corpus = Corpus.open(make_corpus(tmp_path, {"all": [f"{n} " * (n % 9) for n in range(40)]}))
+    ids = chosen_sequences(corpus, 2)
+    ranks = np.arange(2, dtype=np.uint64)
+    batch = TrainBatch.from_numpy(corpus.masked(ids, ranks, evaluation_noise(4), 0))
+    text = batch.is_maskable
+    assert not text.all()
+
+    def measured(model, is_open):
+        with torch.no_grad():
+            return float(sequential_nats(model, batch, is_open, text).sum() / text.sum())
+
+    hidden = torch.ones_like(text)
+    model = shaped(corpus, stop_ids=(corpus.manifest.pad_id,))
+    found = sequential(model, corpus, max_sequences=2).nats_per_token
+    assert found == pytest.approx(measured(model, text), rel=1e-6)
+    assert found != pytest.approx(measured(model, hidden), rel=1e-6)
+    model = shaped(corpus)
+    found = sequential(model, corpus, max_sequences=2).nats_per_token
+    assert found == pytest.approx(measured(model, hidden), rel=1e-6)
 
 
 def test_sequential_is_the_likelihood_of_an_autoregressive_model(held_out):

@@ -9,13 +9,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade_model.attention import clean_mask, dense, training_mask
-from cascade_model.config import AuxiliaryConfig, ExpertsConfig, NoiseConfig
+from cascade_model.config import ExpertsConfig, NoiseConfig
 from cascade_model.distillation import Online, distillation_loss
-from cascade_model.flops import GPUS, device_peak, gpu_of, is_last_trimmed, training_flops
+from cascade_model.flops import (
+    GPUS,
+    cpu_speed,
+    device_peak,
+    gpu_of,
+    is_last_trimmed,
+    training_flops,
+)
 from cascade_model.loss import diffusion_loss
-from cascade_model.model import Transformer
 from cascade_model.networks import build_network
 from cascade_model.progress import Beside, work_of
+from cascade_model.training_config import AuxiliaryConfig
 from tests.tiny_models import batch_of, tiny_config
 
 LENGTH, BLOCK, N = 32, 4, 2
@@ -196,7 +203,7 @@ def test_a_dit_computes_its_conditioning_beside_the_tokens():
     assert beside == forward + backward
 
 
-def test_peaks_of_known_gpus_and_of_this_cpu():
+def test_peaks_of_known_gpus_and_the_speed_of_this_cpu():
     peaks = {
         name: gpu.bfloat16
         for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA L40S", "NVIDIA L4")
@@ -204,28 +211,12 @@ def test_peaks_of_known_gpus_and_of_this_cpu():
     }
     assert list(peaks.values()) == [989.4e12, 756e12, 362e12, 121e12]
     assert gpu_of("NVIDIA A100-SXM4-80GB") is GPUS["A100"]
-    assert gpu_of("Voodoo 3") is None
+    for name in ("Voodoo 3", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA A16", "NVIDIA H100X"):
+        assert gpu_of(name) is None
+    for name in GPUS:
+        assert gpu_of(f"NVIDIA {name}") is GPUS[name]
     assert device_peak("meta", "float32") is None
-    here = device_peak("cpu", "float32")
-    assert here is not None
+    assert device_peak("cpu", "float32") is None
+    here = cpu_speed("float32")
     assert 1e9 < here < 1e14
-    assert device_peak(torch.device("cpu"), "float32") == here  # measured once
-
-
-def test_no_pass_of_a_real_model_is_faster_than_the_peak():
-    """The share of the peak that a model of some size reaches is a share."""
-    import time
-
-    config = tiny_config(hidden_size=128, intermediate_size=512, num_layers=3)
-    model = Transformer(config)
-    model.init_weights(0)
-    batch = batch_of(torch.zeros(4, 128), block_size=4)
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        diffusion_loss(model, batch).sum.backward()
-        seconds.append(time.perf_counter() - started)
-    found = training_flops(config, sequence_length=128, mask_rate=1.0)
-    peak = device_peak("cpu", "float32")
-    assert peak is not None
-    assert 0 < found.total * 4 * 128 / min(seconds) < 1.5 * peak
+    assert cpu_speed("float32") == here  # measured once

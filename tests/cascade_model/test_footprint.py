@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import itertools
+from functools import partial
 
 import pytest
 import torch
 
-from cascade_model.config import ExpertsConfig, OptimizerConfig, TrainerConfig
+from cascade_model.config import ExpertsConfig
+from cascade_model.distillation import Online, Taught, banned_with, distillation_loss
 from cascade_model.footprint import (
     checkpoint_bytes,
     footprint,
@@ -16,6 +19,9 @@ from cascade_model.footprint import (
 from cascade_model.loss import LOGITS_PER_CHUNK, diffusion_loss
 from cascade_model.networks import build_network
 from cascade_model.optim import make_optimizer
+from cascade_model.progress import Beside
+from cascade_model.stored_teaching import bucket_divergence
+from cascade_model.training_config import AuxiliaryConfig, OptimizerConfig, TrainerConfig
 from tests.tiny_models import batch_of, tiny_config
 
 EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, intermediate_size=96, router_bias=True)
@@ -56,7 +62,7 @@ def test_parameters_and_moments_are_counted_exactly(changes):
     assert found.staging == found.parameters + found.optimizer
 
 
-def saved_for_backward(config, precision):
+def saved_for_backward(config, precision, loss=diffusion_loss):
     """Bytes that autograd keeps of one forward pass, weights left out, each storage once."""
     model = build_network(config)
     model.init_weights(0)
@@ -77,7 +83,7 @@ def saved_for_backward(config, precision):
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         half if precision == "bfloat16" else contextlib.nullcontext(),
     ):
-        diffusion_loss(model, batch)
+        loss(model, batch)
     return sum(size for size, _ in kept.values())
 
 
@@ -92,6 +98,97 @@ def test_activations_are_those_that_autograd_keeps(changes, precision):
     is_plain = config.network == "transformer" and config.experts is None
     casts = found.gathered  # of the weights
     assert found.activations + casts == pytest.approx(real, rel=0.1 if is_plain else 0.35)
+
+
+def test_next_tokens_keep_what_the_last_layer_makes_of_the_clean_half():
+    config = shape_of({"clean_half": "token_causal", "num_layers": 2})
+    trainer = TrainerConfig(sequences_per_forward=N, sequences_per_step=N)
+    for weight in (0.0, 0.3):
+        loss = partial(diffusion_loss, auxiliary=AuxiliaryConfig(ar_weight=weight))
+        beside = Beside(has_next_tokens=weight > 0)
+        found = footprint(config, trainer, sequence_length=LENGTH, beside=beside).activations
+        assert found == pytest.approx(saved_for_backward(config, "float32", loss), rel=0.1)
+
+
+AUTOREGRESSIVE = {"block_size": 1, "logits": "shifted"}
+BESIDE = {
+    "nothing": Beside(),
+    "next tokens": Beside(has_next_tokens=True),
+    "entropy": Beside(has_entropy=True),
+    "targets": Beside(has_targets=True),
+    "teacher": Beside(teacher=shape_of({"num_layers": 2, "vocab_size": 4000} | AUTOREGRESSIVE)),
+}
+
+
+def targets_of(batch, sequences, places):
+    """Three named tokens for each masked one, compared as those on disk are."""
+    ids = torch.arange(3).expand(len(places), -1)
+    given = (ids, torch.full(ids.shape, 0.2).log(), torch.full((len(places),), 0.4))
+    has_teacher = torch.ones(len(places), dtype=torch.bool)
+    return Taught(given, lambda logits, *told: bucket_divergence(*told, logits / 2), has_teacher)
+
+
+def loss_beside(beside, student):
+    """The loss that computes this beside the masked tokens' cross entropy."""
+    auxiliary = AuxiliaryConfig(
+        ar_weight=0.3 * beside.has_next_tokens, entropy_weight=2.0 * beside.has_entropy
+    )
+    if beside.teacher is None and not beside.has_targets:
+        return partial(diffusion_loss, auxiliary=auxiliary)
+    reference = targets_of
+    if beside.teacher is not None:
+        teacher = build_network(beside.teacher).requires_grad_(False)
+        teacher.init_weights(1)
+        reference = Online(teacher, banned_with(beside.teacher, student))
+    return partial(distillation_loss, reference=reference, alpha=0.5)
+
+
+def peak_of(work):
+    """Bytes that the allocator had given at most while it worked, and had not before."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        work()
+    found = profiler.profiler.kineto_results.events()
+    moves = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in moves))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_step_with_all_that_its_loss_compares_is_covered(name, precision):
+    """By no more than a third as much again, where logits are most of what there is."""
+    beside = BESIDE[name]
+    config = shape_of({"num_layers": 2, "vocab_size": 4000, "clean_half": "token_causal"})
+    model = build_network(config)
+    model.init_weights(0)
+    loss = loss_beside(beside, config)
+    clean = torch.randint(0, 13, (N, LENGTH), generator=torch.Generator().manual_seed(0))
+    is_masked = torch.rand(N, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.5
+    batch = batch_of(clean, block_size=config.block_size, is_masked=is_masked)
+
+    def step():
+        half = torch.autocast("cpu", dtype=torch.bfloat16)
+        with half if precision == "bfloat16" else contextlib.nullcontext():
+            found = loss(model, batch).sum
+        found.backward()
+
+    trainer = TrainerConfig(sequences_per_forward=N, sequences_per_step=N, precision=precision)
+    rate = float(is_masked.float().mean())
+    found = footprint(config, trainer, sequence_length=LENGTH, mask_rate=rate, beside=beside)
+    there = found.parameters + found.optimizer
+    there += 4 * parameter_count(beside.teacher) if beside.teacher else 0
+    assert 1 < (found.on_device - there) / peak_of(step) < 1.3
+
+
+def test_the_end_of_a_run_may_take_more_than_its_steps():
+    """The first of many ranks then holds the whole model; a GPU does not."""
+    config = shape_of({"hidden_size": 256, "intermediate_size": 1024, "num_layers": 16})
+    trainer = TrainerConfig(sequences_per_step=8)
+    many = footprint(config, trainer, sequence_length=16, ranks=8)
+    state = many.parameters + many.gradients + many.optimizer
+    assert many.export == 4 * parameter_count(config)
+    assert many.on_host == state + many.staging + many.export
+    one = footprint(config, trainer, sequence_length=LENGTH)
+    assert one.on_host == one.on_device + one.staging
 
 
 def test_recomputation_keeps_the_inputs_of_all_layers_and_one_layer_whole():

@@ -70,7 +70,7 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path, monkeypatc
     dead = subprocess.Popen(["true"])
     dead.wait()
     for namespace, is_replaced in (("pid:[1]", False), (Owner.here().namespace, True)):
-        folder = tmp_path / namespace.strip("pid:[]")
+        folder = tmp_path / str(is_replaced)
         gone = dataclasses.replace(Owner.here(), pid=dead.pid, namespace=namespace)
         lease._draw(Folder(folder), gone, lambda last: None)
         if is_replaced:
@@ -79,6 +79,20 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path, monkeypatc
         else:  # another container's process of that number says nothing about this one
             with pytest.raises(InputError, match=f"process {dead.pid}"), hold(Folder(folder)):
                 pass
+
+
+def test_a_process_of_another_machine_of_the_same_name_is_not_taken_for_dead(tmp_path, monkeypatch):
+    """Outside of containers the namespaces of processes are numbered alike everywhere."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / "boot_id").write_text("11111111-2222-3333-4444-555555555555\n")
+    monkeypatch.setattr(lease, "BOOT_ID", tmp_path / "boot_id")
+    there = dataclasses.replace(Owner.here(), pid=gone.pid)
+    monkeypatch.undo()
+    assert there.host == Owner.here().host
+    lease._draw(Folder(tmp_path / "run"), there, lambda last: None)
+    with pytest.raises(InputError, match=f"process {gone.pid}"), hold(Folder(tmp_path / "run")):
+        pass
 
 
 def test_signs_of_life_keep_a_lease_fresh(tmp_path, monkeypatch):

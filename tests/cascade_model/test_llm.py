@@ -2,17 +2,19 @@
 
 import asyncio
 import gc
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.errors import InputError
 from cascade_model.llm import LLM
 from cascade_model.model import Transformer
@@ -35,15 +37,6 @@ def model_of(**changes) -> Transformer:
     with torch.no_grad():
         model.embed.weight.mul_(20)
     return model.double().eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads only wait for each other on matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -534,3 +527,34 @@ def test_settings_of_an_engine_are_checked_too():
         EngineConfig(cache_bytes=1.5e6)
     with pytest.raises(InputError, match="device=cuda is not there"):
         LLM.load("anywhere", EngineConfig(device="cuda"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_loading_leaves_no_helping_threads_behind(tmp_path):
+    """They would put the engine's to sleep; the control: a product of the same size starts some."""
+    tokenizer = byte_tokenizer()
+    network = Transformer(text_config(tokenizer, hidden_size=256, intermediate_size=512))
+    network.init_weights(0)
+    save_model(tmp_path / "model", network, tokenizer)
+    script = """
+import os, sys, torch
+from cascade_model.llm import LLM
+def threads(): return len(os.listdir("/proc/self/task"))
+torch.zeros(1)
+before = threads()
+llm = LLM.load(sys.argv[1])
+loaded = threads()
+torch.ones(512, 512).exp()
+print(before, loaded, threads(), torch.get_num_threads())
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "model")],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    before, loaded, helped, own = map(int, ran.stdout.split())
+    assert loaded == before
+    assert helped == before + 1
+    assert own == 2

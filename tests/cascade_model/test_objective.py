@@ -58,6 +58,19 @@ def test_cart_is_its_formula_within_the_document_and_padding_is_no_context():
     torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype))
 
 
+def test_padding_that_ends_texts_too_is_context_as_any_other_token():
+    plain = with_prompts(masked_batch(), [3, 3, 3])
+    clean = plain.clean_tokens.clone()
+    clean[:, 1] = PAD
+    padded = dataclasses.replace(plain, clean_tokens=clean)
+    model = lively_model(**BIDIRECTIONAL)
+    rows = row_losses(model, plain)
+    ends = dataclasses.replace(model.config, stop_ids=(PAD,))
+    expected = weights_of(ends, plain, rows, "cart")
+    assert torch.equal(weights_of(ends, padded, rows, "cart"), expected)
+    assert not torch.equal(weights_of(model.config, padded, rows, "cart"), expected)
+
+
 def test_cart_reaches_far_enough_for_float64():
     batch = masked_batch(length=200, n=1)
     model = lively_model(max_sequence_length=256, **BIDIRECTIONAL)

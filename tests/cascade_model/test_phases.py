@@ -5,10 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cascade_model.config import ModelConfig, NoiseConfig, Phase, TrainerConfig, TrainingNoise
+from cascade_model.batch import TrainBatch
+from cascade_model.config import ModelConfig, NoiseConfig, TrainingNoise
 from cascade_model.corpus import Corpus
 from cascade_model.errors import InputError
-from cascade_model.phases import noise_at, phase_starts, require_phases
+from cascade_model.feed import feed
+from cascade_model.phases import block_size_at, noise_at, phase_starts, require_phases
+from cascade_model.training_config import Phase, TrainerConfig
+from tests.cascade_model.corpus_making import make_corpus
+from tests.cascade_model.training_runs import Killed, dying, losses, make
 
 MODEL = ModelConfig(vocab_size=9, mask_id=1, pad_id=2, eos_id=3, block_size=4)
 NOISE = NoiseConfig(block_size=4)
@@ -48,6 +53,51 @@ def test_a_whole_sequence_has_one_mask_rate_also_when_it_is_cut(tiny_corpus):
         assert batch.thresholds.shape == (2, 1)
         lengths.add(batch.clean_tokens.shape[1])
     assert len(lengths) > 3
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Blocks of 16, four times those of the model."""
+    texts = {"all": [f"{number} " * (3 + number % 40) for number in range(200)]}
+    folder = tmp_path_factory.mktemp("wide")
+    return Corpus.open(make_corpus(folder, texts, noise=NoiseConfig(block_size=16)))
+
+
+UP_AND_DOWN = tuple(Phase(block_size=size, share=1 / 6) for size in (1, 4, 16, 64, 16, 4))
+
+
+def all_short(corpus, **changes):
+    """The noise of a model with blocks of 4 whose every global batch is cut."""
+    recipe = dataclasses.replace(corpus.manifest.noise, block_size=4, **changes)
+    return TrainingNoise.over(recipe, short_rate=1.0, short_multiple=4, sequences_per_batch=4)
+
+
+@pytest.mark.parametrize("per", ["block", "sequence"])
+def test_blocks_larger_than_the_models_are_not_cut_within(wide, per):
+    trainer = TrainerConfig(num_steps=48, sequences_per_step=4, block_sizes=UP_AND_DOWN)
+    lengths = set()
+    for step, batch in enumerate(feed(wide, all_short(wide, per=per), trainer, 0)):
+        size, length = block_size_at(step, trainer), batch.clean_tokens.shape[1]
+        lengths.add((size, length))
+        assert size == 64 or TrainBatch.from_numpy(batch).noise_block_size == size
+    assert all(sum(size == each for each, _ in lengths) > 1 for size in (1, 4, 16, 64))
+
+
+def test_a_run_of_short_batches_goes_up_and_down_and_on_from_the_middle(wide, tmp_path):
+    trainer = TrainerConfig(
+        num_steps=6, sequences_per_step=4, checkpoint_every=1, log_every=1, block_sizes=UP_AND_DOWN
+    )
+    for name, loss in (("whole", {}), ("cut", {"loss_fn": dying(3)}), ("cut", {})):
+        run = dataclasses.replace(
+            make(wide, tmp_path / name, trainer, **loss), noise=all_short(wide)
+        )
+        if loss:
+            with pytest.raises(Killed):
+                run.fit()
+        else:
+            run.fit()
+    assert len(losses(tmp_path / "whole")) == 6
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
 def test_the_share_of_masks_of_a_whole_sequence_is_its_one_rate(tiny_corpus):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.model import Transformer
 from cascade_model.passes import Pass
 from cascade_model.ragged import Job, run_together

@@ -8,7 +8,9 @@ import pytest
 from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus, read_manifest
 from cascade_model.errors import CorpusMismatch
+from cascade_model.feed import feed
 from cascade_model.shard_cache import CacheConfig
+from cascade_model.training_config import TrainerConfig
 from jobs import shards
 from tests.cascade_model.corpus_making import make_corpus
 from tests.cascade_model.test_draws import materialise, same
@@ -42,8 +44,10 @@ def test_batches_from_a_store_are_those_of_the_local_copy(corpora):
     for first in (0, 700, 5000):
         assert same(there.batch(first, 100, noise), here.batch(first, 100, noise))
     assert there.documents_of(30, 20) == here.documents_of(30, 20)
-    spans = [(0, 8), (8, 8)]
-    assert all(map(same, there.batches(iter(spans), noise), here.batches(iter(spans), noise)))
+    config = TrainerConfig(num_steps=2, sequences_per_step=8)
+    one, two = (list(feed(corpus, noise, config, 0)) for corpus in (there, here))
+    assert len(one) == len(two) == 2
+    assert all(map(same, one, two))
 
 
 def test_one_sequence_costs_its_record_batch_and_no_more(corpora, monkeypatch):

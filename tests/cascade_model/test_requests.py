@@ -12,6 +12,7 @@ from cascade_model.requests import (
     block_edges,
     check_infilling,
     check_request,
+    longest_text,
     masks_behind,
     masks_left,
     masks_per_block,
@@ -193,3 +194,16 @@ def test_a_last_block_beyond_learned_positions_is_refused():
     check_request(config, [1] * 118, SamplingParams(max_tokens=6))
     with pytest.raises(InputError, match="the last block ends at 128 and the model has 126"):
         check_request(config, [1] * 120, SamplingParams(max_tokens=6))
+
+
+@pytest.mark.parametrize("attention", ["block_causal", "bidirectional"])
+@pytest.mark.parametrize("network", ["transformer", "gpt2"])
+def test_the_longest_text_is_the_last_one_that_is_not_refused(network, attention):
+    shape = {"network": network, "attention": attention, "num_kv_heads": 4, "num_heads": 4}
+    for context in (124, 126, 127):
+        config = tiny_config(max_sequence_length=context, **shape)
+        longest = longest_text(config)
+        for size in (1, 7, longest - 1):
+            check_request(config, [1] * size, SamplingParams(max_tokens=longest - size))
+            with pytest.raises(InputError):
+                check_request(config, [1] * size, SamplingParams(max_tokens=longest - size + 1))

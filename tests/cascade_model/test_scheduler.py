@@ -17,8 +17,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from cascade_model.config import EngineConfig, ExpertsConfig
-from cascade_model.errors import InputError
+from cascade_model.config import ExpertsConfig
+from cascade_model.engine_config import EngineConfig
+from cascade_model.errors import DoesNotFit, InputError
 from cascade_model.networks import Network, build_network
 from cascade_model.sampler import plan_completion, sample
 from cascade_model.sampling import SamplingParams
@@ -458,7 +459,7 @@ def test_what_can_never_fit_is_refused_before_anything_is_taken(guidance):
     assert decode_all(scheduler, [largest]) == [alone("aligned", largest)]
     streams = 2 if guidance else 1
     text = f"keys and values of {20 * streams} tokens and cache_bytes=.* holds {16 * streams}"
-    with pytest.raises(InputError, match=text):
+    with pytest.raises(DoesNotFit, match=text):
         submit(scheduler, ((1,) * 11, params), [])
     assert_nothing_left(scheduler)
 

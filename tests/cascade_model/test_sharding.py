@@ -7,10 +7,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from cascade_model import sharding
-from cascade_model.config import TrainerConfig
+from cascade_model.config import ExpertsConfig
 from cascade_model.errors import InputError
+from cascade_model.feed_forward import MixtureOfExperts
 from cascade_model.loss import diffusion_loss
 from cascade_model.networks import build_network
+from cascade_model.training_config import TrainerConfig
 from tests.cascade_model.training_runs import run_ranks
 from tests.tiny_models import batch_of, tiny_config
 
@@ -18,38 +20,55 @@ CPU = torch.device("cpu")
 RANKS = """
 from torch.distributed.tensor import DTensor
 from cascade_model import sharding
-from tests.cascade_model.test_sharding import loss_of, model_of, NETWORKS
+from tests.cascade_model.test_sharding import EXPERTS, KINDS, NETWORKS, loss_of, model_of
+from cascade_model.networks import build_network
+from tests.tiny_models import tiny_config
 
 parallel.join_group(torch.device("cpu"))
 told = {}
 for name, shape in NETWORKS.items():
-    for kind, settings in (("plain", {}), ("replicas", {"replicas": 2}),
-                           ("recompute", {"recompute": True}),
-                           ("half", {"precision": "bfloat16", "recompute": True})):
+    for kind, settings in KINDS.items():
         model = model_of(**shape)
-        whole = {key: value.clone() for key, value in model.state_dict().items()}
+        whole = {key: value.clone() for key, value in model.named_parameters()}
         sharding.prepare(model, TrainerConfig(**settings), torch.device("cpu"))
         seen = told[f"{name} {kind}"] = {}
         state = sharding.full_state(model)
-        seen["state_is_whole"] = all(torch.equal(state[key], whole[key]) for key in whole)
+        seen["state"] = sorted(state)
+        seen["state_is_whole"] = all(torch.equal(state[key], whole[key]) for key in state)
         seen["names"] = sorted(key for key, _ in model.named_parameters())
         local = sum(value.to_local().numel() for value in model.parameters())
         seen["share"] = local / sum(value.numel() for value in model.parameters())
         with torch.no_grad():
-            loss_of(model, rank)
+            loss_of(model, rank, kind)
         sharding.reshard(model)
         seen["is_put_away"] = all(isinstance(value, DTensor) for value in model.parameters())
-        seen["loss"] = float(parallel.sum_over_ranks(loss_of(model, rank).detach()))
-        loss_of(model, rank).backward()
-        seen["types"] = sorted({str(value.grad.dtype) for value in model.parameters()})
+        seen["loss"] = float(parallel.sum_over_ranks(loss_of(model, rank, kind).detach()))
+        loss_of(model, rank, kind).backward()
+        trained = [value for value in model.parameters() if value.requires_grad]
+        seen["types"] = sorted({str(value.grad.dtype) for value in trained})
         seen["norm"] = float(sharding.gradient_norm(model))
         sharding.scale_gradients(model, 0.5)
         seen["half_norm"] = float(sharding.gradient_norm(model))
+with torch.device("meta"):
+    bare = build_network(tiny_config(experts=EXPERTS))
+sharding.prepare(bare, TrainerConfig(), torch.device("cpu"))
+told["devices"] = sorted({value.device.type for value in bare.parameters()})
 told["mesh"] = list(sharding.mesh(2, torch.device("cpu")).mesh_dim_names)
 (folder / f"{rank}.json").write_text(json.dumps(told))
 """
+KINDS = {
+    "plain": {},
+    "replicas": {"replicas": 2},
+    "recompute": {"recompute": True},
+    "half": {"precision": "bfloat16"},
+    "half-recompute": {"precision": "bfloat16", "recompute": True},
+}
+EXPERTS = ExpertsConfig(
+    num_experts=4, experts_per_token=2, intermediate_size=8, router_bias=True, first_dense_layers=1
+)
 NETWORKS = {
-    "transformer": {},
+    "transformer": {"qk_norm": True, "qkv_bias": True},
+    "experts": {"experts": EXPERTS},
     "dit": {"network": "dit", "num_kv_heads": 4, "tied_head": False},
     "gpt2": {"network": "gpt2", "num_kv_heads": 4, "intermediate_size": 64, "qkv_bias": True},
 }
@@ -66,16 +85,18 @@ def model_of(**shape):
     return model
 
 
-def loss_of(model, number):
+def loss_of(model, number, kind="plain"):
     """Sum of the squared logits of one of two texts, seen from left to right."""
     from cascade_model.attention import dense
 
     tokens = torch.arange(8)[None] + number
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
     positions = torch.arange(8)[None]
-    return model(
-        tokens, positions, dense(mask), lambda hidden, head: head(hidden).float().square().sum()
-    )
+    is_half = "precision" in KINDS[kind]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half):
+        return model(
+            tokens, positions, dense(mask), lambda hidden, head: head(hidden).float().square().sum()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -90,23 +111,26 @@ def alone():
     """Loss and gradient norm of one process, of the mean over both texts as FSDP takes it."""
     found = {}
     for name, shape in NETWORKS.items():
-        model = model_of(**shape)
-        sharding.prepare(model, TrainerConfig(), CPU)
-        losses = [loss_of(model, number) for number in (0, 1)]
-        (sum(losses) / 2).backward()
-        found[name] = float(sum(losses)), float(sharding.gradient_norm(model))
+        for kind in ("plain", "half"):
+            model = model_of(**shape)
+            sharding.prepare(model, TrainerConfig(**KINDS[kind]), CPU)
+            total = 0.0
+            for number in (0, 1):
+                loss = loss_of(model, number, kind)
+                (loss / 2).backward()
+                total += float(loss.detach())
+            found[f"{name} {kind}"] = total, float(sharding.gradient_norm(model))
     return found
 
 
-KINDS = [
-    f"{name} {kind}" for name in NETWORKS for kind in ("plain", "replicas", "recompute", "half")
-]
+KEYS = [f"{name} {kind}" for name in NETWORKS for kind in KINDS]
 
 
-@pytest.mark.parametrize("key", KINDS)
+@pytest.mark.parametrize("key", KEYS)
 def test_shards_hold_the_whole_under_the_same_names(told, key):
     name, kind = key.split()
     names = sorted(each for each, _ in model_of(**NETWORKS[name]).named_parameters())
+    assert [rank[key]["state"] for rank in told] == [names, []]
     for seen in (rank[key] for rank in told):
         assert seen["state_is_whole"]
         assert seen["is_put_away"]
@@ -114,19 +138,24 @@ def test_shards_hold_the_whole_under_the_same_names(told, key):
         assert seen["share"] == 1.0 if kind == "replicas" else 0.4 < seen["share"] < 0.6
 
 
-@pytest.mark.parametrize("key", KINDS)
+@pytest.mark.parametrize("key", KEYS)
 def test_losses_and_gradients_of_shards_are_those_of_one_process(told, alone, key):
     name, kind = key.split()
-    loss, norm = alone[name]
-    rel = 5e-2 if kind == "half" else 1e-5
+    loss, norm = alone[f"{name} half" if "half" in kind else f"{name} plain"]
     for seen in (rank[key] for rank in told):
-        assert seen["loss"] == pytest.approx(loss, rel=rel)
-        assert seen["norm"] == pytest.approx(norm, rel=rel)
+        assert seen["loss"] == pytest.approx(loss, rel=1e-6)
+        assert seen["norm"] == pytest.approx(norm, rel=1e-6)
         assert seen["half_norm"] == pytest.approx(seen["norm"] / 2, rel=1e-6)
         assert seen["types"] == ["torch.float32"]
     assert told[0][key]["norm"] == told[1][key]["norm"]
-    if kind == "half":
+    if "half" in kind:
         assert told[0][key]["loss"] != told[0][f"{name} plain"]["loss"]
+
+
+def test_only_fsdp_puts_weights_on_the_device_of_several_ranks(told):
+    """It takes one unit at a time, and leaves those of the meta device, which has no values to
+    move, as they are; the model itself cannot be moved from there."""
+    assert [seen["devices"] for seen in told] == [["meta"], ["meta"]]
 
 
 def test_replicas_have_a_mesh_of_two_dimensions(told):
@@ -193,3 +222,13 @@ def test_compiled_kernels_compute_the_same():
         two.backward()
     norms = [float(sharding.gradient_norm(model)) for model in (plain, compiled)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_experts_are_chosen_in_float32_under_autocast():
+    torch.manual_seed(0)
+    mixture, rows = MixtureOfExperts(32, EXPERTS), torch.randn(64, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = mixture.router(rows).float()
+        scores = mixture.scores(rows)
+    assert scores.equal(mixture.scores(rows))
+    assert not rounded.equal(scores), "autocast does not round: this test shows nothing"

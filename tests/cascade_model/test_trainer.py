@@ -7,12 +7,14 @@ import shutil
 import pytest
 import torch
 
+from cascade_model import trainer
 from cascade_model.commit import Folder
 from cascade_model.config import ModelConfig
 from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.metrics import read_metrics
 from cascade_model.run_record import facts_of
+from cascade_model.weights import save_model
 from tests.cascade_model.training_runs import STEPS, Killed, dying, elbo, losses, make, weights
 
 
@@ -51,6 +53,23 @@ def test_loss_falls_and_the_run_folder_explains_itself(corpus, tmp_path):
     assert 0 <= line["data_wait_rate"] <= 1
     assert list((tmp_path / "tensorboard").iterdir())
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_the_model_folder_is_written_from_the_weights_themselves(corpus, tmp_path, monkeypatch):
+    """Memory never holds them twice."""
+    written = []
+
+    def keep(folder, model, *words, **named):
+        written.append(model)
+        save_model(folder, model, *words, **named)
+
+    monkeypatch.setattr(trainer, "save_model", keep)
+    run = make(corpus, tmp_path)
+    run.fit()
+    (exported,) = written
+    for one, two in zip(exported.parameters(), run.model.parameters(), strict=True):
+        assert one.data_ptr() == two.data_ptr()
+    assert weights(tmp_path).keys() == run.model.state_dict().keys()
 
 
 def contents(folder):

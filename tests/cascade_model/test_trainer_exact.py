@@ -11,10 +11,10 @@ import torch
 from cascade_model import metrics
 from cascade_model.checkpoint import load_weights, newest, verify
 from cascade_model.commit import Folder
-from cascade_model.config import Phase
 from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch, InputError, Stopped
 from cascade_model.metrics import read_metrics
+from cascade_model.training_config import Phase
 from cascade_model.window import HeldOut
 from tests.cascade_model.training_runs import STEPS, Killed, dying, elbo, losses, make, weights
 

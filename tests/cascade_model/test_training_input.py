@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cascade_model.config import AuxiliaryConfig
 from cascade_model.loss import diffusion_loss
+from cascade_model.training_config import AuxiliaryConfig
 from cascade_model.training_input import config_for, source_rows
 from tests.tiny_models import batch_of, lively_model
 

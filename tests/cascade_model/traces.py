@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.networks import Network
 from cascade_model.sampler import DecodedBlock, Plan, plan_completion
 from cascade_model.sampling import SamplingParams

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cascade_model.commit import Folder
-from cascade_model.config import ModelConfig, OptimizerConfig, TrainerConfig
+from cascade_model.config import ModelConfig
 from cascade_model.loss import diffusion_loss
 from cascade_model.metrics import read_metrics
 from cascade_model.networks import build_network
 from cascade_model.trainer import Trainer
+from cascade_model.training_config import OptimizerConfig, TrainerConfig
 from cascade_model.weights import load_model
 
 STEPS = TrainerConfig(

@@ -1,8 +1,7 @@
-"""The KubeRay files against the CRD schemas made strict, the operator's own rules, and what is
-embedded in them as text: the Serve configuration, the runtime environment, a job's settings."""
+"""The KubeRay files as `cascade validate` reads them (strict schema, the operator's own rules, what
+is embedded as text), and what all of them have in common."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,16 @@ import pytest
 import yaml
 
 from cascade_model.errors import InputError
+from jobs.kuberay_yaml import (
+    cluster_spec,
+    kuberay_mistakes,
+    operator_mistakes,
+    schema,
+)
+from jobs.schema_mistakes import mistakes_by
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 FILES = ("kuberay-cluster.yaml", "kuberay-job.yaml", "kuberay-service.yaml")
-SCHEMA = json.loads(Path(__file__).with_name("kuberay_v1.schema.json").read_text(encoding="utf-8"))
 
 
 def load(name: str) -> list[dict[str, Any]]:
@@ -23,59 +28,8 @@ def load(name: str) -> list[dict[str, Any]]:
 
 
 def schema_errors(document: dict[str, Any]) -> list[str]:
-    """Every breach of the strict schema of the document's kind, with its path."""
-    schema = {**SCHEMA, "$ref": f"#/$defs/{document['kind']}"}
-    validator = jsonschema.Draft202012Validator(schema)
-    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
-
-
-def cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
-    """The RayClusterSpec inside a RayCluster, RayJob or RayService; empty for other kinds."""
-    spec = document.get("spec", {})
-    inner = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(document["kind"])
-    return spec[inner] if inner else spec
-
-
-def operator_errors(document: dict[str, Any]) -> list[str]:
-    """Breaches of the rules that the operator checks and the schema cannot say."""
-    spec = cluster_spec(document)
-    if not spec:
-        return []
-    found = []
-    is_v2 = spec.get("autoscalerOptions", {}).get("version") == "v2"
-    groups = spec.get("workerGroupSpecs", [])
-    names = [group["groupName"] for group in groups]
-    if len(set(names)) != len(names):
-        found.append("two worker groups have the same groupName")
-    for group in groups:
-        name = group["groupName"]
-        if group["minReplicas"] > group["maxReplicas"]:
-            found.append(f"{name}: minReplicas is above maxReplicas")
-        if not group["minReplicas"] <= group.get("replicas", 0) <= group["maxReplicas"]:
-            found.append(f"{name}: replicas is outside minReplicas..maxReplicas")
-        if is_v2 and group["template"]["spec"].get("restartPolicy", "Never") != "Never":
-            found.append(f"{name}: autoscaler v2 asks for restartPolicy Never")
-    for group in [spec["headGroupSpec"], *groups]:
-        start = group.get("rayStartParams", {})
-        if "labels" in start or "resources" in start:
-            found.append("labels and resources belong into the group, not into rayStartParams")
-        if group.get("resources") and {"num-cpus", "num-gpus", "memory"} & set(start):
-            found.append("resources stand in the group and in rayStartParams")
-        mounts, volumes = pod_volumes(group["template"]["spec"])
-        if not mounts <= volumes:
-            found.append(f"volumeMounts without a volume: {sorted(mounts - volumes)}")
-    if spec.get("authOptions", {}).get("mode") == "token" and not spec.get("rayVersion"):
-        found.append("authOptions need rayVersion")
-    job = document["spec"]
-    if job.get("ttlSecondsAfterFinished") and not job.get("shutdownAfterJobFinishes"):
-        found.append("ttlSecondsAfterFinished needs shutdownAfterJobFinishes")
-    return found
-
-
-def pod_volumes(pod: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """Names of the volumes that a pod's containers mount, and of those it declares."""
-    mounts = {m["name"] for c in pod["containers"] for m in c.get("volumeMounts", [])}
-    return mounts, {volume["name"] for volume in pod.get("volumes", [])}
+    """Every breach of the strict schema of the document's kind."""
+    return mistakes_by({**schema(), "$ref": f"#/$defs/{document['kind']}"}, document)
 
 
 def containers(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -91,14 +45,13 @@ def ray_documents() -> list[dict[str, Any]]:
 
 
 def test_the_schema_itself_is_valid():
-    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.Draft202012Validator.check_schema(schema())
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_shipped_file_is_accepted(name):
-    for document in load(name):
-        assert schema_errors(document) == []
-        assert operator_errors(document) == []
+    documents = [each for each in load(name) if each["kind"].startswith("Ray")]
+    assert [kuberay_mistakes(each, name) for each in documents] == [[]]
 
 
 def test_a_planted_typo_is_found_wherever_it_is_planted():
@@ -115,7 +68,8 @@ def test_a_planted_typo_is_found_wherever_it_is_planted():
             target[path[-1] + "x"] = target.pop(path[-1])
             if path == ("kind",):
                 continue
-            assert schema_errors(broken), f"{document['kind']}: {path} misspelt was accepted"
+            found = schema_errors(broken)
+            assert any(path[-1] in each for each in found), f"{document['kind']}: {path}: {found}"
             planted += 1
     assert planted > 150
 
@@ -141,17 +95,98 @@ def test_wrong_types_and_values_are_found():
         return schema_errors(document)
 
     assert broken(lambda spec: spec["workerGroupSpecs"][0].update(minReplicas="0"))
-    assert broken(lambda spec: spec["workerGroupSpecs"][0].pop("maxReplicas"))
     assert broken(lambda spec: spec["authOptions"].update(mode="tokens"))
     assert broken(lambda spec: spec["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}))
     assert broken(lambda spec: spec["autoscalerOptions"].update(version=2))
 
 
-def test_more_least_than_most_replicas_is_refused():
-    document = load("kuberay-cluster.yaml")[0]
-    document["spec"]["workerGroupSpecs"][0]["minReplicas"] = 99
+@pytest.mark.parametrize("text", ["", "# pip: [a]\n", "{}", "env_vars:\n"])
+def test_a_runtime_environment_without_settings_is_accepted(text):
+    document = changed(FILES[1], lambda spec: spec.update(runtimeEnvYAML=text))
+    assert kuberay_mistakes(document, "f.yaml") == []
+
+
+def changed(name: str, change) -> dict[str, Any]:
+    """The Ray resource of a shipped file after a change."""
+    [document] = [copy.deepcopy(each) for each in load(name) if each["kind"].startswith("Ray")]
+    change(document["spec"])
+    return document
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (FILES[0], lambda s: s["workerGroupSpecs"][0].update(minReplicas=99),
+         "cpu: minReplicas=99 is above maxReplicas=16"),
+        (FILES[0], lambda s: s["workerGroupSpecs"][0].update(replicas=17),
+         "cpu: replicas=17 is outside minReplicas=0..maxReplicas=16"),
+        (FILES[0], lambda s: s["workerGroupSpecs"][0].update(groupName="gpu-spot"),
+         "groupName=gpu-spot stands at two groups"),
+        (FILES[0], lambda s: s.pop("rayVersion"), "authOptions.mode=token needs a rayVersion"),
+        (FILES[0], lambda s: s["headGroupSpec"]["template"]["spec"].update(restartPolicy="Always"),
+         "headGroupSpec: restartPolicy=Always goes not with autoscaler v2"),
+        (FILES[0], lambda s: s["headGroupSpec"]["rayStartParams"].update(labels="a=b"),
+         "headGroupSpec: rayStartParams.labels is refused"),
+        (FILES[0], lambda s: s["headGroupSpec"].update(resources={"CPU": "1"}),
+         "headGroupSpec: resources stand in the group and in rayStartParams"),
+        (FILES[0], lambda s: s["headGroupSpec"]["template"]["spec"].update(volumes=[]),
+         "headGroupSpec: volumeMounts has shared, which is no volume"),
+        (FILES[1], lambda s: s.pop("shutdownAfterJobFinishes"),
+         "`spec.ttlSecondsAfterFinished` has no effect"),
+        (FILES[1], lambda s: s.pop("rayClusterSpec"), "`spec.rayClusterSpec` is missing"),
+        (FILES[2], lambda s: s.pop("serveConfigV2"), "`spec.serveConfigV2` is missing"),
+    ],
+)  # fmt: skip
+def test_what_the_operator_refuses_and_the_schema_cannot_say_is_found(name, change, words):
+    document = changed(name, change)
     assert schema_errors(document) == [], "the schema alone does not see it"
-    assert any("minReplicas is above" in error for error in operator_errors(document))
+    found = operator_mistakes(document)
+    assert len(found) == 1
+    assert found[0].startswith(words)
+    assert kuberay_mistakes(document, "f.yaml") == [f"f.yaml: {found[0]}"]
+
+
+def test_what_a_pod_may_have_is_known_beyond_the_shipped_files():
+    """The schema once was a trimmed one, which refused these."""
+    rare = {
+        "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["a"]}],
+        "priority": 5,
+        "overhead": {"cpu": "250m"},
+        "schedulingGates": [{"name": "g"}],
+        "dnsConfig": {"nameservers": ["1.1.1.1"]},
+        "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [
+            {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"a": "b"}}}
+        ]}},
+    }  # fmt: skip
+
+    def add(spec: dict[str, Any]) -> None:
+        pod = spec["headGroupSpec"]["template"]["spec"]
+        pod.update(rare)
+        pod["volumes"].append({"name": "c", "csi": {"driver": "d", "readOnly": True}})
+        pod["volumes"].append({"name": "p", "projected": {"sources": [{"secret": {"name": "s"}}]}})
+
+    document = changed(FILES[0], add)
+    assert kuberay_mistakes(document, "f.yaml") == []
+    gate = document["spec"]["headGroupSpec"]["template"]["spec"]["schedulingGates"][0]
+    gate["nam"] = gate.pop("name")
+    [told] = kuberay_mistakes(document, "f.yaml")
+    assert told.endswith("did you mean `spec.headGroupSpec.template.spec.schedulingGates[0].name`?")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("env_var: {}", "no setting `env_var`; did you mean `env_vars`?"),
+        ("- 1", "holds no mapping"),
+        ("a: [", "not valid YAML at line 1"),
+        ("pip: [a]\npip: [b]", "`pip` stands at line 1 and again at line 2"),
+    ],
+)
+def test_the_runtime_environment_of_a_job_is_read(text, words):
+    document = changed(FILES[1], lambda spec: spec.update(runtimeEnvYAML=text))
+    [told] = kuberay_mistakes(document, "f.yaml")
+    assert told.startswith("f.yaml: spec.runtimeEnvYAML")
+    assert words in told
 
 
 @pytest.mark.parametrize("document", ray_documents(), ids=lambda document: document["kind"])

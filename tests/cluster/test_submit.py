@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import grpc
 import psutil
 import pytest
 import yaml
@@ -165,22 +166,55 @@ def test_the_control_plane_asks_for_the_token(head):
     assert mode & 0o077 == 0, oct(mode)
 
 
+PORTS = ("GCS", "DASHBOARD", "CLIENT")
+
+
+def listeners_of(folder: Path) -> set[tuple[str, int, str]]:
+    """Address, port and command line of whatever of this head listens now."""
+    found = set()
+    for process in processes_of(folder):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended has no port
+            words = " ".join(process.cmdline())
+            found |= {
+                (connection.laddr.ip, connection.laddr.port, words)
+                for connection in process.net_connections(kind="tcp")
+                if connection.status == psutil.CONN_LISTEN
+            }
+    return found
+
+
+def listeners_once_all_are_up(head: Head) -> set[tuple[str, int, str]]:
+    """What listens when the ports that were asked for are open and for 3 s no other has come.
+
+    The job interface answers before its neighbours listen; after 60 s the last look is returned.
+    """
+    wanted = {int(head.environment[f"CASCADE_{name}_PORT"]) for name in PORTS}
+    deadline, found, since = time.monotonic() + 60, set(), time.monotonic()
+    while time.monotonic() < deadline:
+        before, found = found, listeners_of(head.folder)
+        if found != before:
+            since = time.monotonic()
+        if wanted <= {port for _, port, _ in found} and time.monotonic() - since >= 3:
+            break
+        time.sleep(0.5)
+    return found
+
+
 def test_no_port_is_open_to_the_network_but_those_ray_cannot_close(head):
-    """Ray 2.60 binds GCS, raylet (both ask for the token) and metrics to all interfaces."""
-    listening = [
-        (connection.laddr, " ".join(process.cmdline()))
-        for process in processes_of(head.folder)
-        for connection in process.net_connections(kind="tcp")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    """Ray 2.60 binds GCS, raylet, Ray Client (all ask for the token) and metrics to them."""
+    listening = listeners_once_all_are_up(head)
+    assert {int(head.environment[f"CASCADE_{name}_PORT"]) for name in PORTS} <= {
+        port for _, port, _ in listening
+    }
     assert len(listening) >= 4
-    wide = [(a.port, words) for a, words in listening if a.ip not in ("127.0.0.1", "::1")]
+    wide = [(port, words) for ip, port, words in listening if ip not in ("127.0.0.1", "::1")]
     tokened = ("/gcs_server", "/raylet/raylet")
     others = [(port, words) for port, words in wide if not any(t in words for t in tokened)]
     jobs_port = int(head.address.rsplit(":", 1)[1])
     assert jobs_port not in [port for port, _ in wide]
     for port, words in others:
-        assert is_metrics(port), f"port {port} of {words} answers to anybody"
+        is_closed = is_metrics(port) or refuses_strangers(port, token(head.folder))
+        assert is_closed, f"port {port} of {words} answers to anybody"
 
 
 def is_metrics(port: int) -> bool:
@@ -190,6 +224,22 @@ def is_metrics(port: int) -> bool:
             return answer.read(2) in (b"# ", b"")
     except (OSError, http.client.HTTPException):
         return False
+
+
+def refuses_strangers(port: int, bearer: str) -> bool:
+    """Whether the port is Ray Client's, and lets a call in with the token alone."""
+    codes = []
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary("/ray.rpc.RayletDriver/ClusterInfo")
+        for said in (None, "0" * 64, bearer):
+            try:
+                call(b"", metadata=said and [("authorization", f"Bearer {said}")], timeout=20)
+                codes.append(grpc.StatusCode.OK)
+            except grpc.RpcError as error:
+                codes.append(error.code())
+    refused, unknown = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.NOT_FOUND
+    # Past the guard, a client of no name is not known.
+    return codes == [refused, refused, unknown]
 
 
 def test_prepare_and_pretrain_run_where_they_are_sent(head, documents_jsonl):

@@ -22,7 +22,31 @@ def test_no_stage_and_a_wrong_stage_end_with_code_2(capsys):
     assert cascade.main([]) == 2
     assert "usage" in capsys.readouterr().out
     assert cascade.main(["pretain"]) == 2
-    assert "no stage 'pretain'" in capsys.readouterr().err
+    assert capsys.readouterr().err == "cascade: no stage 'pretain'; did you mean `pretrain`?\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["pretrian"], "cascade: no stage 'pretrian'; did you mean `pretrain`?"),
+        (["distill"], "cascade: no stage 'distill'; did you mean `distil`?"),
+        (["tokeniser"], "cascade: no stage 'tokeniser'; did you mean `tokenizer`?"),
+        (["plan", "pretrian"], "cascade plan: no action 'pretrian'; did you mean `pretrain`?"),
+        (["shards", "verfy"], "cascade shards: no action 'verfy'; did you mean `verify`?"),
+        (["plan", "x"], "cascade plan: no action 'x'; known are pretrain, distil, sft"),
+    ],
+)
+def test_a_misspelt_word_is_told_in_one_sentence_with_the_one_that_was_meant(words, told, capsys):
+    assert cascade.main(words) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"{told}\n")
+
+
+def test_a_word_like_no_stage_is_told_with_all_of_them(capsys):
+    assert cascade.main(["qqq"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.endswith(f"known are {', '.join(cascade.STAGES)}\n")
 
 
 def test_every_stage_is_a_job_and_every_job_with_a_main_a_stage():

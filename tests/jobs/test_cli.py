@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 import yaml
 
-from cascade_model.config import NoiseConfig, Phase
+from cascade_model.config import NoiseConfig
 from cascade_model.errors import InputError
+from cascade_model.training_config import Phase
 from jobs.cli import build, command, dump, parse
 from jobs.pretrain import PretrainConfig
 

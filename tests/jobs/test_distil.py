@@ -1,5 +1,6 @@
 """The distil command is pretraining with a teacher."""
 
+import dataclasses
 import json
 import math
 
@@ -8,7 +9,7 @@ import pytest
 from cascade_model.checkpoint import verify
 from cascade_model.commit import Folder
 from cascade_model.metrics import read_metrics
-from cascade_model.weights import load_model, read_config, weights_digest
+from cascade_model.weights import load_model, read_config, save_model, weights_digest
 from jobs import distil, prepare, pretrain, teach
 
 SHAPE = ["--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-heads", "2"]
@@ -51,6 +52,27 @@ def test_teacher_that_is_no_autoregressive_model_is_refused(tiny_corpus, tmp_pat
     assert distil.main(flags(tiny_corpus, tmp_path / "run", model)) == 3
     assert "must be autoregressive" in " ".join(capsys.readouterr().err.replace("│", "").split())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_longer_than_the_teachers_context_is_refused(
+    tiny_corpus, tmp_path, teacher, capsys
+):
+    """By both commands that let a teacher speak; a corpus just as long is taken."""
+    model, tokenizer = load_model(teacher)
+    asked = ["--corpus", tiny_corpus, "--runner", "local", "--k", "3"]
+    for most, code in ((63, 2), (64, 0)):
+        model.config = dataclasses.replace(model.config, max_sequence_length=most)
+        short, run = tmp_path / f"reads {most}", tmp_path / f"run {most}"
+        save_model(short, model, tokenizer)
+        told = f"teacher={short} has max_sequence_length=63 and corpus={tiny_corpus} has "
+        told += "sequences of 64 tokens; prepare the corpus with --sequence-length 63"
+        taught = [*asked, "--teacher", str(short), "--output", str(tmp_path / f"targets {most}")]
+        for main, words in ((distil.main, flags(tiny_corpus, run, short)), (teach.main, taught)):
+            assert main(words) == code
+            shown = " ".join(capsys.readouterr().err.replace("│", "").split())
+            assert (told in shown) == (code == 2)
+    assert not (tmp_path / "run 63").exists()
+    assert not (tmp_path / "targets 63").exists()
 
 
 def test_student_of_rearranged_texts_learns_from_a_teacher_of_plain_ones(tmp_path):

@@ -71,7 +71,9 @@ def test_without_a_key_only_health_is_open():
     status, headers, body = visit(echo)
     assert status == 401
     assert headers[b"www-authenticate"] == b"Bearer"
-    assert json.loads(body)["error"]["code"] == "invalid_api_key"
+    error = json.loads(body)["error"]
+    assert error["code"] == "invalid_api_key"
+    assert f"its {KEYS_VARIABLE} or the file of its --api-keys" in error["message"]
     assert visit(echo, path="/health")[0] == 200
     assert visit(echo, BEARER)[0] == 200
     assert visit(echo, keys=None)[0] == 200

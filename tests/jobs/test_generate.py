@@ -1,18 +1,24 @@
 """The batch job: settings, exactly-once output on real Ray Data, resume, refusals."""
 
+import dataclasses
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.errors import CheckpointMismatch, InputError, Unavailable
 from cascade_model.sampling import SamplingParams
 from jobs import generate
 from jobs.cli import build
 from jobs.generate_settings import GenerateConfig, job_identity
+from pipelines import generation
+from pipelines.answers import Answered
 
 RECIPE = Path(generate.__file__).parent / "recipes/demo/generate.yaml"
 NUM_ROWS = 11
@@ -20,18 +26,9 @@ NUM_ROWS = 11
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    from cascade_model.model import Transformer
-    from cascade_model.tokenizer import byte_tokenizer
-    from cascade_model.weights import save_model
-    from tests.tiny_models import text_config
+    from tests.tiny_models import saved_text_model
 
-    tokenizer = byte_tokenizer()
-    config = text_config(tokenizer)
-    network = Transformer(config)
-    network.init_weights(0)
-    folder = tmp_path_factory.mktemp("model") / "model"
-    save_model(folder, network, tokenizer)
-    return str(folder)
+    return saved_text_model(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture
@@ -125,11 +122,14 @@ def test_another_job_in_the_same_folder_is_refused_and_changes_nothing(
     assert generate.main(arguments(model, prompts, output)) == 0
     before = contents(output)
     assert generate.main(arguments(model, prompts, output, "--sampling.seed", "9")) == 2
-    assert "another output" in said(capsys)
+    told = (
+        "belongs to another job: sampling.seed=9, the folder was made with 0; give another output"
+    )
+    assert told in said(capsys)
     with prompts.open("a") as file:
         file.write('{"prompt": "one more"}\n')
     assert generate.main(arguments(model, prompts, output)) == 2
-    assert "input_sha256" in said(capsys)
+    assert f"job: input={prompts} is not what the folder was made with; give" in said(capsys)
     assert contents(output) == before
 
 
@@ -147,17 +147,26 @@ def test_damaged_weights_are_told_in_one_sentence(tmp_path, model, prompts, ray_
 
 
 @pytest.mark.ray
-def test_too_many_dead_rows_fail_the_job_which_goes_on_with_another_rate(
+def test_what_is_offered_against_too_many_dead_rows_works(
     tmp_path, model, prompts, ray_local, capsys
 ):
-    output = tmp_path / "out"
+    output, other = tmp_path / "out", tmp_path / "other"
     strict = arguments(model, prompts, output, "--max-dead-rate", "0.01")
     assert generate.main(strict) == 2
-    assert "1 of 11 rows cannot be answered ({'broken_json': 1}, the first is row 4" in said(capsys)
+    told = said(capsys)
+    assert "1 of 11 rows cannot be answered ({'broken_json': 1}, the first is row 4" in told
+    assert "raise max_dead_rate and run the same command again" in told
+    assert "for a mended input or another prompt_column give another output" in told
     assert not (output / "manifest.json").exists()
     assert generate.main(strict) == 2
     assert generate.main(arguments(model, prompts, output)) == 0
     assert json.loads((output / "manifest.json").read_text())["counts"]["rows_out"] == 10
+    prompts.write_text(prompts.read_text().replace("{broken", '{"prompt": "mended"}'))
+    capsys.readouterr()
+    assert generate.main(strict) == 2
+    assert "give another output" in said(capsys)
+    assert generate.main(arguments(model, prompts, other, "--max-dead-rate", "0.01")) == 0
+    assert json.loads((other / "manifest.json").read_text())["counts"]["rows_out"] == 11
 
 
 @pytest.mark.ray
@@ -165,8 +174,90 @@ def test_a_job_without_one_answer_leaves_nothing(tmp_path, model, ray_local, cap
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": ""}\n')
     assert generate.main(arguments(model, path, tmp_path / "out")) == 2
-    assert "'empty_prompt': 1" in said(capsys)
+    told = said(capsys)
+    assert "'empty_prompt': 1" in told
+    assert "mend the input, set prompt_column, or raise max_dead_rate" in told
     assert not (tmp_path / "out").exists()
+    path.write_text('{"text": "mended"}\n')
+    other = ["--prompt-column", "text"]
+    assert generate.main([*arguments(model, path, tmp_path / "out"), *other]) == 0
+
+
+@pytest.mark.ray
+def test_a_mistake_that_comes_late_keeps_what_is_answered_and_the_job_goes_on(
+    tmp_path, model, prompts, ray_local, capsys, monkeypatch
+):
+    def changed_after_the_first(parts, work, num_workers):
+        worker = generation.PartWorker(work)
+        yield worker.answer(parts[0]), 0.0
+        prompts.write_text('{"prompt": "other"}\n' * NUM_ROWS)
+        yield worker.answer(parts[1]), 0.0
+
+    before, output = prompts.read_bytes(), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(generation, "run_on_ray", changed_after_the_first)
+        assert generate.main(arguments(model, prompts, output)) == 2
+    assert f"changed while the job ran; start a new output; what is answered stays in {output}" in (
+        said(capsys)
+    )
+    assert (output / "completions-000000.jsonl.record.json").exists()
+    prompts.write_bytes(before)
+    assert generate.main(arguments(model, prompts, output)) == 0
+    assert generate.main(arguments(model, prompts, tmp_path / "whole")) == 0
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+@dataclasses.dataclass(frozen=True)
+class Deadly:
+    """Where answers come from that end their process, as a row too large for its memory does; only
+    when the other parts lie there, so that which rows are without an answer is no race."""
+
+    deadly: str
+    others: tuple[str, ...] = ()
+    finished: str = ""
+    """A folder whose completions it leaves in `output` before it dies: a commit told to nobody."""
+    output: str = ""
+    num_cpus: float = 1
+    num_gpus: int = 0
+    rows_at_once: int = 1
+
+    def open(self) -> "Deadly":
+        return self
+
+    def answer(self, prompts):
+        if any(prompt.text == self.deadly for prompt in prompts):
+            give_up = time.monotonic() + 60.0
+            while not all(map(os.path.exists, self.others)) and time.monotonic() < give_up:
+                time.sleep(0.05)
+            if self.finished:
+                for path in Path(self.finished).glob("completions-*"):
+                    shutil.copy(path, self.output)
+            os.kill(os.getpid(), signal.SIGKILL)
+        answered = {"num_tokens": 1, "passes": 1, "finish_reason": "stop"}
+        return [Answered(prompt=p.text, completion="", **answered) for p in prompts]
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+@pytest.mark.ray
+def test_rows_that_kill_every_worker_end_the_job_and_are_named(
+    tmp_path, model, prompts, ray_local, capsys, monkeypatch
+):
+    answerer = {"weights_sha256": "none"}
+    others = tuple(
+        str(tmp_path / f"out/completions-{part:06d}.jsonl.record.json") for part in (0, 1, 3)
+    )
+    deadly = Deadly("prompt 6", others)
+    monkeypatch.setattr(generate, "source_of", lambda config: (deadly, answerer))
+    assert generate.main(arguments(model, prompts, tmp_path / "out")) == 2
+    assert "the first rows without an answer are 6 to 8, in" in said(capsys)
+    kept = sorted(path.name for path in (tmp_path / "out").glob("completions-*.jsonl"))
+    assert kept == [f"completions-{part:06d}.jsonl" for part in (0, 1, 3)]
+    monkeypatch.setattr(generate, "source_of", lambda config: (Deadly("none"), answerer))
+    assert generate.main(arguments(model, prompts, tmp_path / "out")) == 0
+    counts = json.loads((tmp_path / "out/manifest.json").read_text())["counts"]
+    assert counts["rows_out"] == NUM_ROWS - 1
 
 
 @pytest.mark.ray
@@ -217,6 +308,64 @@ def test_bad_input_leaves_nothing_behind(tmp_path, model, prompts, capsys):
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("most", "changes", "cure"),
+    [
+        (127, {}, r"in the context of 128 that model=.* has; lower it to 127 at most"),
+        (
+            31,
+            {"cache_bytes": 8192},
+            r"36 tokens .*engine\.cache_bytes=8192 holds those of 32; lower",
+        ),
+    ],
+)
+def test_what_the_engine_could_give_to_no_row_is_refused_before_it_starts(
+    model, most, changes, cure
+):
+    from cascade_model.llm import LLM
+
+    engine = EngineConfig(**changes)
+
+    def settings(max_tokens):
+        params = SamplingParams(max_tokens=max_tokens)
+        return GenerateConfig(model=model, input="i", output="o", sampling=params, engine=engine)
+
+    source, _ = generate.source_of(settings(most))
+    generate.require_room(settings(most), source)
+    with pytest.raises(InputError, match=rf"^sampling\.max_tokens={most + 1} .*{cure}"):
+        generate.require_room(settings(most + 1), source)
+    with LLM.load(model, engine) as llm:  # the engine's own bounds are these
+        [fits] = llm.answers([[65]], settings(most).sampling)
+        [refused] = llm.answers([[65]], settings(most + 1).sampling)
+    assert not isinstance(fits.result, InputError)
+    assert isinstance(refused.result, InputError)
+
+
+def test_a_job_whose_answers_fit_nowhere_writes_nothing(tmp_path, model, prompts, capsys):
+    from cascade_model.llm import LLM
+    from jobs.routes import build_api
+    from tests.jobs.tiny_endpoint import endpoint
+    from tests.pipelines.http_server import serving
+
+    output, long = tmp_path / "out", ["--sampling.max-tokens", "999"]
+    assert generate.main(arguments(model, prompts, output, *long)) == 2
+    assert "sampling.max_tokens=999 leaves a prompt no place in the context of 128" in said(capsys)
+    with LLM.load(model) as llm, serving(build_api(endpoint(llm, keys=None))) as url:
+        asked = [*arguments(model, prompts, output, *long)[2:], "--endpoint", url]
+        assert generate.main(asked) == 2
+    told = f"no place in the 128 tokens that endpoint={url} gives a request (max_model_len); lower"
+    assert told in said(capsys)
+    assert not output.exists()
+
+
+@pytest.mark.ray
+def test_rows_with_lengths_of_their_own_are_not_judged_by_the_jobs(tmp_path, model, ray_local):
+    prompts, output = tmp_path / "own.jsonl", tmp_path / "out"
+    prompts.write_text(json.dumps({"prompt": "a", "params": {"max_tokens": 4}}) + "\n")
+    assert generate.main(arguments(model, prompts, output, "--sampling.max-tokens", "999")) == 0
+    assert json.loads((output / "manifest.json").read_text())["counts"]["rows_out"] == 1
+
+
 @pytest.mark.parametrize("output", ["/dev/null/x", "/proc/x/out"])
 def test_an_output_that_cannot_be_written_is_one_sentence(model, prompts, capsys, output):
     assert generate.main(arguments(model, prompts, output)) == 2
@@ -246,6 +395,7 @@ def test_a_job_at_an_endpoint_writes_what_the_model_writes_and_no_key(
             assert (there / name).read_bytes() == (here / name).read_bytes()
         job = json.loads((there / "job.json").read_text())
         assert (job["model_name"], job["fingerprint"]) == ("tiny", "cascade-test")
+        assert len(job["chat_template_sha256"]) == 64
         assert not [name for name, data in contents(there).items() if b"right" in data]
     monkeypatch.delenv("CASCADE_API_KEY")
     asked += ["--patience-seconds", "0.2"]
@@ -273,7 +423,7 @@ def test_a_column_that_can_be_no_setting_is_refused():
 
 
 def test_the_models_own_template_is_used_unless_another_is_given(tmp_path, model):
-    from cascade_model.weights import load_model, save_model
+    from cascade_model.weights import load_model, save_model, weights_digest
 
     own = tmp_path / "model"
     network, tokenizer = load_model(model)
@@ -285,6 +435,9 @@ def test_the_models_own_template_is_used_unless_another_is_given(tmp_path, model
         config = GenerateConfig(**({"model": str(own), "input": "i", "output": "o"} | changes))
         return generate.source_of(config)[0].chat_template
 
+    assert generate.source_of(GenerateConfig(model=model, input="i", output="o"))[
+        0
+    ].weights_sha256 == weights_digest(model)
     assert template() == "{{ messages[0].content }}"
     assert template(model=model) == "plain"
     assert template(chat_template="chatml") == "chatml"

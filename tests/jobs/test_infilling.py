@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from cascade_model.commit import Folder
 from cascade_model.corpus import Corpus
@@ -34,14 +33,6 @@ SHAPE += ["--model.num-kv-heads", "4", "--model.head-dim", "16", "--model.interm
 STEPS = ["--trainer.num-steps", "160", "--trainer.sequences-per-step", "64", "--trainer.log-every"]
 STEPS += ["50", "--trainer.sequences-per-forward", "64", "--optimizer.peak-lr", "0.01"]
 GREEDY = SamplingParams(max_tokens=6, temperature=0, rule="sequential")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +185,7 @@ def test_rows_of_a_batch_have_suffixes(filling, plain, tmp_path):
     parts, _ = plan([str(path)], 10)
     for model, texts in ((filling, ["CC", "aa", "aa"]), (plain, ["aa", "aa"])):
         output = tmp_path / model.parent.name
-        claim(Folder(output), {})
+        claim(Folder(output), {}, {})
         work = Work(
             source=ModelSource(model=str(model)),
             output=str(output),

@@ -7,13 +7,14 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from cascade_model.commit import Folder
 from cascade_model.errors import InputError, Stopped, Unfinished
+from cascade_model.shard_cache import CacheConfig
 from jobs import launch, pretrain, run_folder
 from jobs.launch import Placement
 from jobs.terminal import Terminal
@@ -27,6 +28,7 @@ class Settings:
     output: str = "/runs/a"
     initial_model: str | None = None
     num_workers: int = 2
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
 
 def test_paths_become_absolute_and_urls_and_gaps_stay(tmp_path, monkeypatch):
@@ -34,6 +36,17 @@ def test_paths_become_absolute_and_urls_and_gaps_stay(tmp_path, monkeypatch):
     found = launch.with_absolute_paths(Settings(corpus="s3://bucket/shards", output="run"))
     assert found == Settings(corpus="s3://bucket/shards", output=str(tmp_path / "run"))
     assert launch.with_absolute_paths(Settings()).corpus == str(tmp_path / "shards")
+    own = CacheConfig(folder="cache", max_bytes=1 << 20)
+    kept = launch.with_absolute_paths(Settings(cache=own)).cache
+    assert kept == CacheConfig(folder=str(tmp_path / "cache"), max_bytes=1 << 20)
+
+
+def test_a_path_from_home_is_the_same_for_the_checks_and_for_the_ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    places = ("~/shards", "~", "runs/~/x", str(tmp_path / "a"))
+    for place in places:
+        assert Folder(launch.absolute(place)).url == Folder(place).url
+    assert launch.absolute("~/shards") == str(tmp_path / "shards")
 
 
 def test_without_workers_training_runs_here(tmp_path):
@@ -127,9 +140,19 @@ def dying(config, device, started):
 def test_a_death_without_a_restart_fails_the_run(ray_knows_this_file, tmp_path):
     """The control of the tests that kill a rank and see the run end all the same."""
     alone = Placement(num_workers=1, max_failures=0)
-    with pytest.raises(Unfinished, match=r"rank 0 was lost .*, which begins anew, as none"):
+    with pytest.raises(Unfinished, match=r"rank (0 )?was lost .*, which begins anew, as none"):
         launch.launch(dying, None, folder=Folder(tmp_path), placement=alone)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_death_while_the_ranks_start_is_a_loss_too():
+    """Ray Train's controller then fails itself, as it does not watch over them yet."""
+    from ray.exceptions import ActorDiedError
+    from ray.train import ControllerError
+
+    rank, failure = launch._lost(ControllerError(ActorDiedError()))
+    assert (rank, type(failure)) == ("a rank", ActorDiedError)
+    assert launch._lost(ControllerError(ValueError("a fault of ours"))) is None
 
 
 def faulty(config, device, started):

@@ -95,7 +95,7 @@ def test_a_suffix_is_for_completions_and_not_for_chats():
 
 
 def test_a_misspelt_field_is_answered_with_the_right_name():
-    with pytest.raises(ValidationError, match="Did you mean `confidence_threshold`"):
+    with pytest.raises(ValidationError, match="did you mean `confidence_threshold`"):
         completion(confidence_treshold=0.5)
 
 

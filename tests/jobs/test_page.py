@@ -17,7 +17,6 @@ from typing import Any, get_args
 
 import httpx
 import pytest
-import torch
 import uvicorn
 from starlette.testclient import TestClient
 
@@ -38,14 +37,6 @@ from tests.jobs.tiny_endpoint import endpoint, require_error, tiny_llm
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='in'</script>"
 RIGHT = "sk-3f9c-the-only-one"
 FIELDS = {"rule": "confidence_threshold", "confidence_threshold": 0.9, "temperature": 0.7}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +276,7 @@ def test_every_colour_can_be_read_on(url, opening, scheme):
 
 
 def test_stop_keeps_what_is_there_and_frees_the_place(llm, opening):
-    decode = paced(llm, 0.02)
+    decode = paced(llm, 0.08)  # seconds until it ends by itself, on a busy machine too
     with served(llm, decode=decode, max_choices_in_flight=1) as url:
         page = opening(url)
         for how in ("button", "key"):

@@ -16,13 +16,13 @@ import torch
 
 from cascade_model.checkpoint import newest, verify
 from cascade_model.commit import Folder
-from cascade_model.config import TrainerConfig
 from cascade_model.corpus import Corpus
 from cascade_model.errors import CheckpointMismatch, InputError
 from cascade_model.metrics import read_metrics
 from cascade_model.settings import to_dict
+from cascade_model.training_config import TrainerConfig
 from cascade_model.weights import load_model, save_model, weights_digest
-from jobs import launch, pretrain, training
+from jobs import convert, launch, pretrain, training
 from jobs.cli import parse, read_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +76,29 @@ def test_training_can_start_from_a_model_folder(tiny_corpus, tmp_path):
     assert second[0]["loss"] < first[0]["loss"]
 
 
+def test_every_path_in_a_file_may_begin_at_home(tiny_corpus, tmp_path, monkeypatch):
+    """No shell reads a YAML file, so that `~` comes to the job as it stands there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").symlink_to(tiny_corpus)
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "first")) == 0
+    file = tmp_path / "run.yaml"
+    file.write_text("{corpus: ~/shards, output: ~/run, initial_model: ~/first/model}")
+    assert pretrain.main(["--config", str(file), "--num-workers", "0", *STEPS]) == 0
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_what_a_run_reads_of_either_split_stays_in_the_cache(tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = {}
+    for name, more in (("trained", []), ("evaluated", ["--trainer.evaluate-every", "2"])):
+        words = flags(tiny_corpus, tmp_path / f"run {name}", "--cache.folder", name, *more)
+        assert pretrain.main(words) == 0
+        kept[name] = {path.name for path in (tmp_path / name).glob("??/*")}
+    assert kept["trained"] < kept["evaluated"]
+
+
 def test_a_run_goes_on_from_the_weights_it_began_with_alone(tiny_corpus, tmp_path, capsys):
     for name in ("first", "other"):
         more = ["--trainer.seed", "1"] if name == "other" else []
@@ -103,6 +126,52 @@ def test_a_model_for_shorter_texts_than_the_corpus_has_is_refused(tiny_corpus, t
     assert "short has max_sequence_length=32 and corpus=" in told
     assert "prepare the corpus with --sequence-length 32" in told
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        (
+            ["--model.block-size", "2"],
+            "model.block_size=2 and initial_model=START has block_size=4, which a run keeps; leave "
+            "model.block_size out, or start from what `cascade convert --block-size 2` makes of it",
+        ),
+        (
+            ["--model.hidden-size", "32"],
+            "model.hidden_size=32 and initial_model=START has hidden_size=16, which a run keeps; "
+            "leave model.hidden_size out",
+        ),
+    ],
+)
+def test_a_shape_that_the_start_does_not_have_is_refused(
+    tiny_corpus, finished, tmp_path, capsys, setting, sentence
+):
+    """One that it has anyhow is taken, as in the other tests of this file."""
+    start = str(finished / "model")
+    words = flags(tiny_corpus, tmp_path / "run", "--initial-model", start, *setting)
+    assert pretrain.main(words) == 2
+    told = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert sentence.replace("START", start) in told
+    assert ("cascade convert" in told) == ("cascade convert" in sentence)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_whose_blocks_the_corpus_does_not_have_is_told_as_such(
+    tiny_corpus, finished, tmp_path, capsys
+):
+    model, tokenizer = load_model(finished / "model")
+    model.config = dataclasses.replace(model.config, block_size=8)
+    save_model(tmp_path / "start", model, tokenizer)
+    initial = ["--initial-model", str(tmp_path / "start")]
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "run", *initial)) == 2
+    told = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert f"initial_model={tmp_path / 'start'} has block_size=8, which does not divide" in told
+    assert "model.block_size" not in told
+    smaller = tmp_path / "smaller"
+    source = ["--source", str(tmp_path / "start"), "--output", str(smaller)]
+    assert convert.main([*source, "--block-size", "4"]) == 0
+    initial = ["--initial-model", str(smaller)]
+    assert pretrain.main(flags(tiny_corpus, tmp_path / "run", *initial)) == 0
 
 
 def test_one_block_shifted_is_an_autoregressive_model(tiny_corpus, tmp_path):

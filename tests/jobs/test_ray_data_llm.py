@@ -8,23 +8,16 @@ import pytest
 
 from cascade_model.errors import InputError
 from cascade_model.llm import LLM
-from cascade_model.model import Transformer
 from cascade_model.sampling import SamplingParams
-from cascade_model.tokenizer import byte_tokenizer
-from cascade_model.weights import save_model
-from tests.tiny_models import text_config
+from cascade_model.weights import weights_digest
+from tests.tiny_models import saved_text_model
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    tokenizer = byte_tokenizer()
-    network = Transformer(text_config(tokenizer))
-    network.init_weights(0)
-    folder = tmp_path_factory.mktemp("model") / "model"
-    save_model(folder, network, tokenizer)
-    return str(folder)
+    return saved_text_model(tmp_path_factory.mktemp("model") / "model")
 
 
 def processor_of(model: str, **settings):
@@ -79,7 +72,7 @@ def test_a_row_that_cannot_be_answered_is_set_aside_where_that_is_wished(model, 
 
 
 def test_a_wrong_setting_is_told_when_the_processor_is_built(model):
-    with pytest.raises(InputError, match=r"temprature is no setting .* did you mean temperature"):
+    with pytest.raises(InputError, match=r"temprature is no setting .* did you mean `temperature`"):
         processor_of(model, sampling_params={"temprature": 1.0})
     with pytest.raises(InputError, match="did you mean `max_sequences`"):
         processor_of(model, engine={"max_sequence": 4})
@@ -99,6 +92,11 @@ def test_equal_rows_have_equal_seeds_and_others_have_others(model):
     assert len(set(seeds)) == 3
     with pytest.raises(InputError, match=r"missing_prompt.*mend it or set"):
         udf._answers([{"text": "a"}])
+
+
+def test_the_actors_take_the_weights_that_the_processor_was_built_with(model):
+    stage = processor_of(model).get_stage_by_name("CascadeStage")
+    assert stage.fn_constructor_kwargs["source"].weights_sha256 == weights_digest(model)
 
 
 def test_vllm_is_not_needed():

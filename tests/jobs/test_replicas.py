@@ -5,9 +5,12 @@ import dataclasses
 
 import pytest
 
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
+from cascade_model.errors import DoesNotFit
 from cascade_model.sampling import SamplingParams
-from jobs.replicas import Sampler
+from cascade_model.scoring import scored
+from jobs.openai_protocol import ApiError
+from jobs.replicas import Sampler, as_told
 from tests.benchmarks.serve_runs import write_model
 
 PROMPT = list(b"def f(")
@@ -34,6 +37,32 @@ def test_it_greets_with_its_weights_and_refuses_others(sampler):
     before = sampler._llm.counters.passes
     assert asyncio.run(said()) == [{"weights": sampler._weights}]
     assert sampler._llm.counters.passes == before
+
+
+def test_it_scores_for_those_alone_that_ask_for_its_weights(sampler):
+    async def said(weights: str):
+        return [item async for item in sampler.score(PROMPT, 2, weights)]
+
+    greeting = {"weights": sampler._weights}
+    assert asyncio.run(said("other")) == [greeting]
+    told = dict(pair for part in scored(sampler._llm.model, PROMPT, 2) for pair in part)
+    scores = [told.get(place) for place in range(len(PROMPT))]
+    assert asyncio.run(said(sampler._weights)) == [greeting, {"scores": scores}]
+    assert sampler._texts_to_score == 0
+
+
+def test_a_sampler_that_refuses_a_request_is_a_400_in_its_own_words():
+    """As Ray brings it: an error of both kinds, whose text is the sampler's traceback."""
+    from ray.exceptions import RayTaskError
+
+    cause = DoesNotFit("the request needs more; shorten it")
+    wrapped = RayTaskError("blocks", "Traceback: secret", cause).as_instanceof_cause()
+    for raised in (wrapped, cause):
+        with pytest.raises(ApiError) as refused, as_told():
+            raise raised
+        told = refused.value.body["error"]
+        assert (refused.value.status, told["code"]) == (400, "invalid_value")
+        assert told["message"] == "the request needs more; shorten it"
 
 
 def test_it_goes_on_behind_committed_tokens(sampler):

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import itertools
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from cascade_model.sampling import SamplingParams
 from cascade_model.text_stream import TextStream, complete
 from cascade_model.tokenizer import byte_tokenizer
 from jobs.openai_protocol import ApiError
-from jobs.resuming import NoRoom, Patience, Pulse, SamplerLost, resuming
+from jobs.resuming import NoRoom, Patience, Pulse, SamplerLost, resuming, told_whole
 from tests.tiny_models import text_config
 
 PROMPT = list(b"def find(")
@@ -278,21 +280,46 @@ def test_an_error_of_the_engine_is_no_loss(llm):
         blocks_of(broken)
 
 
-def test_a_deadline_counts_from_the_beginning_of_the_request(llm):
-    left = []
+def test_a_deadline_counts_from_when_a_sampler_has_the_request():
+    """The wait for the first one is not part of it, that for the next ones is."""
+    left, asked, greeted = [], [], []
 
     async def slow(params, committed, steps_made):
         left.append(params.deadline_seconds)
+        asked.append(time.monotonic())
+        if len(asked) in (1, 4):
+            raise SamplerLost  # nobody is there
+        await asyncio.sleep(0.2)  # nobody has room
+        greeted.append(time.monotonic())
         yield {"weights": "w"}
-        await asyncio.sleep(0.2)
-        if len(left) < 3:
+        await asyncio.sleep(0.1)
+        if len(asked) < 5:
             raise SamplerLost
         yield {"tokens": [1], "passes": 1, "steps": 1, "finish_reason": "length"}
 
-    blocks_of(slow, params=SamplingParams(deadline_seconds=0.3))
-    assert left[0] <= 0.3
-    assert left[1] <= 0.1
-    assert 0 < left[2] < 0.01
+    blocks_of(slow, params=SamplingParams(deadline_seconds=60.0), patience=Patience(seconds=20))
+    assert left[:2] == [60.0, 60.0]
+    spent = [60.0 - each for each in left[2:]]
+    since = [each - greeted[0] for each in asked[2:]]
+    assert all(0 < own <= most for own, most in zip(spent, since, strict=True))
+    waits = [after - before for before, after in itertools.pairwise(spent)]
+    assert waits[0] > 0.25  # the second sampler's queue and work
+    assert waits[1] > 0  # the pause behind one that was not there
+
+
+def test_a_deadline_that_is_over_leaves_a_moment():
+    left = []
+
+    async def late(params, committed, steps_made):
+        left.append(params.deadline_seconds)
+        yield {"weights": "w"}
+        await asyncio.sleep(0.2)
+        if len(left) < 2:
+            raise SamplerLost
+        yield {"tokens": [1], "passes": 1, "steps": 1, "finish_reason": "length"}
+
+    blocks_of(late, params=SamplingParams(deadline_seconds=0.1))
+    assert left == [0.1, 1e-3]
 
 
 def test_a_reader_that_lags_gives_its_place_up_and_reads_the_same(llm):
@@ -358,4 +385,71 @@ def test_the_end_of_all_streams_reaches_those_that_run_and_those_that_wait():
 
     found = asyncio.run(asyncio.wait_for(run(), timeout=20))
     assert found == [(1, "server_ending"), (0, "server_ending")]
+    assert not pulse.running
+    late = asyncio.run(asyncio.wait_for(told(runs), timeout=5))
+    assert late == (0, "server_ending")  # nobody begins behind the end
+
+
+# One item, such as the scores of a text
+
+
+async def one_item_of(lives: Sequence[str], pulse: Pulse, patience: Patience):
+    """What `told_whole` makes of samplers that live so, and how many were lost over it. The last
+    one stands for all that follow."""
+    asked, losses = [], []
+
+    async def source():
+        asked.append(lives[min(len(asked), len(lives) - 1)])
+        if asked[-1] == "silent":
+            await asyncio.sleep(60)
+        if asked[-1] == "full":
+            raise NoRoom
+        yield {"weights": "other" if asked[-1] == "other" else "w"}
+        if asked[-1] == "hangs":
+            await asyncio.sleep(60)
+        if asked[-1] == "dies":
+            raise SamplerLost
+        yield {"scores": [None, 0.5]}
+
+    settings = {"weights": "w", "pulse": pulse, "patience": patience}
+    try:
+        told = await told_whole(source, on_loss=lambda: losses.append(1), **settings)
+    except ApiError as error:
+        told = (error.status, error.body["error"]["code"])
+    return told, len(losses)
+
+
+def one_item(*lives: str):
+    return asyncio.run(asyncio.wait_for(one_item_of(lives, Pulse(), SHORT), timeout=20))
+
+
+def test_one_item_comes_from_another_sampler_where_one_dies_over_it():
+    told = {"scores": [None, 0.5]}
+    assert one_item("lives") == (told, 0)
+    assert one_item("dies", "dies", "lives") == (told, 2)
+    assert one_item("dies", "full", "lives") == (told, 1)
+    assert one_item("dies") == ((503, "sampler_lost"), SHORT.losses + 1)
+
+
+def test_one_item_is_refused_where_no_sampler_can_give_it():
+    assert one_item("full") == ((429, "rate_limit_exceeded"), 0)
+    assert one_item("other") == ((503, "model_changed"), 0)
+    began = time.monotonic()
+    assert one_item("silent") == ((503, "sampler_lost"), 0)
+    assert SHORT.seconds <= time.monotonic() - began < SHORT.seconds + 5
+
+
+def test_the_end_of_all_streams_ends_one_item_too():
+    pulse, patience = Pulse(), Patience(seconds=60)
+
+    async def run():
+        items = [one_item_of([life], pulse, patience) for life in ("silent", "hangs")]
+        tasks = [asyncio.create_task(item) for item in items]
+        await asyncio.sleep(0.2)
+        assert len(pulse.running) == 1
+        pulse.end(ApiError(503, "over", code="server_ending"))
+        return await asyncio.gather(*tasks, one_item_of(["lives"], pulse, patience))
+
+    found = asyncio.run(asyncio.wait_for(run(), timeout=20))
+    assert found == [((503, "server_ending"), 0)] * 3
     assert not pulse.running

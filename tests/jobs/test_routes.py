@@ -4,16 +4,17 @@ import asyncio
 import json
 
 import pytest
-import torch
 from starlette.testclient import TestClient
 
+from cascade_model.engine_config import EngineConfig
 from cascade_model.llm import LLM
 from cascade_model.sampling import SamplingParams
 from cascade_model.tokenizer import byte_tokenizer
-from jobs.openai_protocol import MAX_BODY_BYTES, overloaded
+from jobs.openai_protocol import MAX_BODY_BYTES, ApiError, overloaded
 from jobs.routes import build_api
 from tests.jobs.tiny_endpoint import (
     KEY,
+    chat,
     client_of,
     complete,
     endpoint,
@@ -23,15 +24,6 @@ from tests.jobs.tiny_endpoint import (
 )
 
 USER = [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More threads only wait for each other on matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +103,7 @@ def test_a_suffix_that_the_model_cannot_see_is_refused_by_its_name(client, filli
     assert "infill=psm" in error["message"]
     assert "beyond the hole's block" in error["message"]
     able = client_of(filling)
-    too_long = complete(able, suffix="x" * 120)
+    too_long = complete(able, suffix="x" * 126)
     require_error(too_long, 400, "prompt", "context_length_exceeded")
     body = {"model": "tiny", "messages": USER, "suffix": "xy"}
     refused = able.post("/v1/chat/completions", json=body)
@@ -161,7 +153,7 @@ def test_a_block_that_has_room_for_hole_and_suffix_sees_it(client, llm):
     for change in ({"max_tokens": 3}, {"suffix": "xy"}, {"prompt": "hell", "suffix": "xyz"}):
         error = require_error(complete(client, **(asked | change)), 400, "suffix",
                               "unsupported_parameter")  # fmt: skip
-        assert "shorter by 1 tokens" in error["message"]
+        assert "make the two together shorter by 1 tokens" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -171,8 +163,9 @@ def test_a_block_that_has_room_for_hole_and_suffix_sees_it(client, llm):
         ({"stop_at_eos": True}, "stop_at_eos", "invalid_value"),
         ({"prompt": [97, 258]}, "prompt", "invalid_value"),
         ({"prompt": [97, 999]}, "prompt", "invalid_value"),
-        ({"suffix": "x" * 120}, "prompt", "context_length_exceeded"),
-        ({"max_tokens": 123}, "prompt", "context_length_exceeded"),
+        ({"suffix": "x" * 120}, "max_tokens", "context_length_exceeded"),
+        ({"suffix": "x" * 125}, "prompt", "context_length_exceeded"),
+        ({"max_tokens": 123}, "max_tokens", "context_length_exceeded"),
         ({"max_steps": 1}, "max_steps", "invalid_value"),
     ],
 )
@@ -274,6 +267,111 @@ def test_the_text_of_a_special_token_reaches_the_sampler_as_ordinary_text(llm):
     assert all(max(tokens) < 256 for tokens in seen)
 
 
+def test_what_the_cache_does_not_hold_is_refused_and_never_asked_for_by_default():
+    """The context has 128 tokens and the engine's memory 64, or 32 of each of guidance's two."""
+    token = 2 * 2 * 16 * 4  # keys and values, heads, size, bytes
+    with tiny_llm(engine=EngineConfig(cache_bytes=64 * token)) as llm:
+        client = client_of(llm)
+        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 64
+        assert client.post("/tokenize", json={"prompt": "a"}).json()["max_model_len"] == 64
+        assert client.get("/tokenizer_info").json()["model_max_length"] == 64
+        for guidance, longest in ((0, 64), (1.5, 32)):
+            asked = {"guidance_scale": guidance, "stop_at_eos": False}
+            assert chat(client, **asked).json()["usage"]["total_tokens"] == longest
+            assert complete(client, max_tokens=longest - 3, **asked).status_code == 200
+            for stream in (False, True):
+                over = complete(client, max_tokens=longest - 2, stream=stream, **asked)
+                error = require_error(over, 400, "max_tokens", "context_length_exceeded")
+                assert f"makes {longest + 1}, over the {longest} that" in error["message"]
+            long = chat(client, "x" * longest, **asked)
+            require_error(long, 400, "messages", "context_length_exceeded")
+        scored = complete(client, prompt="x" * 100, max_tokens=0, echo=True, logprobs=0)
+        assert len(scored.json()["choices"][0]["logprobs"]["tokens"]) == 100
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "words"),
+    [
+        ({"max_tokens": 126}, "max_tokens", "lower max_tokens to 125 or shorten the prompt"),
+        ({"prompt": "a" * 120}, "prompt", "plus the default max_tokens=16 makes 136, over the con"),
+        ({"prompt": "a" * 120, "max_tokens": None}, "prompt", "the default max_tokens=16 makes"),
+        ({"prompt": "a" * 120}, "prompt", "prompt by 8 tokens or give a max_tokens of at most 8"),
+        ({"prompt": "a" * 120, "max_tokens": 16}, "max_tokens", "plus max_tokens=16 makes 136"),
+        ({"prompt": "a" * 130, "max_tokens": 5}, "prompt", "shorten the prompt by 3 tokens"),
+        ({"prompt": "a" * 130, "max_tokens": 0, "echo": True}, "prompt", "prompt by 2 tokens"),
+    ],
+)
+def test_too_many_tokens_are_told_with_the_field_that_would_mend_it(client, fields, field, words):
+    error = require_error(complete(client, **fields), 400, field, "context_length_exceeded")
+    assert words in error["message"]
+
+
+def test_a_mended_length_is_taken(client):
+    assert complete(client, max_tokens=125).status_code == 200
+    assert complete(client, prompt="a" * 120, max_tokens=8).status_code == 200
+    assert complete(client, prompt="a" * 127, max_tokens=1).status_code == 200
+
+
+def test_where_positions_are_learned_an_answer_ends_with_the_last_whole_block_of_them():
+    with tiny_llm(network="gpt2", max_sequence_length=126) as llm:
+        whole = 126 // llm.config.block_size * llm.config.block_size
+        assert whole < 126
+        client = client_of(llm)
+        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == whole
+        assert chat(client, stop_at_eos=False).json()["usage"]["total_tokens"] == whole
+        assert complete(client, max_tokens=whole - 3).status_code == 200
+        over = complete(client, max_tokens=whole - 2)
+        error = require_error(over, 400, "max_tokens", "context_length_exceeded")
+        assert f"over the {whole} that whole blocks take of the context of 126" in error["message"]
+        over = complete(client, prompt="a" * (whole - 4))
+        error = require_error(over, 400, "prompt", "context_length_exceeded")
+        assert "give a max_tokens of at most 4" in error["message"]
+        scored = complete(client, prompt="x" * 126, max_tokens=0, echo=True, logprobs=0)
+        assert len(scored.json()["choices"][0]["logprobs"]["tokens"]) == 126  # decodes nothing
+
+
+def test_a_chat_that_is_too_long_is_told_to_be_shortened_whatever_its_length_is_called(client):
+    error = require_error(chat(client, "x" * 128), 400, "messages", "context_length_exceeded")
+    assert "messages of 146 tokens plus an answer is over the context of 128" in error["message"]
+    assert "max_tokens" not in error["message"]
+    for name in ("max_tokens", "max_completion_tokens"):
+        over = chat(client, "Hi", **{name: 120})
+        error = require_error(over, 400, name, "context_length_exceeded")
+        assert f"messages of 20 tokens plus {name}=120 makes 140" in error["message"]
+
+
+def test_a_server_that_is_ending_takes_no_new_request_and_goes_on_with_those_it_has(llm):
+    is_ending = []
+
+    def require_open():
+        if is_ending:
+            raise ApiError(503, "over", type="server_error", code="server_ending")
+
+    async def score(tokens, count):
+        is_ending.append(True)
+        return [None] * len(tokens)
+
+    client = client_of(llm, require_open=require_open, score=score)
+    asked = {"prompt": ["ab", "cd"], "echo": True, "max_tokens": 4}
+    assert len(complete(client, logprobs=0, **asked).json()["choices"]) == 2
+    replies = [complete(client, **asked), complete(client, stream=True), chat(client)]
+    for reply in (*replies, client.get("/ready")):
+        require_error(reply, 503, None, "server_ending")
+
+
+def test_it_is_ready_as_long_as_its_samplers_are(llm):
+    told = [True, False]
+
+    async def ready():
+        return told.pop(0)
+
+    client = client_of(llm, ready=ready)
+    assert client.get("/ready").json() == {"status": "ok"}
+    reply = client.get("/ready")
+    require_error(reply, 503, None, "not_ready")
+    assert reply.headers["retry-after"] == "1"
+
+
 def test_models_are_listed_and_shown_by_name(client):
     [card] = client.get("/v1/models").json()["data"]
     assert card["id"] == "tiny"
@@ -287,7 +385,8 @@ def test_models_are_listed_and_shown_by_name(client):
         ({"prompt": ""}, "prompt", "invalid_value"),
         ({"prompt": [258]}, "prompt", "invalid_value"),
         ({"prompt": [5000]}, "prompt", "invalid_value"),
-        ({"max_tokens": 126}, "prompt", "context_length_exceeded"),
+        ({"max_tokens": 126}, "max_tokens", "context_length_exceeded"),
+        ({"prompt": "a" * 128}, "prompt", "context_length_exceeded"),
         ({"max_tokens": "x"}, "max_tokens", "invalid_value"),
         ({"n": 99}, "n", "invalid_value"),
         ({"prompt": ["a"] * 3, "n": 8}, "n", "invalid_value"),

@@ -1,6 +1,7 @@
 """The deployed endpoint: settings, Serve YAMLs, and the real client over real Ray Serve."""
 
 import asyncio
+import contextlib
 import json
 import os
 import select
@@ -17,11 +18,11 @@ import openai
 import pytest
 import yaml
 
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.errors import CheckpointMismatch, InputError
 from jobs import serve
-from jobs.deployment import deployed
-from jobs.replicas import Ingress
+from jobs.deployment import deployed, drain
+from jobs.replicas import Ingress, Sampler
 from jobs.serve import (
     announce,
     require_free_port,
@@ -31,8 +32,10 @@ from jobs.serve import (
     wanted_of,
 )
 from jobs.serve_config import ServeConfig, is_loopback
+from pipelines.endpoint_client import KEY_VARIABLE
 from tests.benchmarks.serve_client import streams
 from tests.benchmarks.serve_runs import write_model
+from tests.benchmarks.waiting import wait_until
 from tests.jobs.client_cases import CASES
 from tests.tiny_models import text_config
 
@@ -110,6 +113,15 @@ def test_the_shipped_yaml_is_valid_and_listens_on_loopback():
             "ray_actor_options.num_cpus",
         ),
         (lambda d: sampler_of(d).update(name="samplr"), "no deployment `samplr`"),
+        (lambda d: sampler_of(d).update(max_ongoing_requests=9), "is not args.streams_per_replica"),
+        (
+            lambda d: d["applications"][0]["args"].update(max_replicas=9),
+            "args.max_replicas has no effect beside deployments: sampler.autoscaling_config",
+        ),
+        (
+            lambda d: d["applications"][0]["args"].update(port=8001),
+            "port=8001 has no effect, http_options has port=8000",
+        ),
         (lambda d: d["applications"][0]["args"].update(modl="x"), "did you mean `model`"),
         (lambda d: d["applications"][0]["args"].update(max_in_flight="x"), "a whole number"),
         (
@@ -167,6 +179,19 @@ def test_applications_of_others_are_announced_by_their_place(capsys):
     assert "serving other at http://here/other" in shown
 
 
+def test_the_line_to_try_reads_the_variable_of_clients_and_says_where_keys_are(capsys):
+    def announced(**settings) -> str:
+        announce(serve_document(ServeConfig(model="runs/tiny", **settings)), "http://here")
+        return capsys.readouterr().out
+
+    shown = announced(api_keys="keys")
+    assert f'-H "Authorization: Bearer ${KEY_VARIABLE}"' in shown
+    places = f"{serve.KEYS_VARIABLE} or in {Path('keys').absolute()}"
+    assert f"the server's variable {places}; first: export {KEY_VARIABLE}=KEY" in shown
+    assert f"variable {serve.KEYS_VARIABLE}; first" in announced()
+    assert "KEY" not in announced(no_auth=True)
+
+
 def test_a_server_without_any_key_is_refused_unless_it_says_so(tmp_path, no_keys, monkeypatch):
     with pytest.raises(InputError, match="no key is set"):
         require_keys(ServeConfig(model="m"))
@@ -191,6 +216,53 @@ def test_a_port_in_use_is_refused_before_ray_starts(model, capsys):
             require_free_port("127.0.0.1", port)
         assert serve.main(["--model", model, "--no-auth", "True", "--port", str(port)]) == 2
     assert f"port={port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["203.0.113.5", "2001:db8::5", "no-such-machine.invalid"])
+def test_an_address_of_another_machine_is_refused_by_the_host(host):
+    with pytest.raises(InputError, match=rf"host={host} is no address .* give --host 127\.0\.0\.1"):
+        require_free_port(host, 0)
+
+
+@pytest.mark.parametrize("host", ["é..x", "a\0b", "é" * 80, "fe80::1"])
+def test_a_host_that_no_machine_can_have_is_refused_by_the_host(host):
+    with pytest.raises(InputError) as refused:
+        require_free_port(host, 0)
+    assert str(refused.value).startswith(f"host={host} is no address of this machine (")
+    assert "--port" not in str(refused.value)
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 2**70])
+def test_a_number_that_is_no_port_is_refused(port):
+    with pytest.raises(InputError, match=rf"port={port} is no port; give --port one of 1024"):
+        require_free_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [("nope", "chat_template=nope cannot be read"), ("{% if %}", "chat_template")],
+)
+def test_a_template_that_cannot_be_used_is_refused_before_ray_starts(
+    model, template, words, tmp_path, capsys
+):
+    argv = ["--model", model, "--no-auth", "True", "--chat-template", template]
+    assert serve.main([*argv, "--port", str(free_port())]) == 2
+    assert words in capsys.readouterr().err
+
+    def change(document) -> None:
+        document["applications"][0]["args"] |= {"model": model, "chat_template": template}
+        document["applications"][0]["args"] |= {"no_auth": True}
+
+    assert serve.main(["--serve-config", str(written(tmp_path, change))]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_text_of_a_template_travels_and_not_its_path(tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ messages }}")
+    for given, sent in ((str(file), "{{ messages }}"), ("chatml", "chatml"), (None, None)):
+        document = serve_document(ServeConfig(model="m", chat_template=given))
+        assert document["applications"][0]["args"]["chat_template"] == sent
 
 
 def test_a_missing_model_is_refused_before_ray_starts(tmp_path, capsys):
@@ -219,6 +291,17 @@ def endpoint(model, ray_local, tmp_path_factory):
 def client(endpoint):
     with openai.OpenAI(base_url=endpoint, api_key="sesame", max_retries=0, timeout=60) as client:
         yield client
+
+
+@pytest.mark.ray
+def test_a_serve_that_runs_already_is_neither_replaced_nor_ended(endpoint, client, model):
+    """Serve's deploy would end what the new config does not name, our end would end all."""
+    document = serve_document(ServeConfig(model=model, no_auth=True, port=free_port()))
+    document["applications"][0]["name"] = "another"
+    refused = pytest.raises(InputError, match=r"runs on this cluster already .*\['cascade'\]")
+    with refused, deployed(document):
+        raise AssertionError("it was deployed")
+    assert [model.id for model in client.models.list()] == ["tiny"]
 
 
 @pytest.mark.ray
@@ -343,20 +426,33 @@ class EndlessSampler:
 def endless(endpoint, model, tmp_path):
     """An endpoint beside the first whose streams never end: its URL, and the blocks so far."""
     from ray import cloudpickle
-    from ray import serve as ray_serve
 
     here = sys.modules[__name__]
     cloudpickle.register_pickle_by_value(here)
-    keys, dots = tmp_path / "keys", tmp_path / "dots"
-    keys.write_text("sesame\n")
-    config = ServeConfig(model=model, api_keys=str(keys))
-    sampler = ray_serve.deployment(name="sampler", max_ongoing_requests=8)(EndlessSampler)
-    ingress = ray_serve.deployment(name="ingress")(ray_serve.ingress()(Ingress))
-    application = ingress.bind(config, sampler.bind(str(dots)))
-    ray_serve.run(application, name="endless", route_prefix="/endless")
-    yield endpoint.replace("/v1", "/endless/v1"), lambda: dots.stat().st_size
-    ray_serve.delete("endless")
+    dots = tmp_path / "dots"
+    with beside(endpoint, "endless", model, tmp_path, EndlessSampler, str(dots)) as url:
+        yield url, lambda: dots.stat().st_size
     cloudpickle.unregister_pickle_by_value(here)
+
+
+@contextlib.contextmanager
+def beside(
+    endpoint: str, name: str, model: str, folder: Path, kind: type, *given, replicas: int = 1
+):
+    """Another application, in front of samplers of that kind: its URL."""
+    from ray import serve as ray_serve
+
+    keys = folder / "keys"
+    keys.write_text("sesame\n")
+    config = ServeConfig(model=model, api_keys=str(keys), sampler_wait_seconds=2.0)
+    options = {"max_ongoing_requests": 8, "num_replicas": replicas}
+    sampler = ray_serve.deployment(name="sampler", **options)(kind)
+    ingress = ray_serve.deployment(name="ingress")(ray_serve.ingress()(Ingress))
+    ray_serve.run(ingress.bind(config, sampler.bind(*given)), name=name, route_prefix=f"/{name}")
+    try:
+        yield endpoint.replace("/v1", f"/{name}/v1")
+    finally:
+        ray_serve.delete(name)
 
 
 @pytest.mark.ray
@@ -370,18 +466,180 @@ def test_a_client_that_leaves_ends_its_decoding(endless):
     wait_until(lambda: grown(blocks) == 0)
 
 
+SCORED = {"model": "tiny", "prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 0}
+
+
+@pytest.mark.ray
+def test_a_score_is_of_the_weights_that_answers_are_of_and_none_begins_at_the_end(
+    endpoint, model, tmp_path
+):
+    given = (write_model(tmp_path / "other", seed=1), 1, EngineConfig())
+    with (
+        beside(endpoint, "swapped", model, tmp_path, Sampler, *given) as url,
+        openai.OpenAI(base_url=url, api_key="sesame", max_retries=0, timeout=60) as client,
+    ):
+
+        def refusal(**changes) -> tuple:
+            with pytest.raises(openai.InternalServerError) as refused:
+                client.completions.create(**{**SCORED, **changes})
+            return refused.value.status_code, refused.value.code
+
+        assert refusal() == (503, "model_changed")
+        assert refusal(max_tokens=4, echo=False) == (503, "model_changed")
+        drain("swapped", 0)
+        assert refusal() == (503, "server_ending")
+
+
+class SlowSampler:
+    """Answers nothing for seconds, since it decodes: a block takes its whole process."""
+
+    def __init__(self, file: str) -> None:
+        Path(file).write_text(str(os.getpid()))
+
+    async def ready(self):
+        return True
+
+    async def blocks(self, prompt_tokens, params, choice, weights, *behind):
+        yield {"weights": weights}
+        while True:
+            await asyncio.sleep(0.01)
+            time.sleep(3)
+            yield {"tokens": [97], "passes": 1, "steps": 1, "finish_reason": None}
+
+
+@pytest.mark.ray
+def test_a_sampler_that_decodes_is_ready_and_a_dead_or_an_ending_one_is_not(
+    endpoint, model, tmp_path
+):
+    from ray import cloudpickle
+
+    here = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(here)
+    head, process = {"Authorization": "Bearer sesame"}, tmp_path / "process"
+    with (
+        beside(endpoint, "slow", model, tmp_path, SlowSampler, str(process)) as url,
+        openai.OpenAI(base_url=url, api_key="sesame", max_retries=0, timeout=60) as client,
+    ):
+
+        def told() -> tuple[int, str | None]:
+            answer = httpx.get(url.replace("/v1", "/ready"), headers=head, timeout=30)
+            return answer.status_code, answer.json().get("error", {}).get("code")
+
+        wait_until(lambda: told() == (200, None))
+        stream = client.completions.create(model="tiny", prompt="a", stream=True)
+        next(iter(stream))
+        for _ in range(8):
+            assert told() == (200, None)
+            time.sleep(0.3)
+        os.kill(int(process.read_text()), signal.SIGKILL)
+        wait_until(lambda: told() == (503, "not_ready"))
+        wait_until(lambda: told() == (200, None))  # another one has come
+        stream.close()
+        drain("slow", 0)
+        assert told() == (503, "server_ending")
+    cloudpickle.unregister_pickle_by_value(here)
+
+
+class SilentSampler(Sampler):
+    """The first of its kind answers no question; another does."""
+
+    def __init__(self, file: str, *given) -> None:
+        super().__init__(*given)
+        try:
+            Path(file).touch(exist_ok=False)
+        except FileExistsError:
+            self.is_silent = False
+        else:
+            self.is_silent = True
+
+    async def ready(self):
+        return await self.spoken(True)
+
+    async def state(self):
+        return await self.spoken(super().state())
+
+    async def spoken(self, answer):
+        if self.is_silent:
+            await asyncio.sleep(12)  # longer than anybody waits for an answer
+        return answer
+
+
+@pytest.mark.ray
+def test_a_silent_sampler_keeps_neither_readiness_nor_metrics_of_another_back(
+    endpoint, model, tmp_path
+):
+    from ray import cloudpickle
+
+    here = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(here)
+    head = {"Authorization": "Bearer sesame"}
+    given = (str(tmp_path / "silent"), model, 1, EngineConfig())
+    with beside(endpoint, "silent", model, tmp_path, SilentSampler, *given, replicas=2) as url:
+        root = url.removesuffix("/v1")
+
+        def ready() -> bool:
+            return httpx.get(f"{root}/ready", headers=head, timeout=30).status_code == 200
+
+        wait_until(ready)  # a probe waits for half a second, and the other may need more for once
+        assert [ready() for _ in range(3)] == [True] * 3
+        wait_until(
+            lambda: (
+                "cascade_samplers 1.0\n"
+                in httpx.get(f"{root}/metrics", headers=head, timeout=30).text
+            )
+        )
+    cloudpickle.unregister_pickle_by_value(here)
+
+
+@pytest.mark.ray
+def test_what_was_never_deployed_is_drained_without_a_word(endpoint, caplog):
+    from ray import serve as ray_serve
+
+    drain("absent", 0)
+
+    @ray_serve.deployment(
+        name="ingress", ray_actor_options={"num_cpus": 1000}, graceful_shutdown_timeout_s=0.1
+    )
+    class Waiting:
+        pass
+
+    target = ray_serve.RunTarget(Waiting.bind(), name="waiting", route_prefix="/waiting")
+    ray_serve.run_many(
+        [target],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+    wait_until(lambda: ray_serve.status().applications["waiting"].deployments)
+    try:
+        drain("waiting", 0)
+    finally:
+        ray_serve.delete("waiting")
+    assert [each for each in caplog.records if each.name == "cascade.endpoint"] == []
+
+
+@pytest.mark.ray
+def test_what_a_sampler_alone_refuses_is_a_400_that_says_why(endpoint, model, tmp_path):
+    """It has less memory than its server's settings say."""
+    given = (model, 1, EngineConfig(cache_bytes=32 * 256))
+    with (
+        beside(endpoint, "cramped", model, tmp_path, Sampler, *given) as url,
+        openai.OpenAI(base_url=url, api_key="sesame", max_retries=0, timeout=60) as client,
+    ):
+        asked = {"model": "tiny", "prompt": "abc", "max_tokens": 100}
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError) as refused:
+                client.completions.create(**asked, stream=stream)
+            assert refused.value.code == "invalid_value"
+            assert "the request needs keys and values of" in refused.value.message
+            assert "Traceback" not in refused.value.message
+        assert client.completions.create(**{**asked, "max_tokens": 8}).choices
+
+
 def grown(blocks) -> int:
     """Blocks decoded in half a second."""
     before = blocks()
     time.sleep(0.5)
     return blocks() - before
-
-
-def wait_until(condition, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.ray

@@ -28,6 +28,8 @@ def test_settings_that_cannot_work_are_refused(settings, words):
     [
         ({"model": "runs/first/model"}, "first"),
         ({"model": "models/tiny"}, "tiny"),
+        ({"model": "model"}, "model"),
+        ({"model": "/model"}, "model"),
         ({"model": "runs/first/model", "model_name": "mine"}, "mine"),
     ],
 )

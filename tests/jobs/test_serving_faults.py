@@ -15,9 +15,9 @@ from tests.benchmarks.serve_runs import (
     running,
     serving,
     states,
-    wait_until,
     write_model,
 )
+from tests.benchmarks.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

@@ -165,6 +165,21 @@ def test_the_recipes_are_for_this_job():
     assert corpus.output == config.corpus
 
 
+def test_a_plan_counts_how_often_a_conversation_comes(corpus, model, tmp_path, capsys):
+    """Prompts and padding are no tokens to learn, and a pair of complements shows one sequence."""
+    opened = Corpus.open(corpus)
+    assert opened.num_tokens < opened.num_sequences * opened.sequence_length / 2
+    words = ["sft", *asked(corpus, model, tmp_path / "run"), "--weight", "unit"]
+    words += ["--trainer.sequences-per-step", str(2 * opened.num_sequences)]
+    for complement, told in (("False", "6.00 x"), ("True", "3.00 x")):
+        more = ["--trainer.num-steps", "3", "--noise.complement", complement]
+        assert plan.main([*words, *more]) == 0
+        assert f"in 3 steps, {told} the corpus" in capsys.readouterr().out
+    both = 2 * opened.num_sequences
+    noise = TrainingNoise.over(opened.recipe, complement=True, sequences_per_batch=both)
+    assert sorted(opened.batch(0, both, noise).sequence_ids) == sorted([*range(both // 2)] * 2)
+
+
 def test_a_plan_is_made_of_it_and_refuses_what_it_refuses(corpus, plain, model, tmp_path, capsys):
     words = ["sft", *asked(corpus, model, tmp_path / "run"), "--plan.device", "H100"]
     assert plan.main(words) == 0

@@ -34,12 +34,16 @@ def corpus(tmp_path_factory) -> str:
     return make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", TEXTS, parts=5)
 
 
-@pytest.fixture(scope="module")
-def teacher(corpus, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("teacher")
-    words = ["--corpus", corpus, "--output", str(folder), *SHAPE, *STEPS]
+def trained(corpus, folder, *more) -> str:
+    """The folder of an autoregressive model."""
+    words = ["--corpus", corpus, "--output", str(folder), *SHAPE, *STEPS, *more]
     assert pretrain.main([*words, "--model.block-size", "1", "--model.logits", "shifted"]) == 0
     return str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def teacher(corpus, tmp_path_factory) -> str:
+    return trained(corpus, tmp_path_factory.mktemp("teacher"))
 
 
 def asked(corpus, teacher, output, *more) -> list[str]:
@@ -110,7 +114,14 @@ def test_a_killed_job_goes_on_to_the_same_bytes(corpus, teacher, targets, tmp_pa
 
 def test_another_job_does_not_write_into_the_folder(corpus, teacher, targets, capsys):
     assert teach.main(asked(corpus, teacher, targets, "--k", "3")) == 2
-    assert f"holds targets with k={OUTCOMES}, this job has k=3" in said(capsys)
+    assert f"holds other targets: k=3, the folder was made with {OUTCOMES};" in said(capsys)
+
+
+def test_another_teacher_is_named_by_its_folder(corpus, targets, tmp_path, capsys):
+    other = trained(corpus, tmp_path / "other", "--trainer.seed", "1")
+    capsys.readouterr()
+    assert teach.main(asked(corpus, other, targets)) == 2
+    assert f"teacher={other} is not what the folder was made with;" in said(capsys)
 
 
 def test_more_tokens_than_there_are_and_a_teacher_that_is_none_are_refused(
@@ -137,18 +148,23 @@ def student(corpus, output, *more) -> list[str]:
     return [*words, "--model.block-size", "4", "--optimizer.peak-lr", "0.01"]
 
 
-def test_a_student_cannot_tell_stored_targets_from_the_teacher(corpus, teacher, targets, tmp_path):
+@pytest.mark.parametrize("padding", ["never", "eos"])
+def test_a_student_cannot_tell_stored_targets_from_the_teacher(
+    corpus, teacher, targets, tmp_path, padding
+):
     """Every token is named, so only float16's rounding of the log-probabilities is left; one that
     is not taught is another matter."""
     sources = {"teacher": teacher, "targets": str(targets)}
+    noise = ["--noise.padding", padding]
     for name, source in sources.items():
-        assert distil.main(student(corpus, tmp_path / name, f"--{name}", source)) == 0
-    alone = ["--teacher", teacher, "--alpha", "0"]
+        assert distil.main(student(corpus, tmp_path / name, f"--{name}", source, *noise)) == 0
+    alone = ["--teacher", teacher, "--alpha", "0", *noise]
     assert distil.main(student(corpus, tmp_path / "alone", *alone)) == 0
     online, stored, untaught = (lines(tmp_path / n) for n in ("teacher", "targets", "alone"))
     assert len(online) == 4
     for a, b, c in zip(online, stored, untaught, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["kl"] == pytest.approx(b["kl"], rel=1e-2)
         assert a["loss"] != pytest.approx(c["loss"], rel=1e-2)
     weights = [load_model(str(tmp_path / n / "model"))[0] for n in ("teacher", "targets")]
     for a, b in zip(*(model.parameters() for model in weights), strict=True):

@@ -7,6 +7,7 @@ import json
 from starlette.testclient import TestClient
 
 from cascade_model.chat_template import ChatTemplate
+from cascade_model.engine_config import EngineConfig
 from cascade_model.llm import LLM
 from cascade_model.model import Transformer
 from cascade_model.scoring import scored
@@ -21,11 +22,13 @@ from tests.tiny_models import text_config
 KEY = {"Authorization": "Bearer right"}
 
 
-def tiny_llm(tokenizer: Tokenizer | None = None, **changes) -> LLM:
+def tiny_llm(
+    tokenizer: Tokenizer | None = None, engine: EngineConfig | None = None, **changes
+) -> LLM:
     tokenizer = tokenizer or byte_tokenizer()
     model = Transformer(text_config(tokenizer, **changes))
     model.init_weights(0)
-    return LLM(model.eval(), tokenizer)
+    return LLM(model.eval(), tokenizer, engine)
 
 
 def endpoint(llm: LLM, **changes) -> Endpoint:
@@ -50,14 +53,19 @@ def endpoint(llm: LLM, **changes) -> Endpoint:
     async def metrics():
         return b"cascade_tests 1\n"
 
+    def require_open():
+        pass
+
     settings = {
         "model_name": "tiny",
         "config": llm.config,
+        "room": llm.engine.scheduler.room,
         "tokenizer": llm.tokenizer,
         "template": ChatTemplate.of("plain", llm.tokenizer),
         "fingerprint": "cascade-test",
         "decode": decode,
         "score": score,
+        "require_open": require_open,
         "ready": ready,
         "metrics": metrics,
         "keys": ApiKeys(["other", "right"]),

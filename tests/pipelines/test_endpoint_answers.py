@@ -8,7 +8,11 @@ from email.utils import formatdate
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Route
 
+from cascade_model.chat_template import ChatTemplate
 from cascade_model.commit import Folder
 from cascade_model.errors import InputError, Unavailable, Unfinished
 from cascade_model.sampling import SamplingParams
@@ -80,6 +84,7 @@ PROMPTS = [
 def test_an_endpoint_gives_what_its_model_gives(llm, served):
     source = found(EndpointSource(url=served, key="right"))
     assert (source.model_name, source.fingerprint) == ("tiny", "cascade-0123")
+    assert source.longest == 128
     here = ModelAnswers(llm).answer(PROMPTS)
     there = answers(served, PROMPTS, key="right", model_name="tiny")
     assert [type(result).__name__ for result in there] == ["Answered"] * 3 + ["DeadRow"] + [
@@ -99,23 +104,99 @@ def test_other_weights_behind_the_same_name_end_the_job(served):
         answers(served, PROMPTS[:1], model_name="tiny", key="right", fingerprint="cascade-4567")
 
 
-@pytest.mark.parametrize("key", [None, "wrong"])
-def test_a_wrong_key_ends_the_job_and_is_not_shown(llm, key):
+@pytest.mark.parametrize(
+    ("key", "cure"),
+    [
+        (None, r"and CASCADE_API_KEY is not set in this process; set it to a key of the endpoint"),
+        ("wrong", r"to the key in CASCADE_API_KEY; set it to one that the endpoint knows"),
+    ],
+)
+def test_a_wrong_key_ends_the_job_and_is_not_shown(llm, key, cure):
     with (
         serving(build_api(endpoint(llm, keys=ApiKeys(["right"])))) as url,
-        pytest.raises(Unfinished, match=r"answers 401 .*check the API key") as caught,
+        pytest.raises(Unfinished, match=rf"answers 401 \(.*\) {cure} and run") as caught,
     ):
         found(EndpointSource(url=url, key=key))
     assert not (key and key in str(caught.value))
     assert key is None or key not in repr(EndpointSource(url=url, key=key))
 
 
+@pytest.mark.parametrize(
+    ("status", "key", "cure"),
+    [
+        (403, "k", r" to the key in CASCADE_API_KEY; give it the rights, or set another"),
+        (403, None, r" and CASCADE_API_KEY is not set in this process; set it to a key .*"),
+        (404, None, r"; check endpoint and model_name"),
+    ],
+)
+def test_what_every_request_would_meet_is_told_with_its_cure(status, key, cure):
+    with (
+        serving(Scripted(error(status)).app) as url,
+        pytest.raises(Unfinished, match=rf"answers {status} \({status}: no\){cure} and run the"),
+    ):
+        answers(url, [prompt_of(0)], key=key)
+
+
+@pytest.mark.parametrize("key", ["secret\n", " secret", "se\tcret", "secrét"])
+def test_a_key_that_no_header_takes_is_refused_at_once_and_is_not_shown(key):
+    with pytest.raises(InputError, match="CASCADE_API_KEY has white space") as caught:
+        found(EndpointSource(url="http://127.0.0.1:9", key=key, patience_seconds=9))
+    assert key.strip() not in str(caught.value)
+
+
 def test_a_model_that_is_not_served_is_refused_by_name():
     with serving(Scripted().app) as url:
-        assert found(EndpointSource(url=url, model_name="b")).fingerprint is None
+        told = found(EndpointSource(url=url, model_name="b"))
+        assert (told.fingerprint, told.longest) == (None, None)
         for name in ("", "c"):
             with pytest.raises(InputError, match=r"serves a, b; name one of these"):
                 found(EndpointSource(url=url, model_name=name))
+
+
+def test_the_endpoints_chat_template_is_told_where_it_tells_one(llm):
+    told = set()
+    for words in ("plain", "{{ messages[0].content }}"):
+        template = ChatTemplate.of(words, llm.tokenizer)
+        with serving(build_api(endpoint(llm, template=template))) as url:
+            told.add(found(EndpointSource(url=url, key="right")).chat_template_sha256)
+    assert len(told) == 2
+    assert None not in told
+    with serving(Scripted().app) as url:  # which has no such route
+        assert found(EndpointSource(url=url, model_name="a")).chat_template_sha256 is None
+
+
+@pytest.mark.parametrize("answer", [error(401), error(403), error(404), PlainTextResponse("page")])
+def test_who_guards_the_routes_it_does_not_know_has_no_template(answer):
+    async def stranger(request):
+        return answer
+
+    app = Scripted().app
+    app.routes.append(Route("/tokenizer_info", stranger))
+    with serving(app) as url:
+        assert found(EndpointSource(url=url, model_name="a")).chat_template_sha256 is None
+
+
+def test_an_endpoint_that_has_chats_only_answers_chats():
+    async def models(request):
+        return JSONResponse({"data": [{"id": "talker"}]})
+
+    async def chat(request):
+        said = (await request.json())["messages"][-1]["content"]
+        choice = {"message": {"role": "assistant", "content": f"{said}!"}, "finish_reason": "stop"}
+        return JSONResponse({"choices": [choice], "usage": {"completion_tokens": 2}})
+
+    routes = [
+        Route("/v1/models", models),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+    ]
+    with serving(Starlette(routes=routes)) as url:
+        source = found(EndpointSource(url=url))
+        assert (source.model_name, source.fingerprint) == ("talker", None)
+        hello = prompt_of(0, "", messages=({"role": "user", "content": "Hi"},))
+        [result] = answers(url, [hello], model_name="talker")
+        assert result.completion == "Hi!"
+        with pytest.raises(Unfinished, match="answers 404"):  # a prompt is met so by every one
+            answers(url, [prompt_of(1)], model_name="talker")
 
 
 def test_what_passes_with_time_is_tried_again(quick):
@@ -305,7 +386,7 @@ def test_a_worker_whose_endpoint_goes_away_goes_on_later_to_the_same_bytes(tmp_p
     parts, _ = plan([str(source)], 3)
 
     def work_at(url: str, output) -> PartWorker:
-        claim(Folder(output), {})
+        claim(Folder(output), {}, {})
         return PartWorker(
             Work(
                 source=EndpointSource(url=url, patience_seconds=0.2),

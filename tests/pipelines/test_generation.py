@@ -8,19 +8,23 @@ import pytest
 import torch
 
 from cascade_model.commit import Folder
-from cascade_model.config import EngineConfig
+from cascade_model.engine_config import EngineConfig
 from cascade_model.errors import InputError, Unfinished
-from cascade_model.model import Transformer
 from cascade_model.sampling import SamplingParams
-from cascade_model.tokenizer import byte_tokenizer
-from cascade_model.weights import save_model
-from pipelines.completions import claim, manifest_of, read_record, require_sound, take_back
+from pipelines.completions import (
+    TooManyDead,
+    claim,
+    manifest_of,
+    read_record,
+    require_sound,
+    take_back,
+)
 from pipelines.generation import PartWorker, Work
 from pipelines.model_answers import ModelSource
 from pipelines.prompt_rows import Columns
 from pipelines.prompts import plan
 from pipelines.row_settings import Decoding, row_seed
-from tests.tiny_models import text_config
+from tests.tiny_models import saved_text_model
 
 PARAMS = SamplingParams(max_tokens=9, temperature=1.0, seed=5, stop_at_eos=False)
 LINES = [
@@ -42,13 +46,7 @@ ALIVE = (0, 1, 5, 8)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    tokenizer = byte_tokenizer()
-    config = text_config(tokenizer)
-    network = Transformer(config)
-    network.init_weights(0)
-    folder = tmp_path_factory.mktemp("model") / "model"
-    save_model(folder, network, tokenizer)
-    return str(folder)
+    return saved_text_model(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture
@@ -68,7 +66,7 @@ def same_threads():
 
 def worker(model: str, output, format="jsonl") -> PartWorker:
     """One that works for a job which has claimed the folder."""
-    claim(Folder(output), {})
+    claim(Folder(output), {}, {})
     work = Work(
         source=ModelSource(model=model),
         output=str(output),
@@ -158,32 +156,17 @@ def test_a_part_without_its_record_counts_as_not_done(tmp_path, model, prompts):
 def test_an_output_belongs_to_one_job(tmp_path):
     folder = Folder(tmp_path / "out")
     job = {"max_tokens": 5}
-    assert claim(folder, job)
-    assert not claim(folder, job)
-    with pytest.raises(InputError, match="max_tokens=5, this one has max_tokens=6"):
-        claim(folder, {"max_tokens": 6})
+    assert claim(folder, job, {})
+    assert not claim(folder, job, {})
+    with pytest.raises(InputError, match="job: max_tokens=6, the folder was made with 5; give"):
+        claim(folder, {"max_tokens": 6}, {})
 
 
 @pytest.mark.parametrize("name", ["note.txt", "thesis.tmp"])
 def test_a_folder_with_other_files_is_refused(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match=f"holds '{name}' and no generate job"):
-        claim(Folder(tmp_path), {})
-
-
-def test_only_the_jobs_own_files_are_taken_back(tmp_path, model, prompts):
-    parts, _ = plan([prompts], 5)
-    answerer = worker(model, tmp_path / "out")
-    for part in parts:
-        answerer.answer(part)
-    for name in ("note.txt", "completions-notes.jsonl", "dead-000099.jsonl"):
-        (tmp_path / "out" / name).write_text("mine")
-    take_back(Folder(tmp_path / "out"), parts, "jsonl")
-    assert Folder(tmp_path / "out").list() == [
-        "completions-notes.jsonl",
-        "dead-000099.jsonl",
-        "note.txt",
-    ]
+        claim(Folder(tmp_path), {}, {})
 
 
 def test_a_part_that_outlives_its_job_writes_nothing(tmp_path, model, prompts):
@@ -193,7 +176,7 @@ def test_a_part_that_outlives_its_job_writes_nothing(tmp_path, model, prompts):
     with pytest.raises(InputError, match=r"has no job\.json"):
         answerer.answer(parts[0])
     assert folder.list() == []
-    claim(folder, {})  # the control: the same worker writes where its job stands
+    claim(folder, {}, {})  # the control: the same worker writes where its job stands
     answerer.answer(parts[0])
     assert "completions-000000.jsonl" in folder.list()
 
@@ -202,21 +185,21 @@ def test_too_many_dead_rows_stop_the_job_as_soon_as_that_is_sure(tmp_path, model
     parts, _ = plan([prompts], 2)
     answerer = worker(model, tmp_path / "out")
     records = [answerer.answer(part) for part in parts]
-    require_sound(records, parts, 5 / 9, "out")
+    require_sound(records, parts, 5 / 9)
     for done in (records, records[:3]):  # three of the nine are dead by then
-        with pytest.raises(Unfinished, match=r"rows .*'broken_json': 1.* row 2: '{broken'.*=0\.3"):
-            require_sound(done, parts, 0.3, "out")
-    require_sound(records[:1], parts, 0.0, "out")
+        with pytest.raises(TooManyDead, match=r"rows .*'broken_json': 1.* row 2: '{broken'.*=0\.3"):
+            require_sound(done, parts, 0.3)
+    require_sound(records[:1], parts, 0.0)
 
 
-def test_a_job_without_one_answer_has_nothing_to_go_on_from(tmp_path, model):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": ""}\n' * 3)
-    parts, _ = plan([str(path)], 2)
-    records = [worker(model, tmp_path / "out").answer(parts[0])]
-    with pytest.raises(InputError, match=r"2 of 3 rows .*'empty_prompt': 2") as caught:
-        require_sound(records, parts, 0.1, "out")
-    assert not isinstance(caught.value, Unfinished)
+def test_a_folder_that_stays_takes_a_higher_rate_and_no_other_input(tmp_path):
+    error = TooManyDead("2 of 3 rows cannot be answered")
+    gone, stays = error.told("out", stays=False), error.told("out", stays=True)
+    assert not isinstance(gone, Unfinished)
+    assert "; mend the input, set prompt_column, or raise max_dead_rate" in str(gone)
+    assert isinstance(stays, Unfinished)
+    assert "; raise max_dead_rate and run the same command again" in str(stays)
+    assert "prompt_column give another output, as out is bound" in str(stays)
 
 
 def test_a_lost_row_is_a_fault_that_stops_the_manifest(tmp_path, model, prompts):
@@ -234,6 +217,24 @@ def test_an_input_that_changed_while_the_job_ran_is_named(tmp_path, model, promp
     with pytest.raises(InputError, match="changed while the job ran"):
         answerer.answer(parts[0])
     assert Folder(tmp_path / "out").list() == ["job.json"]
+
+
+def test_an_edit_in_place_is_seen_by_the_bytes_of_its_rows(tmp_path, model, prompts):
+    parts, _ = plan([prompts], 5)
+    answerer = worker(model, tmp_path / "out")
+    with open(prompts, "r+b") as file:
+        file.write(LINES[0].replace(b"one", b"ten"))
+    with pytest.raises(InputError, match="changed while the job ran"):
+        answerer.answer(parts[0])
+    answerer.answer(parts[1])  # which is as it was
+
+
+def test_a_worker_that_goes_ends_its_answerer(tmp_path, model):
+    answerer = worker(model, tmp_path / "out")
+    engine = answerer._answerer._llm.engine
+    assert not engine.is_closed
+    del answerer
+    assert engine.is_closed
 
 
 def test_completions_go_to_a_store_and_come_out_as_they_do_locally(

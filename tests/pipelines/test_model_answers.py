@@ -5,15 +5,19 @@ import random
 
 import pytest
 
-from cascade_model.errors import InputError
+from cascade_model.engine_config import EngineConfig
+from cascade_model.errors import InputError, Unfinished
 from cascade_model.jinja_chat import CHATML
+from cascade_model.llm import LLM
 from cascade_model.sampling import SamplingParams
+from cascade_model.weights import read_config, weights_digest
 from pipelines.answers import longest_first
-from pipelines.model_answers import ModelAnswers
+from pipelines.model_answers import ModelAnswers, ModelSource
 from pipelines.prompt_rows import DeadRow, Prompt
 from pipelines.row_settings import Decoding
 from tests.jobs.test_preparation import chatml_tokenizer  # noqa: F401 - a fixture
 from tests.jobs.tiny_endpoint import tiny_llm
+from tests.tiny_models import saved_text_model
 
 HI = ({"role": "user", "content": "Hi"},)
 
@@ -60,6 +64,49 @@ def test_each_row_ends_at_its_own_stops():
         )
     assert (ended.completion, ended.finish_reason) == (whole.completion[:place], "stop")
     assert other == whole
+
+
+def test_a_row_that_the_cache_cannot_hold_ends_the_job_and_does_not_die(tmp_path):
+    model = saved_text_model(tmp_path / "model", seed=0)
+    rows = [prompt_of(0, "abc"), prompt_of(1, "abc " * 20, max_tokens=40)]
+    config = read_config(model)
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    with LLM.load(model, EngineConfig(cache_bytes=64 * token_bytes)) as llm:
+        answers = ModelAnswers(llm)
+        [alone] = answers.answer(rows[:1])
+        with pytest.raises(
+            Unfinished,
+            match=r"engine\.cache_bytes is too small for row 1: .* 120 tokens and cache_bytes=\d+ "
+            r"holds 64; .*run the same command again",
+        ):
+            answers.answer(rows)
+        assert answers.answer(rows[:1]) == [alone]  # the others were let go
+    with LLM.load(model) as llm:
+        assert ModelAnswers(llm).answer(rows)[0] == alone
+
+
+def test_other_weights_than_the_jobs_are_not_loaded(tmp_path):
+    model = saved_text_model(tmp_path / "model", seed=0)
+    source = ModelSource(model=model, weights_sha256=weights_digest(model))
+    source.open().close()
+    saved_text_model(tmp_path / "model", seed=1)
+    with pytest.raises(Unfinished, match=r"and this job began with .* put those back"):
+        source.open()
+
+
+def test_weights_that_are_replaced_while_they_are_loaded_are_not_used(tmp_path, monkeypatch):
+    model = saved_text_model(tmp_path / "model", seed=0)
+    source = ModelSource(model=model, weights_sha256=weights_digest(model))
+    load = LLM.load
+
+    def slowly(folder, config):
+        loaded = load(folder, config)
+        saved_text_model(tmp_path / "model", seed=1)
+        return loaded
+
+    monkeypatch.setattr(LLM, "load", slowly)
+    with pytest.raises(Unfinished, match="has the weights"):
+        source.open()
 
 
 def test_what_is_longest_is_handed_over_first():

@@ -678,11 +678,13 @@ def test_cleaning_settings_reach_the_corpus(tmp_path):
     assert corpus.tokenizer().decode(corpus.rows([0]).tokens[0]) == "a\nlonger text"
 
 
-def test_a_chat_template_that_is_no_text_is_one_sentence(mixed, tmp_path):
+@pytest.mark.parametrize("name", ["a.jinja", "nope"])
+def test_a_chat_template_that_is_no_text_is_refused_before_anything_is_made(mixed, tmp_path, name):
     (tmp_path / "a.jinja").write_bytes(b"\xff\xfe{{")
-    config = mixture_config(tmp_path / "corpus", mixed, chat_template=str(tmp_path / "a.jinja"))
-    with pytest.raises(InputError, match="cannot be read"):
+    config = mixture_config(tmp_path / "corpus", mixed, chat_template=str(tmp_path / name))
+    with pytest.raises(InputError, match=f"chat_template=.*{name} cannot be read"):
         prepare(config)
+    assert not (tmp_path / "corpus").exists()
 
 
 def test_a_chat_template_of_a_file_is_part_of_the_identity(mixed, tmp_path):

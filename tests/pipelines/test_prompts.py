@@ -1,6 +1,7 @@
 """Prompts are the same however the input is cut; a broken row costs itself alone."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -78,6 +79,55 @@ def test_however_the_input_is_cut_the_rows_are_the_same(jsonl, rows_per_part):
     assert [row.row for row in found] == [0, 1, 2, 3, 4]
     assert found == read(jsonl, 4)
     assert digest == plan([str(jsonl)], 4)[1]
+
+
+def test_where_a_file_ends_is_part_of_the_inputs_digest(tmp_path):
+    rows = b'{"prompt": "a"}\n' * 3
+    (tmp_path / "one.jsonl").write_bytes(rows * 2)
+    for name in ("first.jsonl", "second.jsonl"):
+        (tmp_path / name).write_bytes(rows)
+    whole, digest = plan([str(tmp_path / "one.jsonl")], 4)
+    halves, other = plan([str(tmp_path / "first.jsonl"), str(tmp_path / "second.jsonl")], 4)
+    assert [part.num_rows for part in whole] == [4, 2]  # the bytes are the same, the parts not
+    assert [part.num_rows for part in halves] == [3, 3]
+    assert digest != other
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_that_is_not_the_planned_one_is_told_at_the_end_of_its_part(tmp_path, kind):
+    write = {"jsonl": as_jsonl, "parquet": as_parquet}[kind]
+    path = write(tmp_path / f"a.{kind}", [{"prompt": "a"}, {"prompt": "b"}])
+    parts, _ = plan([str(path)], 5)
+    assert len(rows_of(parts)) == 2
+    write(path, [{"prompt": "a"}])
+    found = []
+    with pytest.raises(InputError, match=rf"a\.{kind} changed while the job ran"):
+        found.extend(read_part(parts[0], Columns(), COMMON))
+    assert found == [plain(0, "a")]
+
+
+def test_a_row_group_is_decoded_once_for_all_its_parts(tmp_path, monkeypatch):
+    table = pa.table({"prompt": [f"row {i}" for i in range(40)], "other": list(range(40))})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=20)
+    decode, decoded = pq.ParquetFile.read_row_group, []
+
+    def counted(self, group, **settings):
+        decoded.append(group)
+        return decode(self, group, **settings)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    parts, _ = plan([str(tmp_path / "a.parquet")], 3)
+    with ThreadPoolExecutor(8) as pool:  # a worker has several parts at once
+        early = list(pool.map(lambda part: rows_of([part]), parts[:6]))
+    found = [row for rows in early for row in rows] + rows_of(parts[6:])
+    assert [row.text for row in found] == table["prompt"].to_pylist()
+    assert decoded == [0, 1]
+
+
+def test_a_file_that_was_written_anew_is_decoded_anew(tmp_path):
+    for size in (2, 3):
+        path = as_parquet(tmp_path / "a.parquet", [{"prompt": f"{size} {i}"} for i in range(size)])
+        assert [row.text for row in read(path)] == [f"{size} {i}" for i in range(size)]
 
 
 def test_a_rows_id_is_its_own_or_its_number(jsonl):
@@ -290,7 +340,7 @@ def test_whole_numbers_of_a_column_with_gaps_are_whole(tmp_path):
 @pytest.mark.parametrize(
     ("params", "sentence"),
     [
-        ({"temprature": 1.0}, "temprature is no setting of a row; did you mean temperature?"),
+        ({"temprature": 1.0}, "temprature is no setting of a row; did you mean `temperature`?"),
         ({"logprobs": 1}, "logprobs is no setting of a row"),
         ({"temperature": 11.0}, "temperature=11.0 must be in 0..10"),
         ({"max_tokens": 2.5}, "max_tokens=2.5 must be a whole number"),
