@@ -261,6 +261,23 @@ def test_rows_that_kill_every_worker_end_the_job_and_are_named(
 
 
 @pytest.mark.ray
+def test_a_part_that_was_committed_before_its_worker_died_is_answered(
+    tmp_path, model, prompts, ray_local, monkeypatch
+):
+    def answered(deadly: Deadly, output: Path) -> int:
+        source = (deadly, {"weights_sha256": "none"})
+        monkeypatch.setattr(generate, "source_of", lambda config: source)
+        return generate.main(arguments(model, prompts, output))
+
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    assert answered(Deadly("none"), whole) == 0
+    monkeypatch.setattr(generation, "MAX_TASK_RETRIES", 0)
+    assert answered(Deadly("prompt 6"), tmp_path / "control") == 2
+    assert answered(Deadly("prompt 6", finished=str(whole), output=str(output)), output) == 0
+    assert contents(output) == contents(whole)
+
+
+@pytest.mark.ray
 def test_workers_that_no_machine_can_hold_are_refused_and_leave_nothing(
     tmp_path, model, prompts, ray_local, capsys
 ):
