@@ -101,7 +101,7 @@ def test_signs_of_life_keep_a_lease_fresh(tmp_path, monkeypatch):
         begin(Folder(tmp_path), owner)  # the owner keeps its ranks' number alive, too
         make_silent(tmp_path, 1000)
         [path] = tmp_path.glob("lease-*.json")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while time.time() - path.stat().st_mtime > 100 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert time.time() - path.stat().st_mtime < 100

@@ -14,7 +14,7 @@ def threads() -> set[str]:
 
 
 def wait_for(condition) -> bool:
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while not condition() and time.monotonic() < until:
         time.sleep(0.005)
     return condition()

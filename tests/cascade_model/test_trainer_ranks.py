@@ -242,7 +242,7 @@ if __name__ == "__main__":
 
 def test_a_preempted_launcher_gives_its_ranks_the_time_to_save(tiny_corpus, tmp_path):
     def preempt(process):
-        until = time.monotonic() + 120
+        until = time.monotonic() + 240
         while len(read_metrics(Folder(tmp_path / "run"))) < 3 and time.monotonic() < until:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)

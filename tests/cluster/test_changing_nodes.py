@@ -15,7 +15,7 @@ import pytest
 from cascade_model.commit import Folder
 from cascade_model.metrics import read_metrics
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 

@@ -131,7 +131,7 @@ def statuses_of(url: str, hostile: list[dict]) -> list[int]:
     tenth an honest request is answered."""
     good = {"model": "tiny", "prompt": "abc", "max_tokens": 3, "seed": 1}
     found = []
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with httpx.Client(base_url=url, timeout=240) as http:
         for number, request in enumerate(hostile):
             reply = http.request(request.pop("method", "POST"), **request)
             found.append(reply.status_code)

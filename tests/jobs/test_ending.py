@@ -136,7 +136,7 @@ def terminated(
     More of them come every so many seconds, if they are to; or it goes to the process group.
     """
     with running(*words) as command:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not point(command):
             assert command.process.poll() is None, command.process.communicate()[1]
             assert time.monotonic() < deadline
@@ -149,7 +149,7 @@ def terminated(
         assert command.process.returncode == 75, error
         assert "Traceback" not in error
         assert again_every or "SIGTERM received" not in error  # Ray's stack
-        deadline = time.monotonic() + 20  # Ray's own processes end a moment after their command
+        deadline = time.monotonic() + 120  # Ray's own processes end a moment after their command
         while (left := command.alive()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not left

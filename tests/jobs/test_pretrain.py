@@ -361,11 +361,11 @@ def test_finished_run_started_again_says_that_nothing_was_done_and_writes_nothin
 def stopped(words, run, environment=None):
     """Start a command, SIGTERM it after its first checkpoint; its exit code and what it said."""
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and newest(run / "checkpoints", str) is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=90)
+    _, error = process.communicate(timeout=240)
     assert "Traceback" not in error
     return process.returncode, " ".join(error.replace("│", "").split())
 
@@ -430,17 +430,17 @@ def test_ranks_of_torchrun_tell_of_their_end_with_one_voice(tiny_corpus, tmp_pat
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [sys.executable, "-m", *launcher, "-m", "jobs.cascade", "pretrain"]
     job = subprocess.Popen([*words, *forever(tiny_corpus, run)], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not list(run.glob("checkpoints/*/COMMIT")):
         time.sleep(0.1)
     ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(int(ranks[1]), signal.SIGTERM)
-    _, error = job.communicate(timeout=90)
+    _, error = job.communicate(timeout=240)
     assert job.returncode == 1
     assert error.count("╭─ error") == error.count("stopped at step") == 1
     assert "75" in set(re.findall(r"exitcode +: (-?\d+)", error)) <= {"75", "-15"}
     wrong = [*words, *flags(tiny_corpus, run, "--weight", "unit")]
-    done = subprocess.run(wrong, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     assert done.stderr.count("╭─ error") == done.stderr.count("objective.weight='elbo'") == 1
     assert "3" in set(re.findall(r"exitcode +: (-?\d+)", done.stderr)) <= {"3", "-15"}
@@ -451,11 +451,11 @@ def test_second_command_on_a_folder_in_use_is_refused_in_one_sentence(tiny_corpu
     endless = [*words, "--trainer.num-steps", "1000000"]
     first = subprocess.Popen(endless, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline and not list(tmp_path.glob("run/checkpoints/*/COMMIT")):
             time.sleep(0.1)
         settings = (tmp_path / "run" / "config.yaml").read_text()
-        second = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        second = subprocess.run(words, capture_output=True, text=True, timeout=240)
         assert second.returncode == 2
         error = " ".join(second.stderr.replace("│", "").split())
         assert f"is in use by process {first.pid} on" in error
@@ -466,7 +466,7 @@ def test_second_command_on_a_folder_in_use_is_refused_in_one_sentence(tiny_corpu
         first.kill()
         first.wait()
     # What it held is free at once, as it is known to be dead.
-    third = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    third = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert third.returncode == 0, third.stderr
 
 

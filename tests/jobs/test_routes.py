@@ -517,7 +517,7 @@ def test_a_client_that_leaves_ends_its_decoding(llm):
         return list(ended), len(decoded)
 
     # Judged inside the loop: one that ends cancels whatever was left behind.
-    was_ended, blocks = asyncio.run(asyncio.wait_for(visit(), timeout=20))
+    was_ended, blocks = asyncio.run(asyncio.wait_for(visit(), timeout=120))
     assert was_ended == [True]
     assert 3 <= blocks < 20
 

@@ -19,7 +19,7 @@ from tests.benchmarks.serve_runs import (
 )
 from tests.benchmarks.waiting import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def told_by(source, patience, slowly=False) -> list[dict]:
                 await asyncio.sleep(0.002)
         return found
 
-    return asyncio.run(asyncio.wait_for(gather(), timeout=60))
+    return asyncio.run(asyncio.wait_for(gather(), timeout=240))
 
 
 def shown(events: list[dict]) -> list:

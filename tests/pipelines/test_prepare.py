@@ -143,7 +143,7 @@ def test_a_killed_process_is_taken_up_again(undisturbed, documents_jsonl, tmp_pa
     settings += ["--part-bytes", "60000", "--held-out-rate", "0.1", "--runner", "local"]
     settings += ["--tokenizer-engine", "reference"]
     process = subprocess.Popen([sys.executable, "-c", program, *settings])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not list(output.glob("_work/part-*.record.json")):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
