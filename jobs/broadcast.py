@@ -13,13 +13,14 @@ from typing import Any
 async def answers_of_all(handle: Any, method: str, seconds: float) -> AsyncGenerator[Any, None]:
     """What the replicas behind a Serve handle answer to a call without arguments, as `as_they_come`
     tells it; nothing where there is no replica. None is started for it."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
     try:
         asked = handle.broadcast(method)
         # Not of Serve's public interface, which has no way to the single answers.
         replies = await asyncio.wait_for(asked._fetch_replica_results_async(), seconds)
-    except TimeoutError:
-        raise
-    except Exception:  # no replica at all
+    except (RayServeException, RayError):  # no replica at all
         return
     calls = [each.get_async() for each in replies]
     async with contextlib.aclosing(as_they_come(calls, seconds)) as answers:

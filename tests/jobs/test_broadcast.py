@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from jobs.broadcast import as_they_come
+from jobs.broadcast import answers_of_all, as_they_come
 
 
 async def after(seconds: float, answer: object) -> object:
@@ -58,3 +58,29 @@ def test_no_call_is_left_running(how):
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert asyncio.run(running()) == set()
+
+
+class Handle:
+    """A handle of Serve whose broadcast fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def broadcast(self, method: str) -> "Handle":
+        return self
+
+    async def _fetch_replica_results_async(self) -> list:
+        raise self._error
+
+
+def test_without_a_replica_nobody_answers_and_a_fault_of_ours_is_not_taken_for_that():
+    from ray.serve._private.common import DeploymentID
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    async def answers(error: Exception) -> list:
+        return [each async for each in answers_of_all(Handle(error), "ready", 1.0)]
+
+    gone = DeploymentUnavailableError(DeploymentID(name="Sampler", app_name="cascade"))
+    assert asyncio.run(answers(gone)) == []
+    with pytest.raises(AttributeError, match="renamed"):
+        asyncio.run(answers(AttributeError("renamed")))

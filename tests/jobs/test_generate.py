@@ -240,15 +240,16 @@ class Deadly:
         """Nothing runs."""
 
 
+def all_but_the_third(output: Path) -> tuple[str, ...]:
+    return tuple(str(output / f"completions-{part:06d}.jsonl.record.json") for part in (0, 1, 3))
+
+
 @pytest.mark.ray
 def test_rows_that_kill_every_worker_end_the_job_and_are_named(
     tmp_path, model, prompts, ray_local, capsys, monkeypatch
 ):
     answerer = {"weights_sha256": "none"}
-    others = tuple(
-        str(tmp_path / f"out/completions-{part:06d}.jsonl.record.json") for part in (0, 1, 3)
-    )
-    deadly = Deadly("prompt 6", others)
+    deadly = Deadly("prompt 6", all_but_the_third(tmp_path / "out"))
     monkeypatch.setattr(generate, "source_of", lambda config: (deadly, answerer))
     assert generate.main(arguments(model, prompts, tmp_path / "out")) == 2
     assert "the first rows without an answer are 6 to 8, in" in said(capsys)
@@ -272,8 +273,10 @@ def test_a_part_that_was_committed_before_its_worker_died_is_answered(
     whole, output = tmp_path / "whole", tmp_path / "out"
     assert answered(Deadly("none"), whole) == 0
     monkeypatch.setattr(generation, "MAX_TASK_RETRIES", 0)
-    assert answered(Deadly("prompt 6"), tmp_path / "control") == 2
-    assert answered(Deadly("prompt 6", finished=str(whole), output=str(output)), output) == 0
+    deadly, control = Deadly("prompt 6", all_but_the_third(output)), tmp_path / "control"
+    told = dataclasses.replace(deadly, finished=str(whole), output=str(output))
+    assert answered(told, output) == 0
+    assert answered(dataclasses.replace(deadly, others=()), control) == 2
     assert contents(output) == contents(whole)
 
 
