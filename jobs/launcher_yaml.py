@@ -13,6 +13,7 @@ from typing import Any
 
 from cascade_model.nearest import cure
 from jobs.schema_mistakes import mistakes_by
+from jobs.unread import every_setting
 
 # What Ray 2.60 reads of `provider`, whatever its type, and what the node providers read.
 _OF_ALL = (
@@ -69,7 +70,7 @@ def was_read(document: dict[str, Any]) -> str:
     unread = ["provider"] if is_open else []
     if any(node.get("node_config") for node in document.get("available_node_types", {}).values()):
         unread.append("node_config")
-    return f"every setting{' but those in ' if unread else ''}{' and '.join(unread)}"
+    return every_setting([f"those in {' and '.join(unread)}"] if unread else [])
 
 
 def _with_resources(document: dict[str, Any]) -> dict[str, Any]:

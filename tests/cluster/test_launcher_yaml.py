@@ -192,10 +192,10 @@ def is_provider(node: ast.expr) -> bool:
 
 def test_what_is_not_read_of_a_file_is_said():
     assert was_read(load("local.yaml")) == "every setting"
-    assert was_read(load("aws.yaml")) == "every setting but those in node_config"
+    assert was_read(load("aws.yaml")) == "every setting, but not those in node_config"
     config = {**load("aws.yaml"), "provider": {"type": "gcp", "regoin": "a"}}
     assert launcher_mistakes(config, "f.yaml") == []
-    assert was_read(config) == "every setting but those in provider and node_config"
+    assert was_read(config) == "every setting, but not those in provider and node_config"
 
 
 def test_what_ray_fills_in_is_not_told(capfd):

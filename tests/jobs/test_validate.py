@@ -13,7 +13,7 @@ CLUSTER = Path(__file__).parents[2] / "cluster"
 SERVE, SERVICE = str(CLUSTER / "serve.yaml"), str(CLUSTER / "kuberay-service.yaml")
 
 SHIPPED = {
-    "aws.yaml": "right; YAML of Ray's launcher: every setting but those in node_config",
+    "aws.yaml": "right; YAML of Ray's launcher: every setting, but not those in node_config",
     "kuberay-cluster.yaml": "right; RayCluster cascade: every setting",
     "kuberay-job.yaml": "right; ConfigMap cascade-pretrain: not one of CASCADE's, not checked; "
     "RayJob cascade-pretrain: every setting, but not the values in runtimeEnvYAML",
