@@ -53,9 +53,9 @@ smollm2-long: smollm2-parent
 	$(BIN)/cascade distil --config jobs/recipes/smollm2/long/distil.yaml
 	$(SMOLLM2_EVALUATE) runs/smollm2/long
 
-# Four processes on two cores, as tests wait more than they work; each has a Ray of its own.
+# Three processes on two cores, as tests wait more than they work; each has a Ray of its own.
 test: setup
-	$(BIN)/python -m pytest -n 4 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

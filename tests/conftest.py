@@ -1,4 +1,4 @@
-"""Shared fixtures: one local Ray, one small real corpus, one tiny model."""
+"""Shared fixtures: one local Ray, a browser, one small real corpus, one tiny model."""
 
 import json
 import os
@@ -37,6 +37,19 @@ def ray_local():
         )
         yield ray
         ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless browser for one module: while it runs, its thread has an event loop."""
+    from tests.jobs import browser as browsers
+
+    found = browsers.executable()
+    if found is None and not os.environ.get(browsers.REQUIRED):
+        pytest.skip("no browser: `make setup` fetches one on x86-64, or install `chromium`")
+    assert found is not None, f"{browsers.REQUIRED} is set and there is no browser"
+    with browsers.started(found) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ own policy and without a request to anybody else.
 import asyncio
 import contextlib
 import dataclasses
-import os
 import re
 import threading
 import time
@@ -30,23 +29,12 @@ from jobs.openai_protocol import ApiError
 from jobs.openai_requests import CompletionRequest
 from jobs.page_routes import HEADERS, PAGE_FILES
 from jobs.routes import build_api
-from tests.jobs import browser as browsers
 from tests.jobs.test_infilling import folder, trained  # noqa: F401  (a fixture)
 from tests.jobs.tiny_endpoint import endpoint, require_error, tiny_llm
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='in'</script>"
 RIGHT = "sk-3f9c-the-only-one"
 FIELDS = {"rule": "confidence_threshold", "confidence_threshold": 0.9, "temperature": 0.7}
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    found = browsers.executable()
-    if found is None and not os.environ.get(browsers.REQUIRED):
-        pytest.skip("no browser: `make setup` fetches one on x86-64, or install `chromium`")
-    assert found is not None, f"{browsers.REQUIRED} is set and there is no browser"
-    with browsers.started(found) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
