@@ -186,7 +186,7 @@ def main(count: int) -> int:
             with serving(config) as url:
                 rows = [
                     *kill_rows(url, count),
-                    *overload_rows(url, seconds=15.0),  # shorter, and a request more or less tells
+                    *overload_rows(url, pairs=round(8 * share) or 1, is_judged=count >= 10),
                     *hang_up_rows(url, count=max(30, round(300 * share))),
                     *soak_rows(
                         url, count=max(1000, round(2000 * share))

@@ -18,55 +18,76 @@ PLACES = 16
 """Choices in flight that the server under load takes."""
 
 
-LONG = {"max_tokens": 200, "stop_at_eos": False}
+LONG = {"max_tokens": 800, "stop_at_eos": False}
 """Each takes as long as any other, and long by the side of a refusal."""
+STRETCH_SECONDS = 5.0
 
 
 async def at_peak(url: str, seconds: float) -> list[Told]:
     """As many clients as there are places, each asking again as soon as it is answered."""
     found: list[Told] = []
     deadline = time.monotonic() + seconds
-
-    async def ask(http: Any, request: dict[str, Any]) -> None:
-        while time.monotonic() < deadline:
-            found.append(await streamed(http, request))
-
     async with client(url) as http:
-        await asyncio.gather(*(ask(http, each) for each in requests(PLACES, **LONG)))
+        await asyncio.gather(
+            *(_asking(http, each, deadline, found) for each in requests(PLACES, **LONG))
+        )
     return found
 
 
-async def at_rate(url: str, a_second: float, seconds: float) -> list[Told]:
-    """As many requests as there are places, then so many a second, whatever becomes of those
-    before; nobody asks twice."""
-    tasks = []
+async def _asking(
+    http: Any, request: dict[str, Any], deadline: float, found: list[Told], **settings: Any
+) -> None:
+    while time.monotonic() < deadline:
+        found.append(await streamed(http, request, **settings))
+        if found[-1].status == 429:
+            await asyncio.sleep(float(found[-1].retry_after or 0))
+
+
+async def in_turns(url: str, a_second: float, pairs: int) -> tuple[list[Told], list[int], int]:
+    """The clients of the peak, and in every second stretch beside them so many requests a second
+    whatever becomes of those before: everything told, pieces in each stretch, requests beside."""
+    found: list[Told] = []
+    pieces, beside = [0] * (2 * pairs), []
     wanted = requests(PLACES, **LONG)
+    begin = time.monotonic() + STRETCH_SECONDS  # until all places are taken
+    end = begin + STRETCH_SECONDS * len(pieces)
+
+    def count(told: Told) -> None:
+        stretch = int((time.monotonic() - begin) // STRETCH_SECONDS)
+        if 0 <= stretch < len(pieces):
+            pieces[stretch] += 1
+
     async with client(url) as http:
-        for number in range(PLACES + round(a_second * seconds)):
-            tasks.append(asyncio.create_task(streamed(http, wanted[number % PLACES])))
-            await asyncio.sleep(0 if number < PLACES else 1 / a_second)
-        return list(await asyncio.gather(*tasks))
+        peak = [
+            asyncio.create_task(_asking(http, each, end, found, on_piece=count)) for each in wanted
+        ]
+        for pair in range(pairs):
+            for number in range(round(a_second * STRETCH_SECONDS)):
+                due = begin + (2 * pair + 1) * STRETCH_SECONDS + number / a_second
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                asked = streamed(http, wanted[number % PLACES], count)
+                beside.append(asyncio.create_task(asked))
+        found += await asyncio.gather(*beside)
+        await asyncio.gather(*peak)
+    return found, pieces, len(beside)
 
 
-def overload_rows(url: str, seconds: float) -> Iterator[Row]:
-    """Peak and three times its requests, twice each in turn."""
-    rates: list[list[float]] = [[], []]
-    refused = wrong = unasked = 0
-    for _ in range(2):
-        began = time.perf_counter()
-        found = asyncio.run(at_peak(url, seconds))
-        rates[0].append(sum(told.is_whole for told in found) / (time.perf_counter() - began))
-        unasked += sum(not told.is_whole for told in found)
-        began = time.perf_counter()
-        found = asyncio.run(at_rate(url, 3 * rates[0][-1], seconds))
-        rates[1].append(sum(told.is_whole for told in found) / (time.perf_counter() - began))
-        rejects = [told for told in found if not told.is_whole]
-        refused += len(rejects)
-        wrong += sum(told.status != 429 or told.retry_after is None for told in rejects)
-    yield Row("overload x 3: peak", sum(rates[0]) / 2, "requests/s")
-    yield Row("... goodput by that of the peak", sum(rates[1]) / sum(rates[0]), "", bar=0.9)
-    yield Row("... refused with 429 and Retry-After", refused - wrong, "requests", bar=1)
+def overload_rows(url: str, pairs: int, is_judged: bool) -> Iterator[Row]:
+    """The peak, then the peak and three times its requests in turns: a speed that drifts is that of
+    both. A short run's goodput is told and not judged."""
+    began = time.perf_counter()
+    calm = asyncio.run(at_peak(url, 3 * STRETCH_SECONDS))
+    peak = sum(told.is_whole for told in calm) / (time.perf_counter() - began)
+    found, pieces, beside = asyncio.run(in_turns(url, 2 * peak, pairs))
+    rejects = [told for told in found if not told.is_whole]
+    wrong = sum(told.status != 429 or told.retry_after is None for told in rejects)
+    goodput = sum(pieces[1::2]) / sum(pieces[::2])
+    yield Row("overload x 3: peak", peak, "requests/s")
+    yield Row("... goodput by that of the peak", goodput, "", bar=0.9 if is_judged else None)
+    yield Row("... requests beside the peak's", beside, "requests")
+    yield Row("... refused with 429 and Retry-After", len(rejects) - wrong, "requests", bar=1)
     yield Row("... refused otherwise", wrong, "", bar=0, is_limit=True)
+    unasked = sum(not told.is_whole for told in calm)
     yield Row("control: refused at the peak", unasked, "requests", bar=0, is_limit=True)
 
 
